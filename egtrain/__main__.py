@@ -1,0 +1,25 @@
+"""`python -m egtrain` and the console script: one line for an expected failure, and its exit code."""
+
+import os
+import sys
+
+
+def main() -> None:
+    """Run the command line and exit with the code that the README documents."""
+    from egtrain.cli import app
+    from egtrain.errors import EgtrainError
+
+    code = 0
+    try:
+        app(standalone_mode=True)
+    except EgtrainError as error:
+        code = error.exit_code
+        if os.environ.get("RANK", "0") == "0":
+            print(f"egtrain: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""The only place where a configuration becomes objects; below it nothing sees a configuration."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from egtrain.config import Config, OptimizerConfig
+from egtrain.data.images import ImageData, load_images
+from egtrain.errors import UsageError
+from egtrain.launch import first_rank_first
+from egtrain.models.resnet import ResNet
+from egtrain.optim import schedules
+from egtrain.optim.extra_gradients import FreshGradient, SharpnessAware
+from egtrain.optim.extrapolation import Direction, Extrapolation
+from egtrain.optim.noise import Noise
+from egtrain.optim.past_gradients import GlobalGradient, GradientNoise, LocalGradient
+from egtrain.optim.randomness import seed_for
+from egtrain.tasks.image import ImageTask
+from egtrain.train import Run
+from egtrain.workers import Ranks, Workers
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a configuration comes to on given data, in steps and rates."""
+
+    samples: int
+    steps_per_epoch: int
+    steps: int
+    warmup_steps: int
+    milestones: tuple[int, ...]
+    peak_rate: float
+
+
+def build_plan(config: Config, samples: int) -> Plan:
+    """Return the numbers of steps and rates for N training samples.
+
+    Raises:
+        UsageError: the batch is larger than the data.
+    """
+    steps_per_epoch = samples // config.batch_size
+    if steps_per_epoch == 0:
+        raise UsageError(
+            f"a batch of {config.workers} x {config.worker_batch_size} = {config.batch_size} is larger than the "
+            f"{samples} training samples: lower --workers or --batch-size"
+        )
+    steps = config.steps if config.steps is not None else config.epochs * steps_per_epoch
+    return Plan(
+        samples=samples,
+        steps_per_epoch=steps_per_epoch,
+        steps=steps,
+        warmup_steps=round(config.schedule.warmup_epochs * steps_per_epoch),
+        milestones=tuple(round(m * steps) for m in config.schedule.milestones)
+        if config.schedule.decay == "step"
+        else (),
+        peak_rate=config.optimizer.scaled_lr(config.batch_size),
+    )
+
+
+def build_schedule(config: Config, plan: Plan) -> schedules.Schedule:
+    """Return the learning rate as a function of the step."""
+    if config.schedule.decay == "step":
+        schedule = schedules.step_decay(plan.peak_rate, plan.milestones, config.schedule.factor)
+    elif config.schedule.decay == "cosine":
+        schedule = schedules.cosine_decay(plan.peak_rate, plan.warmup_steps, plan.steps)
+    else:
+        schedule = schedules.constant(plan.peak_rate)
+    return schedules.with_warmup(schedule, plan.warmup_steps, config.schedule.warmup_from)
+
+
+def load_data(config: Config, offline: bool = False) -> ImageData:
+    """Load the data of a configuration, without a download where it or `offline` says so."""
+    return load_images(
+        config.data.name,
+        data_dir=Path(config.data.dir) if config.data.dir else None,
+        offline=config.data.offline or offline,
+        seed=config.seed,
+        train_samples=config.data.train_samples,
+        validation=config.data.validation,
+    )
+
+
+def build_task(config: Config, data: ImageData, device: torch.device) -> ImageTask:
+    """Return the task of a configuration, with its data on the device."""
+    return ImageTask(
+        data,
+        workers=config.workers,
+        worker_batch_size=config.worker_batch_size,
+        seed=config.seed,
+        augment=config.data.augment,
+        channels_last=config.channels_last,
+        device=device,
+    )
+
+
+def build_model(config: Config, classes: int, device: torch.device) -> nn.Module:
+    """Return the model with the initial weights of the seed; they are drawn on the CPU, the same for every device."""
+    torch.manual_seed(seed_for(config.seed, "weights"))
+    model = ResNet(config.model.depth, config.model.width, classes, config.model.shortcut)
+    if config.channels_last:
+        return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+    return model.to(device)
+
+
+def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """Return the base optimizer; the loop sets its learning rate before every step."""
+    return torch.optim.SGD(
+        model.parameters(),
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov and config.momentum > 0,
+        weight_decay=config.weight_decay,
+        foreach=True,
+    )
+
+
+def build_direction(config: Config) -> Direction | None:
+    """Return the choice of ζ, or None for plain mini-batch training."""
+    extrapolation = config.extrapolation
+    match extrapolation.name:
+        case "none":
+            return None
+        case "gaussian" | "uniform":
+            return Noise(
+                size=extrapolation.size,
+                distribution=extrapolation.name,
+                scaling=extrapolation.scaling,
+                norm_and_bias=extrapolation.norm_and_bias,
+            )
+        case "sam":
+            return SharpnessAware(radius=extrapolation.radius)
+    rows: dict[str, type[LocalGradient | GlobalGradient | GradientNoise | FreshGradient]] = {
+        "local": LocalGradient,
+        "global": GlobalGradient,
+        "gradient-noise": GradientNoise,
+        "fresh": FreshGradient,
+    }
+    return rows[extrapolation.name](
+        ratio=extrapolation.resolved_ratio(config.workers),
+        rate=extrapolation.rate,
+        size=extrapolation.size,
+        scaling=extrapolation.scaling,
+    )
+
+
+def build_run(config: Config, ranks: Ranks) -> Run:
+    """Return a run at step 0, with its data loaded.
+
+    Raises:
+        DataError: the data are missing or damaged.
+        UsageError: the batch is larger than the data, or the ranks do not divide the workers.
+    """
+    set_numerics(config, ranks)
+    data = first_rank_first(ranks, lambda: load_data(config))
+    plan = build_plan(config, len(data.y_train))
+    task = build_task(config, data, ranks.device)
+    model = build_model(config, data.classes, ranks.device)
+    optimizer = build_optimizer(config.optimizer, model)
+    workers = Workers(model, config.workers, ranks, config.deterministic)
+    direction = build_direction(config)
+    extrapolation = Extrapolation(optimizer, direction, workers.mine, config.seed) if direction else None
+    until = getattr(config.extrapolation, "until", 0.0)
+    evaluate_every = config.evaluate_every * plan.steps_per_epoch
+    return Run(
+        task=task,
+        model=model,
+        forward=torch.compile(model) if config.compile else model,  # type: ignore[arg-type]
+        optimizer=optimizer,
+        extrapolation=extrapolation,
+        schedule=build_schedule(config, plan),
+        workers=workers,
+        steps=plan.steps,
+        extrapolated_steps=round(until * plan.steps),
+        new_samples=getattr(config.extrapolation, "samples", "same") == "new",
+        clip_norm=config.optimizer.clip_norm,
+        precision=config.precision,
+        seed=config.seed,
+        evaluate_every=evaluate_every,
+        checkpoint_every=config.checkpoint.every or evaluate_every,
+    )
+
+
+def native_precision(name: str, device: torch.device) -> str:
+    """Return `fp32` or `bf16`; `auto` is bf16 where the device multiplies in it, and fp32 where it would emulate it.
+
+    On a CPU without AVX-512-bf16 or AMX, bf16 convolutions were measured to take ten times as long as fp32 ones.
+    """
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def set_numerics(config: Config, ranks: Ranks) -> None:
+    """Set the process's threads and its choice of kernels."""
+    threads = config.threads
+    if threads is None:
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        threads = 1 if config.deterministic else max(1, cores() // local_ranks)
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(config.deterministic)
+    torch.backends.cudnn.benchmark = not config.deterministic
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -1,0 +1,491 @@
+"""Checkpoints that outlive kills, full disks and damaged files: written atomically, verified before they are used.
+
+A checkpoint file is what `torch.save` writes, then the SHA-256 of that (32 bytes) and `MAGIC`. So it can be verified
+wherever it is copied to, and `torch.load(path, weights_only=True)` reads it too. `index.json` beside the files says
+which of them count, in the order of their steps; a file that it does not name is ignored.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+import signal
+import sys
+import time
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, BinaryIO, Literal, Self, cast
+
+import torch
+from torch import Tensor
+
+from egtrain.errors import DataError, EgtrainError, UsageError
+
+FORMAT = 1
+"""Version of the layout; a file of a newer one is refused."""
+MAGIC = b"egtrain\n"
+"""The last bytes of every checkpoint file."""
+INDEX = "index.json"
+FAULT_VARIABLE = "EGTRAIN_TEST_FAULT"
+"""Environment variable, for tests only: see `_kill_at`."""
+
+_TRAILER = hashlib.sha256().digest_size + len(MAGIC)
+_CHUNK = 1 << 20
+_FILE_NAME = re.compile(r"step-(\d{8,})\.pt")
+
+
+class _DamagedFile(DataError):
+    """A file whose bytes are not those that were written."""
+
+
+class CheckpointStore:
+    """The checkpoints of one run, in one folder; one process writes it, any number read it.
+
+    Kept are the last two, the best (where a metric is given) and the final one; with `keep="all"`, every one.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        keep: Literal["last", "all"] = "last",
+        higher_is_better: bool = True,
+        warn: Callable[[str], None] | None = None,
+    ) -> None:
+        self.directory = directory
+        self._keep = keep
+        self._sign = 1 if higher_is_better else -1
+        self._warn = warn or _warn_on_stderr
+        self._saves = 0
+
+    def save(self, state: dict[str, Any], step: int, *, metric: float | None = None, final: bool = False) -> Path:
+        """Write the checkpoint of a step and return its path; a kill at any point leaves the earlier ones as they were.
+
+        Checkpoints of later steps come from a course of the run that this one replaces, and leave the index.
+
+        Args:
+            state: nested dicts, lists and tuples of tensors and plain values.
+            step: completed updates.
+            metric: what `best` goes by; None or not finite: this one cannot be the best.
+            final: whether it ends the run.
+
+        Raises:
+            EgtrainError: it could not be written, for example because the disk is full.
+            TypeError: the state holds something that could not be loaded again.
+        """
+        self._saves += 1
+        kill_at = partial(_kill_at, save=self._saves)
+        if self._saves == 1:
+            self._remove_leftovers()
+        path = self.directory / f"step-{step:08d}.pt"
+        content = {"format": FORMAT, "step": step, "state": _portable(state, "state")}
+        kill_at("save-before-write")
+        with _replacing(path, kill_at) as file:
+            _write(content, file, kill_at)
+        kill_at("save-before-index")
+        if metric is not None and not math.isfinite(metric):
+            metric = None
+        before = self._entries()
+        entries = [*[entry for entry in before if entry.step < step], _Entry(path.name, step, metric, final)]
+        kept = entries if self._keep == "all" else self._worth_keeping(entries)
+        index = {"format": FORMAT, "checkpoints": [asdict(entry) for entry in kept]}
+        write_atomically(self.directory / INDEX, (json.dumps(index, indent=1) + "\n").encode())
+        if self._keep == "last":
+            # Only now: a kill before this line must not leave an index that names a file that is gone.
+            for name in {entry.file for entry in before} - {entry.file for entry in kept}:
+                with suppress(OSError):
+                    (self.directory / name).unlink()
+        return path
+
+    def load_newest(self, map_location: str | torch.device = "cpu") -> tuple[int, dict[str, Any]] | None:
+        """Return (step, state) of the newest intact checkpoint, or None where none was saved; damage is warned of.
+
+        Raises:
+            DataError: all are damaged, or the newest intact one is refused, as by `read_checkpoint`.
+        """
+        entries = self._entries()
+        for entry in reversed(entries):
+            try:
+                step, state = read_checkpoint(self.directory / entry.file, map_location)
+            except _DamagedFile as error:
+                self._warn(f"{error}; going back to the checkpoint before it")
+                continue
+            if step == entry.step:
+                return step, state
+            self._warn(f"{self.directory / entry.file} is of step {step}; going back to the checkpoint before it")
+        if entries:
+            raise DataError(
+                f"every checkpoint in {self.directory} is damaged: restore one from a backup, or start a new run"
+            )
+        return None
+
+    def load(self, which: str | Path, map_location: str | torch.device = "cpu") -> tuple[int, dict[str, Any]]:
+        """Return (step, state) of the `last` checkpoint, the `best` one, or a file (also by its name in the folder).
+
+        Raises:
+            DataError: there is none, or it is damaged or refused, as by `read_checkpoint`.
+            UsageError: there is no `best`, because the run had no validation split.
+        """
+        if which == "last":
+            newest = self.load_newest(map_location)
+            if newest is None:
+                raise DataError(f"{self.directory} holds no checkpoint: let the run reach its first one")
+            return newest
+        if which == "best":
+            entries = self._entries()
+            if not entries:
+                raise DataError(f"{self.directory} holds no checkpoint: let the run reach its first one")
+            best = self._best(entries)
+            if best is None:
+                raise UsageError(
+                    "there is no best checkpoint, because the run had no validation split: "
+                    "use last, or train with --set data.validation=N"
+                )
+            return read_checkpoint(self.directory / best.file, map_location)
+        path = Path(which)
+        inside = self.directory / path
+        return read_checkpoint(inside if inside.is_file() and not path.is_file() else path, map_location)
+
+    def best(self) -> tuple[int, float] | None:
+        """Return (step, metric) of the best checkpoint so far; the earliest where several are equal."""
+        best = self._best(self._entries())
+        return None if best is None or best.metric is None else (best.step, best.metric)
+
+    def _worth_keeping(self, entries: "list[_Entry]") -> "list[_Entry]":
+        kept = {*entries[-2:], self._best(entries), *[entry for entry in entries if entry.final][-1:]}
+        return [entry for entry in entries if entry in kept]
+
+    def _best(self, entries: "list[_Entry]") -> "_Entry | None":
+        measured = [(entry.metric * self._sign, -entry.step, entry) for entry in entries if entry.metric is not None]
+        return max(measured)[-1] if measured else None
+
+    def _entries(self) -> "list[_Entry]":
+        """Return what the index names, in the order of steps."""
+        path = self.directory / INDEX
+        try:
+            index = json.loads(path.read_bytes())
+            found, entries = index["format"], [_Entry(**row).checked() for row in index["checkpoints"]]
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError, RecursionError):
+            self._warn(f"{path} is damaged: going by the names of the checkpoint files; which was the best is lost")
+            names = [(_FILE_NAME.fullmatch(file.name), file.name) for file in self.directory.iterdir()]
+            entries = [_Entry(name, int(match[1]), None, False) for match, name in names if match]
+        else:
+            _refuse_newer(path, found)
+        return sorted(entries, key=lambda entry: entry.step)
+
+    def _remove_leftovers(self) -> None:
+        """Make the folder, and remove what a killed save left in it."""
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for leftover in self.directory.glob("*.tmp"):
+                leftover.unlink()
+        except OSError as error:
+            raise _cannot_write(self.directory, error) from error
+
+
+@dataclass(frozen=True, order=True)
+class _Entry:
+    file: str
+    step: int
+    metric: float | None
+    final: bool
+
+    def checked(self) -> Self:
+        """Raise ValueError unless the entry is what `save` writes: a name in this folder that fits the step."""
+        match = _FILE_NAME.fullmatch(self.file)
+        if match is None or int(match[1]) != self.step or not isinstance(self.metric, int | float | None):
+            raise ValueError(self)
+        return self
+
+
+def read_checkpoint(path: Path, map_location: str | torch.device = "cpu") -> tuple[int, dict[str, Any]]:
+    """Verify a checkpoint file and return its (step, state); nothing in it is ever executed.
+
+    Raises:
+        DataError: it is missing, truncated, altered, of a newer format, holds code, or is no checkpoint of egtrain.
+    """
+    if not path.is_file():
+        raise _DamagedFile(f"there is no checkpoint file {path}")
+    try:
+        with path.open("rb") as file:
+            size = _verified_size(file, path)
+            file.seek(0)
+            content = _load(file, path, size, map_location)
+    except OSError as error:
+        raise _DamagedFile(f"cannot read checkpoint {path}: {error.strerror}") from error
+    not_ours = DataError(f"{path} is not a checkpoint of egtrain: name a file from the checkpoints folder of a run")
+    if not isinstance(content, dict):
+        raise not_ours
+    _refuse_newer(path, content.get("format"))
+    step, state = content.get("step"), content.get("state")
+    if not isinstance(step, int) or not isinstance(state, dict):
+        raise not_ours
+    return step, state
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that a kill, a power cut or a full disk leaves either the old content or the new.
+
+    Raises:
+        EgtrainError: it could not be written.
+    """
+    with _replacing(path) as file:
+        file.write(data)
+
+
+class RunLock:
+    """Holds a run directory for one process at a time; the lock ends with the process, however that ends.
+
+    Raises:
+        UsageError: another process holds the directory, or it cannot be written.
+    """
+
+    def __init__(self, directory: Path, patience_seconds: float = 2.0) -> None:
+        self._directory = directory
+        self._patience = patience_seconds
+        self._file: int | None = None
+
+    def __enter__(self) -> Self:
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(self._directory / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise UsageError(
+                f"cannot write to {self._directory} ({error.strerror}): choose another directory with --output"
+            ) from error
+        # A restarted run may meet the last moments of the killed one.
+        deadline = time.monotonic() + self._patience
+        while not self._try_lock(self._file):
+            if time.monotonic() >= deadline:
+                owner = os.read(self._file, 20).decode("ascii", "replace").strip()
+                os.close(self._file)
+                self._file = None
+                raise UsageError(
+                    f"another run (process {owner or 'unknown'}) is writing to {self._directory}: "
+                    "wait for it to end, or choose another directory with --output"
+                )
+            time.sleep(0.05)
+        # Information only: what locks is the operating system, so a full disk does not matter here.
+        with suppress(OSError):
+            os.ftruncate(self._file, 0)
+            os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    @staticmethod
+    def _try_lock(file: int) -> bool:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:
+            # A file system without locks: the guard is missing there, and the run goes on.
+            return True
+        return True
+
+
+def _write(content: dict[str, Any], file: BinaryIO, kill_at: Callable[[str], None]) -> None:
+    """Write a checkpoint's bytes and their trailer to an open file."""
+    sink = _HashingFile(file)
+    try:
+        torch.save(content, cast("IO[bytes]", sink))
+    except BaseException:
+        # torch reports what went wrong underneath it as an error of its own.
+        if sink.error is not None:
+            raise sink.error from None
+        raise
+    file.flush()
+    kill_at("save-mid-write")
+    file.write(sink.digest.digest() + MAGIC)
+
+
+class _HashingFile:
+    """What `torch.save` writes to: passes everything on and keeps the SHA-256 of it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.digest = hashlib.sha256()
+        self.error: BaseException | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            self.digest.update(data)
+            return self._file.write(data)
+        except BaseException as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        """Take part in the protocol of files; the bytes are synced once, at the end."""
+
+
+def _verified_size(file: BinaryIO, path: Path) -> int:
+    """Return the number of bytes before the trailer, once their checksum fits."""
+    size = os.fstat(file.fileno()).st_size - _TRAILER
+    if size < 0 or file.seek(size) != size or not (trailer := file.read(_TRAILER)).endswith(MAGIC):
+        raise _DamagedFile(f"{path} is truncated, or not a checkpoint of egtrain")
+    file.seek(0)
+    digest = hashlib.sha256()
+    rest = size
+    while rest and (chunk := file.read(min(rest, _CHUNK))):
+        digest.update(chunk)
+        rest -= len(chunk)
+    if digest.digest() != trailer[: -len(MAGIC)]:
+        raise _DamagedFile(f"{path} is damaged: its checksum does not fit")
+    return size
+
+
+def _load(file: BinaryIO, path: Path, size: int, map_location: str | torch.device) -> Any:
+    """Return the content of a verified file; a checksum says nothing of who made it, so it is not trusted."""
+    try:
+        if file.read(4) != b"PK\x03\x04":
+            raise ValueError("not written by torch.save")
+        with zipfile.ZipFile(file) as archive:
+            # torch.save never compresses; a small compressed record could fill the memory.
+            if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+                raise ValueError("compressed")
+        file.seek(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # Both arguments are explicit: then no environment variable and no setting of torch can change them.
+            content = torch.load(file, map_location=map_location, weights_only=True, mmap=False)
+        _refuse_inflated(content, size)
+    except (OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except pickle.UnpicklingError as error:
+        raise DataError(
+            f"{path} is refused, because it holds code or objects, which egtrain neither writes nor loads: use another"
+        ) from error
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
+        raise DataError(f"{path} is not a checkpoint of egtrain ({reason})") from error
+    return content
+
+
+def _refuse_inflated(content: Any, size: int) -> None:
+    """Raise ValueError where a tensor declares more than the file holds, or has no plain storage."""
+    waiting, seen = [content], set()
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, list | tuple):
+            waiting += value
+        elif isinstance(value, Tensor):
+            if value.layout != torch.strided or value.is_quantized or value.is_meta:
+                raise ValueError("a tensor is not dense")
+            held = min(value.untyped_storage().nbytes(), size)
+            if value.numel() * value.element_size() > held:
+                raise ValueError(f"a tensor of shape {list(value.shape)} declares more than the file holds")
+
+
+def _portable(value: Any, where: str) -> Any:
+    """Return a nested value as `read_checkpoint` will find it: on the CPU, and no tensor a view of a larger storage."""
+    if isinstance(value, Tensor):
+        tensor = value.detach().cpu()
+        if tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size():
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+        return tensor
+    if isinstance(value, dict):
+        for key in value:
+            if type(key) not in (str, int):
+                raise TypeError(f"{where} has a key {key!r}: a checkpoint's keys are str or int")
+        return {key: _portable(item, f"{where}[{key!r}]") for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_portable(item, f"{where}[{index}]") for index, item in enumerate(value))
+    if value is None or type(value) in (bool, int, float, str, bytes):
+        return value
+    raise TypeError(f"{where} is a {type(value).__qualname__}: a checkpoint holds tensors and plain values only")
+
+
+def _refuse_newer(path: Path, found: Any) -> None:
+    if isinstance(found, int) and found > FORMAT:
+        raise DataError(f"{path} has format {found}, and this egtrain reads up to {FORMAT}: update egtrain")
+
+
+def _ignore(point: str) -> None:
+    """Be the fault point of files that have none."""
+
+
+@contextmanager
+def _replacing(path: Path, kill_at: Callable[[str], None] = _ignore) -> Iterator[BinaryIO]:
+    """Open a temporary file beside `path`, and put it in its place once it is written and synced."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            kill_at("save-before-sync")
+            os.fsync(file.fileno())
+        kill_at("save-before-rename")
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise _cannot_write(path, error) from error
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # Some network file systems cannot sync a folder, and need not.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
+
+
+def _cannot_write(path: Path, error: OSError) -> EgtrainError:
+    """Return the error that tells the user; to be called after the temporary file is gone."""
+    folder = next(folder for folder in [*path.parents, Path()] if folder.is_dir())
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return EgtrainError(
+        f"cannot write {path}: {error.strerror or error}, {shutil.disk_usage(folder).free} bytes are free there; "
+        f"{'free some space' if full else 'make the folder writable'}, then start again, or go on with --resume: "
+        "what was saved before is intact"
+    )
+
+
+def _kill_at(point: str, save: int) -> None:
+    """Kill this process (SIGKILL) if a test asked for it; for tests only.
+
+    `EGTRAIN_TEST_FAULT` is one of save-before-write, save-mid-write, save-before-sync, save-before-rename,
+    save-before-index; `:N` after it means at the N-th save of the process (default: the first). After a restart by
+    torchrun nothing is killed, so that the restarted run can be seen to succeed.
+    """
+    wanted, _, number = os.environ.get(FAULT_VARIABLE, "").partition(":")
+    if wanted == point and save == int(number or 1) and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _warn_on_stderr(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)

@@ -1,0 +1,36 @@
+"""The command line: one file a subcommand, which parses, hands over and prints. torch is imported only to work."""
+
+from typing import Annotated
+
+import typer
+
+from egtrain import __version__
+from egtrain.cli.eval import evaluate_run
+from egtrain.cli.presets import presets
+from egtrain.cli.train import train
+
+app = typer.Typer(
+    help="Train neural networks with very large batches without losing accuracy, by extrapolation.\n\n"
+    "Start with: egtrain train --preset quickstart",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(train)
+app.command("eval")(evaluate_run)
+app.command()(presets)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"egtrain {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Hold the options that stand before a subcommand."""

@@ -1,0 +1,161 @@
+"""`egtrain train`: parse, hand over, print."""
+
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from egtrain.errors import UsageError
+
+if TYPE_CHECKING:
+    from egtrain.config import Config
+
+
+def train(
+    preset: Annotated[str | None, typer.Option(help="Name of a preset (see `egtrain presets`) or a YAML file.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with a run directory, from its newest checkpoint.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. optimizer.lr=0.2.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="cifar10, cifar100, synthetic or npz:FILE.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder that holds the data.")] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Never download data.")] = False,
+    epochs: Annotated[int | None, typer.Option(help="Length of the run in epochs.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Length of the run in updates, instead of epochs.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Number K of logical workers; alone, a worker keeps its batch.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Batch size B = K·b; alone, a worker keeps its batch b and K becomes B/b.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of every random choice.")] = None,
+    nproc: Annotated[
+        int | None, typer.Option(help="Processes to run on, a GPU each; default: as many GPUs as divide K, or 1.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    precision: Annotated[str | None, typer.Option(help="auto, fp32 or bf16.")] = None,
+    compile_model: Annotated[bool | None, typer.Option("--compile/--no-compile", help="Use torch.compile.")] = None,
+    deterministic: Annotated[
+        bool | None,
+        typer.Option("--deterministic/--no-deterministic", help="Same result bit for bit on any number of ranks."),
+    ] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
+    max_restarts: Annotated[int, typer.Option(min=0, help="Restarts by torchrun after a rank has died.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="The run directory; default: runs/NAME-TIME.")] = None,
+    allow_changes: Annotated[
+        bool, typer.Option("--allow-changes", help="Resume although settings differ from those of the run.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and train nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Train a preset, or go on with a run.
+
+    Example: egtrain train --preset quickstart --seed 1 --set optimizer.lr=0.2
+    """
+    # Imported here, like torch below, so that --help does not wait for it.
+    from egtrain.config import load_config
+
+    overrides = [
+        f"{key}={json.dumps(value)}"
+        for key, value in {
+            "data.name": data,
+            "data.dir": None if data_dir is None else str(data_dir.absolute()),
+            "data.offline": offline or None,
+            "epochs": epochs,
+            "steps": steps,
+            "seed": seed,
+            "device": device,
+            "precision": precision,
+            "compile": compile_model,
+            "deterministic": deterministic,
+            "checkpoint.every": checkpoint_every,
+        }.items()
+        if value is not None
+    ]
+    overrides += settings or []
+    if resume is not None:
+        if preset is not None or output is not None:
+            raise UsageError("--resume goes on with a run as it is: leave --preset and --output away")
+        directory = resume
+        config = resumed_config(resume, overrides, workers, batch_size, allow_changes)
+    elif preset is not None:
+        config = with_batch(load_config(preset, overrides), workers, batch_size)
+        directory = output or Path("runs", f"{config.preset}-{datetime.now():%Y%m%d-%H%M%S}")
+    else:
+        raise UsageError("name what to train: --preset NAME (see `egtrain presets`), or --resume DIR")
+
+    # Everything above needs no torch, so a wrong option is reported at once.
+    from egtrain import launch, session
+
+    if dry_run:
+        session.print_plan(config, directory, nproc, as_json)
+        return
+    if launch.started_by_torchrun():
+        if nproc is not None:
+            raise UsageError("torchrun has started the processes already: leave --nproc away")
+    else:
+        ranks = nproc if nproc is not None else launch.default_ranks(config.device, config.workers)
+        launch.require_dividing(config.workers, ranks)
+        if ranks > 1 or max_restarts:
+            # The ranks go on with a run that has no checkpoint yet; so does one that torchrun has restarted.
+            session.prepare(directory, config, resume is not None)
+            arguments = ["train", "--resume", str(directory), *(["--json"] if as_json else [])]
+            raise typer.Exit(launch.launch(ranks, arguments, max_restarts))
+    session.train_in(directory, config, resume=resume is not None, as_json=as_json)
+
+
+def with_batch(config: "Config", workers: int | None, batch_size: int | None) -> "Config":
+    """Return the configuration at another number of workers K or batch size B = K·b.
+
+    K alone keeps b, B alone keeps b and sets K = B/b, both set b = B/K.
+
+    Raises:
+        UsageError: the numbers do not divide.
+    """
+    b = config.worker_batch_size
+    if batch_size is not None and batch_size < 1:
+        raise UsageError(f"--batch-size must be at least 1, not {batch_size}")
+    if workers is not None and workers < 1:
+        raise UsageError(f"--workers must be at least 1, not {workers}")
+    if batch_size is not None and workers is None:
+        if batch_size % b:
+            low = max(batch_size // b, 1) * b
+            raise UsageError(
+                f"--batch-size {batch_size} is not a multiple of a worker's batch of {b}: use {low} or {low + b}, "
+                "or give --workers too"
+            )
+        workers = batch_size // b
+    elif batch_size is not None and workers is not None:
+        if batch_size % workers:
+            low = max(batch_size // workers, 1) * workers
+            raise UsageError(f"--batch-size {batch_size} does not divide by {workers} workers: use {low}")
+        b = batch_size // workers
+    if workers is None:
+        return config
+    return config.model_copy(update={"workers": workers, "worker_batch_size": b})
+
+
+def resumed_config(
+    directory: Path, overrides: list[str], workers: int | None, batch_size: int | None, allow_changes: bool
+) -> "Config":
+    """Return the configuration of a run directory, with changes where they are allowed.
+
+    Raises:
+        UsageError: there is no run, or settings differ and `allow_changes` was not given.
+    """
+    from egtrain.config import config_from_yaml_text, differences, load_config
+
+    file = directory / "config.yaml"
+    if not file.is_file():
+        raise UsageError(f"{directory} holds no run: there is no config.yaml; name a directory that `train` made")
+    saved = config_from_yaml_text(file.read_text(encoding="utf-8"), str(file))
+    config = with_batch(load_config(file, overrides), workers, batch_size)
+    changes = differences(saved, config)
+    if changes:
+        for line in changes:
+            typer.echo(f"changed: {line}", err=True)
+        if not allow_changes:
+            raise UsageError("the settings differ from those of the run: leave them away, or add --allow-changes")
+    return config

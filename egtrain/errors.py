@@ -1,0 +1,31 @@
+"""What a user can do wrong, or what can happen to a run, each with the exit code that the command line returns."""
+
+
+class EgtrainError(Exception):
+    """A failure that is reported in one line, without a traceback; the message names the fix."""
+
+    exit_code = 1
+
+
+class UsageError(EgtrainError):
+    """A wrong option, configuration or combination of them."""
+
+    exit_code = 2
+
+
+class DataError(EgtrainError):
+    """A file that is missing, damaged or of the wrong shape."""
+
+    exit_code = 3
+
+
+class DivergedError(EgtrainError):
+    """The loss became infinite or not a number."""
+
+    exit_code = 4
+
+
+class InterruptedRun(EgtrainError):
+    """A signal ended the run after a checkpoint was saved; it can be resumed."""
+
+    exit_code = 75

@@ -1,0 +1,48 @@
+"""Directions that take a second gradient in the same step: two gradients a step."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from egtrain.optim.extrapolation import Length, Point, require_sizes
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreshGradient(Length):
+    """The stochastic extragradient method: ζ^k_t = γ̂_t·∇f^k(x_t; ξ') (Korpelevich 1976).
+
+    Whether ξ' are the samples of the step or new ones is for the function that computes the gradient to choose.
+    """
+
+    needs_own: ClassVar[bool] = False
+    needs_mean: ClassVar[bool] = False
+    needs_fresh: ClassVar[bool] = True
+
+    def zeta(self, at: Point) -> list[Tensor]:
+        """Return ζ along the gradient at the unshifted weights."""
+        return self.along(at.fresh, at)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharpnessAware:
+    """Sharpness-aware minimisation, per worker: ζ^k_t = −radius·∇f^k(x_t)/‖∇f^k(x_t)‖ (arXiv 2010.01412).
+
+    The norm is that of the whole gradient; where it is zero, so is ζ.
+    """
+
+    radius: float
+
+    needs_own: ClassVar[bool] = False
+    needs_mean: ClassVar[bool] = False
+    needs_fresh: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        require_sizes(radius=self.radius)
+
+    def zeta(self, at: Point) -> list[Tensor]:
+        """Return ζ, the step of length `radius` uphill, with its sign."""
+        norm = torch.nn.utils.get_total_norm(at.fresh)
+        factor = torch.where(norm > 0, -self.radius / norm, torch.zeros_like(norm))
+        return list(torch._foreach_mul(at.fresh, factor))

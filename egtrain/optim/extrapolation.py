@@ -1,0 +1,259 @@
+"""The extrapolation framework: take the gradient at x − ζ, make the update from x.
+
+Lin, Kong, Stich, Jaggi: Extrapolation for Large-batch Training in Deep Learning, ICML 2020, arXiv 2006.05720.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from egtrain.optim.randomness import generator_for
+
+Scaling = Literal["none", "layer", "filter"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """What a direction may look at when worker k extrapolates at step t; every list has one tensor a parameter."""
+
+    parameters: list[Tensor]
+    """The unshifted weights."""
+    learning_rates: list[float]
+    """γ_t of each parameter's group."""
+    own: list[Tensor]
+    """g^k_{t−1}, the worker's previous gradient, clipped as the mean was; zero before its first."""
+    mean: list[Tensor]
+    """ḡ_{t−1}, the gradient of the previous update; zero before the first."""
+    fresh: list[Tensor]
+    """∇f^k(x_t), the gradient at the unshifted weights."""
+    generator: Callable[[], torch.Generator]
+    """Makes the generator of this (seed, worker, step)."""
+
+
+class Direction(Protocol):
+    """A choice of ζ: one row of the table of variants."""
+
+    needs_own: ClassVar[bool]
+    needs_mean: ClassVar[bool]
+    needs_fresh: ClassVar[bool]
+
+    def zeta(self, at: Point) -> list[Tensor]:
+        """Return ζ, one tensor a parameter, newly allocated."""
+        ...
+
+
+class Extrapolation:
+    """Shifts the weights of any optimizer by −ζ while a worker takes its gradient, and puts them back bit for bit.
+
+    Inside `with extrapolation.shifted(worker):` the parameters are x_t − ζ^k_t; outside they are the optimizer's own.
+    The gradient that `.grad` holds when the block ends is remembered as that worker's. Forward and backward both
+    belong in the block (a backward pass after it raises autograd's version error).
+
+    Args:
+        optimizer: any `torch.optim.Optimizer` with dense gradients; its learning rates are read at every shift.
+        direction: the choice of ζ, for example `LocalGradient(ratio=1 / 16)`.
+        workers: how many logical workers this process carries, or their numbers.
+        seed: seed of the directions that draw noise; the noise is a function of (seed, worker, step).
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, direction: Direction, workers: int | range = 1, seed: int = 0
+    ) -> None:
+        self.optimizer = optimizer
+        self.direction = direction
+        self.workers = range(workers) if isinstance(workers, int) else workers
+        if len(self.workers) < 1:
+            raise ValueError("extrapolation needs at least one worker")
+        self.seed = seed
+        self.steps = 0
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        self._unshifted = [torch.empty_like(p, requires_grad=False) for p in self._parameters]
+        self._own = {k: self._zeros() for k in self.workers} if direction.needs_own else {}
+        self._mean = self._zeros() if direction.needs_mean else []
+        self._clip_factor: Tensor | None = None
+        self._inside = False
+        optimizer.register_step_pre_hook(self._remember_mean)
+
+    @contextmanager
+    def shifted(self, worker: int = 0, *, gradient: Callable[[], object] | None = None) -> Iterator[None]:
+        """Hold the weights at x_t − ζ^k_t for the length of a `with` block.
+
+        Args:
+            worker: whose past gradient and noise are used, and whose gradient is remembered.
+            gradient: for directions that need a second gradient (`needs_fresh`): a function that leaves the gradient
+                at the current weights in `.grad`. It must leave BatchNorm statistics and random streams alone.
+
+        Raises:
+            ValueError: the worker is not one of `workers`, or `gradient` is missing.
+            RuntimeError: the blocks are nested, or a gradient is sparse.
+        """
+        if worker not in self.workers:
+            raise ValueError(f"worker {worker} is not carried here; carried are {self.workers}")
+        if self._inside:
+            raise RuntimeError("shifted() blocks cannot be nested: leave the first before entering the next")
+        zeta = self._zeta(worker, gradient)
+        self._inside = True
+        with torch.no_grad():
+            torch._foreach_copy_(self._unshifted, self._parameters)
+            torch._foreach_sub_(self._parameters, zeta)
+        del zeta
+        torch.clear_autocast_cache()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(self._parameters, self._unshifted)
+            torch.clear_autocast_cache()
+            self._inside = False
+        if self.direction.needs_own:
+            self._copy_gradients(self._own[worker])
+
+    def clip_past_gradients(self, factor: Tensor) -> None:
+        """Tell by which factor (a scalar tensor) the mean gradient of this step was clipped.
+
+        Past gradients are kept unclipped; ζ takes the factor of the step that they came from. Call it before the
+        optimizer's step wherever gradients are clipped.
+        """
+        self._clip_factor = factor.detach().clone()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state; `own` stacks the workers along dimension 0 of each parameter, in the order of `workers`."""
+        return {
+            "steps": self.steps,
+            "clip_factor": self._clip_factor,
+            "own": [torch.stack(rows) for rows in zip(*self._own.values(), strict=True)],
+            "mean": [m.clone() for m in self._mean],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned, for the same parameters and number of workers.
+
+        Raises:
+            ValueError: the state belongs to other parameters, workers or another direction.
+        """
+        own = [torch.stack(rows) for rows in zip(*self._own.values(), strict=True)]
+        if [m.shape for m in (*own, *self._mean)] != [m.shape for m in (*state["own"], *state["mean"])]:
+            raise ValueError("the extrapolation state belongs to other parameters, workers or another direction")
+        self.steps = state["steps"]
+        factor = state["clip_factor"]
+        self._clip_factor = None if factor is None else factor.to(self._parameters[0].device)
+        for row, gradients in enumerate(self._own.values()):
+            torch._foreach_copy_(gradients, [stacked[row] for stacked in state["own"]])
+        if self._mean:
+            torch._foreach_copy_(self._mean, state["mean"])
+
+    def _zeros(self) -> list[Tensor]:
+        return [torch.zeros_like(p, requires_grad=False) for p in self._parameters]
+
+    def _zeta(self, worker: int, gradient: Callable[[], object] | None) -> list[Tensor]:
+        fresh: list[Tensor] = []
+        if self.direction.needs_fresh:
+            if gradient is None:
+                raise ValueError("this direction takes a second gradient: pass shifted(..., gradient=function)")
+            gradient()
+            fresh = self._zeros()
+            self._copy_gradients(fresh)
+            torch._foreach_zero_([p.grad for p in self._parameters if p.grad is not None])
+        own = self._own.get(worker, [])
+        if own and self._clip_factor is not None:
+            own = list(torch._foreach_mul(own, self._clip_factor))
+        rates = [
+            float(group["lr"]) for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad
+        ]
+        with torch.no_grad():
+            return self.direction.zeta(
+                Point(
+                    parameters=list(self._parameters),
+                    learning_rates=rates,
+                    own=own,
+                    mean=self._mean,
+                    fresh=fresh,
+                    generator=lambda: generator_for(
+                        self.seed, "extrapolation", worker, self.steps, device=self._parameters[0].device
+                    ),
+                )
+            )
+
+    def _copy_gradients(self, into: list[Tensor]) -> None:
+        gradients = [p.grad for p in self._parameters]
+        if any(g is not None and g.layout != torch.strided for g in gradients):
+            raise RuntimeError("extrapolation needs dense gradients: use sparse=False in embeddings")
+        with torch.no_grad():
+            if all(g is not None for g in gradients):
+                torch._foreach_copy_(into, [g for g in gradients if g is not None])
+                return
+            for kept, g in zip(into, gradients, strict=True):
+                kept.zero_() if g is None else kept.copy_(g)
+
+    def _remember_mean(self, *_: object) -> None:
+        if self._inside:
+            raise RuntimeError(
+                "optimizer.step() belongs after the shifted() block, where the weights are x again"
+            )
+        if self.direction.needs_mean:
+            self._copy_gradients(self._mean)
+        self.steps += 1
+
+
+def scaled_to_weights(
+    zeta: Sequence[Tensor], parameters: Sequence[Tensor], size: float, scaling: Scaling, eps: float
+) -> list[Tensor]:
+    """Return ζ_l ← size·‖x_l‖·ζ_l/(‖ζ_l‖ + eps), where l is a layer or a filter, or size·ζ for `none`.
+
+    A filter is a slice along dimension 0 of a weight with two or more dimensions; other parameters are one filter.
+    """
+    if scaling == "none":
+        return list(torch._foreach_mul(list(zeta), size))
+    scaled = []
+    for z, x in zip(zeta, parameters, strict=True):
+        dims = tuple(range(1, x.ndim)) if scaling == "filter" and x.ndim > 1 else None
+        z_norm = torch.linalg.vector_norm(z, dim=dims, keepdim=True)
+        x_norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True)
+        scaled.append(z * (size * x_norm / (z_norm + eps)))
+    return scaled
+
+
+@dataclass(frozen=True, kw_only=True)
+class Length:
+    """How far along a gradient ζ reaches; exactly one of ratio, rate and size.
+
+    Raises:
+        ValueError: not exactly one is given, one is negative, or size and scaling do not go together.
+    """
+
+    ratio: float | None = None
+    """ρ: ζ = ρ·γ_t·gradient."""
+    rate: float | None = None
+    """γ̂: ζ = γ̂·gradient, whatever the learning rate."""
+    size: float | None = None
+    """s: ‖ζ_l‖ = s·‖x_l‖ for each layer or filter l; goes with `scaling`."""
+    scaling: Scaling = "none"
+
+    def __post_init__(self) -> None:
+        given = {name: getattr(self, name) for name in ("ratio", "rate", "size") if getattr(self, name) is not None}
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of ratio, rate and size, not {sorted(given) or 'none'}")
+        require_sizes(**given)
+        if (self.size is not None) != (self.scaling != "none"):
+            raise ValueError("size goes with scaling 'layer' or 'filter', ratio and rate with scaling 'none'")
+
+    def along(self, gradients: Sequence[Tensor], at: Point) -> list[Tensor]:
+        """Return ζ along `gradients`."""
+        if self.size is not None:
+            return scaled_to_weights(gradients, at.parameters, self.size, self.scaling, eps=1e-12)
+        rates = at.learning_rates if self.ratio is not None else [1.0] * len(gradients)
+        factor = self.ratio if self.ratio is not None else self.rate
+        assert factor is not None
+        return list(torch._foreach_mul(list(gradients), [factor * rate for rate in rates]))
+
+
+def require_sizes(**sizes: float) -> None:
+    """Raise ValueError for a size that is negative or not finite."""
+    for name, value in sizes.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name} must be a finite number of at least 0, not {value}")

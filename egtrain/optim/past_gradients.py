@@ -1,0 +1,48 @@
+"""Directions made of gradients that training has computed anyway: one gradient a step."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from egtrain.optim.extrapolation import Length, Point
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalGradient(Length):
+    """EXTRAP-SGD: ζ^k_t = γ̂_t·g^k_{t−1}, the worker's own previous gradient (arXiv 2006.05720)."""
+
+    needs_own: ClassVar[bool] = True
+    needs_mean: ClassVar[bool] = False
+    needs_fresh: ClassVar[bool] = False
+
+    def zeta(self, at: Point) -> list[Tensor]:
+        """Return ζ along the worker's previous gradient."""
+        return self.along(at.own, at)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlobalGradient(Length):
+    """Extrapolation from the past: ζ_t = γ̂_t·ḡ_{t−1} (Popov 1980; the optimistic gradient method)."""
+
+    needs_own: ClassVar[bool] = False
+    needs_mean: ClassVar[bool] = True
+    needs_fresh: ClassVar[bool] = False
+
+    def zeta(self, at: Point) -> list[Tensor]:
+        """Return ζ along the previous mean gradient."""
+        return self.along(at.mean, at)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientNoise(Length):
+    """The worker's own gradient noise: ζ^k_t = γ̂_t·(g^k_{t−1} − ḡ_{t−1}), after Haruki et al. (arXiv 1906.10822)."""
+
+    needs_own: ClassVar[bool] = True
+    needs_mean: ClassVar[bool] = True
+    needs_fresh: ClassVar[bool] = False
+
+    def zeta(self, at: Point) -> list[Tensor]:
+        """Return ζ along the difference of the worker's gradient from the mean."""
+        return self.along(torch._foreach_sub(at.own, at.mean), at)

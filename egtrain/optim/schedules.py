@@ -1,0 +1,43 @@
+"""Learning-rate schedules: plain functions of the step."""
+
+import math
+from collections.abc import Callable, Sequence
+
+Schedule = Callable[[int], float]
+"""The learning rate of the update that follows `step` completed ones."""
+
+
+def with_warmup(schedule: Schedule, steps: int, start: float) -> Schedule:
+    """Return `schedule` with a linear warm-up from `start` over the first `steps` updates (arXiv 1706.02677).
+
+    The rate after the warm-up is the schedule's own; a start above it is lowered to it.
+    """
+
+    def rate(step: int) -> float:
+        if step >= steps:
+            return schedule(step)
+        peak = schedule(steps)
+        low = min(start, peak)
+        return low + (peak - low) * step / steps
+
+    return rate
+
+
+def step_decay(peak: float, milestones: Sequence[int], factor: float) -> Schedule:
+    """Return peak·factor^(number of milestones reached); milestones are steps."""
+    return lambda step: peak * factor ** sum(step >= milestone for milestone in milestones)
+
+
+def cosine_decay(peak: float, first: int, last: int) -> Schedule:
+    """Return a half cosine from `peak` at step `first` to zero at step `last` (arXiv 1608.03983)."""
+
+    def rate(step: int) -> float:
+        done = min(max((step - first) / max(last - first, 1), 0.0), 1.0)
+        return peak * 0.5 * (1 + math.cos(math.pi * done))
+
+    return rate
+
+
+def constant(peak: float) -> Schedule:
+    """Return the same rate at every step."""
+    return lambda step: peak

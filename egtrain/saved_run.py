@@ -1,0 +1,82 @@
+"""A finished or interrupted run, read back: its configuration, model and task."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from egtrain.build import build_model, build_task, load_data, native_precision
+from egtrain.checkpoint import CheckpointStore
+from egtrain.config import Config, load_config
+from egtrain.errors import DataError, UsageError
+from egtrain.evaluate import evaluate
+from egtrain.models.loading import load_weights
+from egtrain.tasks import Split
+from egtrain.tasks.image import ImageTask
+from egtrain.workers import Ranks
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """What `load_run` returns."""
+
+    config: Config
+    model: nn.Module
+    """In evaluation mode, with the mean of the workers' BatchNorm statistics."""
+    task: ImageTask
+    step: int
+    """Completed updates."""
+
+    def evaluate(self, split: Split = "test") -> dict[str, float]:
+        """Return the mean loss and the task's metric over a split.
+
+        Raises:
+            UsageError: the run holds out no such split.
+        """
+        if not self.task.evaluation_size(split):
+            raise UsageError(f"this run held out no {split} samples: evaluate the test split instead")
+        device = next(self.model.parameters()).device
+        return evaluate(self.task, self.model, split, Ranks(device=device), self.config.precision)
+
+
+def load_run(
+    path: str | Path,
+    *,
+    checkpoint: str = "last",
+    data_dir: str | Path | None = None,
+    offline: bool = False,
+    device: str = "cpu",
+) -> SavedRun:
+    """Return the model, task and configuration of a run directory.
+
+    Args:
+        path: the run directory.
+        checkpoint: `last`, `best` (where there was a validation split) or a file.
+        data_dir: where the data lie now, if not where they were.
+        offline: never download the data.
+        device: where the model and the data go.
+
+    Raises:
+        UsageError: the directory holds no run, or the checkpoint does not fit its configuration.
+        DataError: the checkpoint or the data are missing or damaged.
+    """
+    directory = Path(path)
+    if not (directory / "config.yaml").is_file():
+        raise UsageError(f"{directory} holds no run: there is no config.yaml; name a directory that `train` made")
+    overrides = [] if data_dir is None else [f"data.dir={str(Path(data_dir).absolute())!r}"]
+    config = load_config(directory / "config.yaml", overrides)
+    store = CheckpointStore(directory / "checkpoints")
+    if checkpoint == "last":
+        newest = store.load_newest()
+        if newest is None:
+            raise DataError(f"{directory} has no checkpoint yet: train it with --resume {directory}")
+        step, state = newest
+    else:
+        step, state = store.load(checkpoint)
+    place = torch.device(device)
+    data = load_data(config, offline)
+    model = build_model(config, data.classes, place)
+    load_weights(model, state["model"])
+    config = config.model_copy(update={"precision": native_precision(config.precision, place)})
+    return SavedRun(config, model.eval(), build_task(config, data, place), step)

@@ -1,0 +1,238 @@
+"""One run from its directory to its summary: what `egtrain train` does around the training loop."""
+
+import json
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from egtrain import launch
+from egtrain.build import build_plan, build_run, build_schedule, load_data, native_precision
+from egtrain.checkpoint import CheckpointStore, RunLock, write_atomically
+from egtrain.config import Config, config_to_yaml, flat_settings
+from egtrain.errors import EgtrainError, UsageError
+from egtrain.progress import Display
+from egtrain.runlog import RunLog, git_commit, hardware, versions, write_summary
+from egtrain.tasks import Split
+from egtrain.train import Run, train
+from egtrain.workers import Ranks
+
+CONFIG, SUMMARY, CHECKPOINTS = "config.yaml", "summary.json", "checkpoints"
+
+
+def train_in(directory: Path, config: Config, *, resume: bool, as_json: bool = False) -> None:
+    """Train in a run directory, from its newest checkpoint where `resume` or a restart by torchrun asks for it.
+
+    Raises:
+        EgtrainError: whatever kept the run from ending; its class has the exit code.
+    """
+    launch.note_process()
+    # Before the ranks meet, so that a signal during the start-up is not lost either.
+    with launch.StopSignal() as stop, launch.joined_ranks(config.device) as ranks, ExitStack() as closing:
+        resume = resume or launch.restart_count() > 0
+        directory = Path(launch.agreed(str(directory), ranks))
+        config = config.model_copy(update={"precision": native_precision(config.precision, ranks.device)})
+        first = ranks.rank == 0
+        if first:
+            closing.enter_context(RunLock(directory))
+        launch.first_rank_first(ranks, lambda: prepare(directory, config, resume) if first else None)
+        run = build_run(config, ranks)
+        store = CheckpointStore(directory / CHECKPOINTS, keep=config.checkpoint.keep)
+        newest = store.load_newest() if resume else None
+        if newest is not None:
+            load_into(run, newest[1], directory)
+        if newest is not None and run.step == run.steps and (directory / SUMMARY).is_file():
+            if first:
+                print(f"{directory} is complete: there is nothing left to train", file=sys.stderr)
+                print_result(json.loads((directory / SUMMARY).read_text(encoding="utf-8")), directory, as_json)
+            return
+        recorder = Recorder(directory, config, run, store, closing, as_json) if first else NoRecorder()
+        final = train(run, recorder, stop)
+        if first:
+            assert isinstance(recorder, Recorder)
+            summary = recorder.finish(run, ranks, final)
+            closing.close()
+            print_result(summary, directory, as_json)
+
+
+def prepare(directory: Path, config: Config, resume: bool) -> None:
+    """Make a run directory and write its configuration.
+
+    Raises:
+        UsageError: the directory holds a run already, and this is another.
+    """
+    require_fresh(directory, resume)
+    (directory / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    write_atomically(directory / CONFIG, config_to_yaml(config).encode())
+
+
+def require_fresh(directory: Path, resume: bool) -> None:
+    """Raise UsageError where a new run would overwrite one."""
+    if not resume and (directory / CONFIG).exists():
+        raise UsageError(
+            f"{directory} holds a run already: go on with --resume {directory}, or choose another --output"
+        )
+
+
+def load_into(run: Run, state: dict[str, Any], directory: Path) -> None:
+    """Restore a run from a checkpoint's state.
+
+    Raises:
+        UsageError: the checkpoint belongs to another model, optimizer or number of workers.
+    """
+    try:
+        run.load_state_dict(state)
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"the checkpoint in {directory} does not fit the settings ({reason}): undo the changes, or start a new run"
+        ) from error
+
+
+class NoRecorder:
+    """What ranks other than the first do with the news of a run: nothing."""
+
+    def trained(self, run: Run, step: int, metrics: dict[str, float]) -> None:
+        """Ignore the metrics."""
+
+    def evaluated(self, run: Run, split: Split, metrics: dict[str, float]) -> None:
+        """Ignore the metrics."""
+
+    def save(self, run: Run, state: dict[str, Any], validation: dict[str, float] | None) -> None:
+        """Ignore the state."""
+
+
+class Recorder:
+    """Writes a run's metrics, checkpoints and summary, and shows its progress; on the first rank."""
+
+    def __init__(
+        self, directory: Path, config: Config, run: Run, store: CheckpointStore, closing: ExitStack, as_json: bool
+    ) -> None:
+        self._directory = directory
+        self._config = config
+        self._store = store
+        self._started = time.monotonic()
+        self._display = closing.enter_context(
+            Display(
+                directory.name,
+                epochs=run.steps / run.task.steps_per_epoch,
+                steps=run.steps,
+                start_step=run.step,
+                shown=("loss", run.task.metric),
+                stream=sys.stderr if as_json else None,
+            )
+        )
+        self._log = closing.enter_context(
+            RunLog(
+                directory,
+                tensorboard=config.log.tensorboard,
+                resume_step=run.step,
+                every=config.log.every,
+                display=self._display,
+            )
+        )
+        self._log.text("config", f"```yaml\n{config_to_yaml(config)}```")
+
+    def trained(self, run: Run, step: int, metrics: dict[str, float]) -> None:
+        """Log the metrics of an update."""
+        self._log.train_step(step, self._epoch(run, step), metrics, run.task.batch_size)
+
+    def evaluated(self, run: Run, split: Split, metrics: dict[str, float]) -> None:
+        """Log the metrics of an evaluation."""
+        self._log.evaluation(run.step, self._epoch(run, run.step), split, metrics)
+
+    def save(self, run: Run, state: dict[str, Any], validation: dict[str, float] | None) -> None:
+        """Write a checkpoint, after everything that was logged up to it."""
+        self._log.flush()
+        metric = None if validation is None else validation[run.task.metric]
+        self._store.save(state, run.step, metric=metric, final=run.step == run.steps)
+        self._log.restart_clock()
+
+    def finish(self, run: Run, ranks: Ranks, final: dict[str, dict[str, float]]) -> dict[str, Any]:
+        """Write and return the summary."""
+        best = self._store.best()
+        summary = {
+            "name": self._directory.name,
+            "preset": self._config.preset,
+            "final": final,
+            "best": None if best is None else {"step": best[0], "validation": {run.task.metric: best[1]}},
+            "steps": run.step,
+            "epochs": self._epoch(run, run.step),
+            "samples": run.step * run.task.batch_size,
+            "gradient_evaluations": run.gradient_evaluations,
+            "batch_size": run.task.batch_size,
+            "workers": self._config.workers,
+            "ranks": ranks.count,
+            "seed": run.seed,
+            "wall": {"seconds": round(time.monotonic() - self._started, 2)},
+            "git_commit": git_commit(),
+            "versions": versions(),
+            "hardware": {**hardware(), "device": str(ranks.device), "threads": torch.get_num_threads()},
+        }
+        scores = {f"{split}/{name}": value for split, metrics in final.items() for name, value in metrics.items()}
+        self._log.hyperparameters(flat_settings(self._config), scores)
+        write_summary(self._directory / SUMMARY, summary)
+        return summary
+
+    @staticmethod
+    def _epoch(run: Run, step: int) -> float:
+        return round(step / run.task.steps_per_epoch, 4)
+
+
+def print_result(summary: dict[str, Any], directory: Path, as_json: bool) -> None:
+    """Print the final metrics, for people or as JSON."""
+    if as_json:
+        print(json.dumps({"directory": str(directory), **summary}))
+        return
+    for split, metrics in summary["final"].items():
+        accuracy = f"accuracy {metrics['accuracy']:.2%}, " if "accuracy" in metrics else ""
+        print(f"{split}: {accuracy}loss {metrics['loss']:.4f}")
+    print(f"{summary['gradient_evaluations']:,} gradient evaluations in {summary['steps']:,} steps; see {directory}")
+
+
+def print_plan(config: Config, directory: Path, nproc: int | None, as_json: bool) -> None:
+    """Print what `train` would do, and train nothing.
+
+    Raises:
+        UsageError: the batch is larger than the data, or the ranks do not divide the workers.
+    """
+    ranks = nproc if nproc is not None else launch.default_ranks(config.device, config.workers)
+    launch.require_dividing(config.workers, ranks)
+    device = launch.pick_device(config.device)
+    try:
+        samples, found = len(load_data(config, offline=True).y_train), "found"
+    except EgtrainError as error:
+        if error.exit_code == UsageError.exit_code:
+            raise
+        samples, found = 0, f"not found ({error})"
+    plan: dict[str, Any] = {
+        "directory": str(directory),
+        "data": f"{config.data.name}: {found}",
+        "device": device.type,
+        "precision": native_precision(config.precision, device),
+        "batch_size": config.batch_size,
+        "workers": config.workers,
+        "worker_batch_size": config.worker_batch_size,
+        "ranks": ranks,
+        "extrapolation": config.extrapolation.name,
+    }
+    if samples:
+        steps = build_plan(config, samples)
+        schedule = build_schedule(config, steps)
+        phases = {0, steps.warmup_steps, *steps.milestones, steps.steps // 2, steps.steps - 1}
+        plan |= {
+            "samples": samples,
+            "steps_per_epoch": steps.steps_per_epoch,
+            "steps": steps.steps,
+            "learning_rate": {s: round(schedule(s), 6) for s in sorted(phases) if 0 <= s < steps.steps},
+        }
+    if as_json:
+        print(json.dumps(plan))
+        return
+    for name, value in plan.items():
+        if name == "learning_rate":
+            value = ", ".join(f"{rate:g} at step {step}" for step, rate in value.items())
+        print(f"{name.replace('_', ' '):18} {value}")

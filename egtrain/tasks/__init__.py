@@ -1,0 +1,40 @@
+"""A task binds data, loss and metric; the training loop knows no more of it than this protocol."""
+
+from typing import Any, Literal, Protocol
+
+from torch import Tensor, nn
+
+Split = Literal["validation", "test"]
+
+
+class Task(Protocol):
+    """What the training loop and the evaluation ask of a task; every batch is a function of (seed, worker, step)."""
+
+    metric: str
+    """Name of the metric, for example `accuracy`."""
+    higher_is_better: bool
+    samples: int
+    """N, the number of training samples."""
+    batch_size: int
+    """B = K·b, in samples."""
+    worker_batch_size: int
+    """b, in samples."""
+    steps_per_epoch: int
+
+    def batch(self, worker: int, step: int) -> Any:
+        """Return the worker's mini-batch of a step."""
+
+    def extra_batch(self, worker: int, step: int) -> Any:
+        """Return an independent mini-batch for a second gradient in the step."""
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return the mean loss, with its graph, and the mean metric, without."""
+
+    def evaluation_size(self, split: Split) -> int:
+        """Return the number of samples of a split."""
+
+    def evaluation_batches(self, split: Split) -> int:
+        """Return the number of batches that a split is evaluated in, whatever the number of ranks."""
+
+    def evaluate_batch(self, model: nn.Module, split: Split, index: int) -> Tensor:
+        """Return the sums [loss, metric] over one evaluation batch, in float64."""

@@ -1,0 +1,115 @@
+"""Image classification: cross-entropy and top-1 accuracy on data that live on the device."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from egtrain.data.augment import normalise, random_crop_flip
+from egtrain.data.images import ImageData
+from egtrain.errors import UsageError
+from egtrain.optim.randomness import generator_for
+from egtrain.tasks import Split
+
+Batch = tuple[Tensor, Tensor]
+
+EVALUATION_BATCH = 500
+
+
+class ImageTask:
+    """Batches, loss and metric of an image classifier; every batch is a function of (seed, worker, step).
+
+    Args:
+        data: the images; they are moved to the device once.
+        workers: K. An epoch is a fresh permutation of the training images, cut into ⌊N/(K·b)⌋ batches; worker k
+            takes slots [k·b, (k+1)·b) of each, and the rest is dropped.
+        worker_batch_size: b.
+        seed: the run's.
+        augment: random crop (padding of an eighth of the height, 4 pixels at 32) and horizontal flip.
+
+    Raises:
+        UsageError: a batch is larger than the training data.
+    """
+
+    metric = "accuracy"
+    higher_is_better = True
+
+    def __init__(
+        self,
+        data: ImageData,
+        *,
+        workers: int,
+        worker_batch_size: int,
+        seed: int,
+        augment: bool,
+        channels_last: bool,
+        device: torch.device,
+    ) -> None:
+        self.samples = len(data.y_train)
+        self.steps_per_epoch = self.samples // (workers * worker_batch_size)
+        if self.steps_per_epoch == 0:
+            raise UsageError(
+                f"a batch of {workers} x {worker_batch_size} = {workers * worker_batch_size} is larger than the "
+                f"{self.samples} training samples: lower --workers or --batch-size"
+            )
+        self.worker_batch_size = worker_batch_size
+        self.batch_size = workers * worker_batch_size
+        self.seed = seed
+        self.device = device
+        self.channels_last = channels_last
+        self.mean, self.std = data.mean, data.std
+        self.ceiling = data.ceiling
+        self.padding = data.x_train.shape[1] // 8 if augment else 0
+        self._train = (data.x_train.to(device), data.y_train.to(device))
+        self._held_out: dict[Split, Batch] = {
+            "validation": (data.x_validation.to(device), data.y_validation.to(device)),
+            "test": (data.x_test.to(device), data.y_test.to(device)),
+        }
+        self._order: tuple[int, Tensor] | None = None
+
+    def batch(self, worker: int, step: int) -> Batch:
+        """Return the worker's mini-batch of a step: images [b, 3, height, width] and labels [b]."""
+        epoch, slot = divmod(step, self.steps_per_epoch)
+        start = slot * self.batch_size + worker * self.worker_batch_size
+        return self._augmented(
+            self._permutation(epoch)[start : start + self.worker_batch_size], "augment", worker, step
+        )
+
+    def extra_batch(self, worker: int, step: int) -> Batch:
+        """Return b further images of the training data, drawn independently, for a second gradient in the step."""
+        generator = generator_for(self.seed, "extra samples", worker, step, device=self.device)
+        chosen = torch.randint(self.samples, (self.worker_batch_size,), generator=generator, device=self.device)
+        return self._augmented(chosen, "extra augment", worker, step)
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the mean cross-entropy in nats and the fraction of right answers."""
+        images, labels = batch
+        logits = model(images).float()
+        return F.cross_entropy(logits, labels), (logits.detach().argmax(1) == labels).float().mean()
+
+    def evaluation_size(self, split: Split) -> int:
+        """Return the number of samples of a split."""
+        return len(self._held_out[split][1])
+
+    def evaluation_batches(self, split: Split) -> int:
+        """Return the number of batches that a split is evaluated in; it does not depend on workers or ranks."""
+        return -(-self.evaluation_size(split) // EVALUATION_BATCH)
+
+    def evaluate_batch(self, model: nn.Module, split: Split, index: int) -> Tensor:
+        """Return the sums over one evaluation batch, [cross-entropy in nats, right answers], in float64."""
+        images, labels = (t[index * EVALUATION_BATCH : (index + 1) * EVALUATION_BATCH] for t in self._held_out[split])
+        logits = model(normalise(images, self.mean, self.std, self.channels_last)).float()
+        right = (logits.argmax(1) == labels).sum()
+        return torch.stack([F.cross_entropy(logits, labels, reduction="none").double().sum(), right.double()])
+
+    def _augmented(self, chosen: Tensor, purpose: str, worker: int, step: int) -> Batch:
+        images = self._train[0][chosen]
+        if self.padding:
+            generator = generator_for(self.seed, purpose, worker, step, device=self.device)
+            images = random_crop_flip(images, generator, self.padding)
+        return normalise(images, self.mean, self.std, self.channels_last), self._train[1][chosen]
+
+    def _permutation(self, epoch: int) -> Tensor:
+        if self._order is None or self._order[0] != epoch:
+            generator = generator_for(self.seed, "order", epoch, device=self.device)
+            self._order = (epoch, torch.randperm(self.samples, generator=generator, device=self.device))
+        return self._order[1]

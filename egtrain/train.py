@@ -1,0 +1,223 @@
+"""The training loop, top to bottom."""
+
+import math
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from egtrain.errors import DivergedError, InterruptedRun
+from egtrain.evaluate import evaluate
+from egtrain.models.loading import load_weights
+from egtrain.optim.extrapolation import Extrapolation
+from egtrain.optim.noise_scale import NoiseScale
+from egtrain.optim.randomness import seed_for
+from egtrain.optim.schedules import Schedule
+from egtrain.tasks import Split, Task
+from egtrain.workers import STATISTICS, Workers
+
+
+@dataclass
+class Run:
+    """Everything that a run consists of; what changes in the course of it is in `state_dict`."""
+
+    task: Task
+    model: nn.Module
+    forward: nn.Module
+    """The model, or its compiled form."""
+    optimizer: torch.optim.Optimizer
+    extrapolation: Extrapolation | None
+    schedule: Schedule
+    workers: Workers
+    steps: int
+    extrapolated_steps: int
+    """Steps from the start in which there is extrapolation."""
+    new_samples: bool
+    """Whether a second gradient takes samples of its own."""
+    clip_norm: float | None
+    precision: str
+    seed: int
+    evaluate_every: int
+    """In steps."""
+    checkpoint_every: int
+    """In steps."""
+    noise_scale: NoiseScale = field(default_factory=NoiseScale)
+    step: int = 0
+    """Completed updates."""
+
+    @property
+    def gradient_evaluations(self) -> int:
+        """Per-sample gradients taken so far, by all workers."""
+        twice = 0
+        if self.extrapolation is not None and self.extrapolation.direction.needs_fresh:
+            twice = min(self.step, self.extrapolated_steps)
+        return (self.step + twice) * self.task.batch_size
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint holds, keyed by worker where it is a worker's; a collective.
+
+        `model` has the mean of the workers' BatchNorm statistics, ready for evaluation.
+        """
+        self.workers.average_buffers()
+        state: dict[str, Any] = {
+            "step": self.step,
+            "model": {name: t.detach().cpu().clone() for name, t in self.model.state_dict().items()},
+            "optimizer": self.optimizer.state_dict(),
+            "workers": self.workers.state_dict(),
+            "noise_scale": self.noise_scale.state_dict(),
+            "extrapolation": None,
+        }
+        if self.extrapolation is not None:
+            extrapolation = self.extrapolation.state_dict()
+            extrapolation["own"] = [self.workers.gather(rows) for rows in extrapolation["own"]]
+            state["extrapolation"] = extrapolation
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned, on any number of ranks."""
+        self.step = state["step"]
+        load_weights(self.model, state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.workers.load_state_dict(state["workers"])
+        self.noise_scale = NoiseScale(**state["noise_scale"])
+        if self.extrapolation is not None:
+            mine = slice(self.workers.mine.start, self.workers.mine.stop)
+            extrapolation = dict(state["extrapolation"])
+            extrapolation["own"] = [rows[mine] for rows in extrapolation["own"]]
+            self.extrapolation.load_state_dict(extrapolation)
+
+
+class Observer(Protocol):
+    """Who is told of the run: metrics, progress and checkpoints are written on one rank only."""
+
+    def trained(self, run: Run, step: int, metrics: dict[str, float]) -> None:
+        """Take the metrics of a completed update."""
+
+    def evaluated(self, run: Run, split: Split, metrics: dict[str, float]) -> None:
+        """Take the metrics of an evaluation after `run.step` updates."""
+
+    def save(self, run: Run, state: dict[str, Any], validation: dict[str, float] | None) -> None:
+        """Write a checkpoint of `run.step`; `validation` are the metrics of that step, if there was an evaluation."""
+
+
+def train(run: Run, observer: Observer, stop_requested: Callable[[], bool]) -> dict[str, dict[str, float]]:
+    """Train from `run.step` to `run.steps` and return the final metrics of each held-out split.
+
+    Raises:
+        DivergedError: a loss or gradient was not finite; the weights are those before that update.
+        InterruptedRun: `stop_requested` said so on some rank; the run was saved after the same step on all.
+    """
+    task, workers, optimizer = run.task, run.workers, run.optimizer
+    splits: list[Split] = [s for s in ("validation", "test") if task.evaluation_size(s)]
+    during: Split = splits[0]
+    final: dict[str, dict[str, float]] = {}
+    # On a GPU the statistics of a step are read when the next one has been queued, so that it never waits for the host.
+    unread: deque[tuple[int, float, Tensor]] = deque()
+    lag = 0 if workers.ranks.device.type == "cpu" else 1
+    run.model.train()
+
+    while run.step < run.steps:
+        learning_rate = run.schedule(run.step)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+
+        workers.begin_step()
+        for worker in workers.mine:
+            take_local_gradient(run, worker)
+        statistics = workers.average(stop_requested())
+        if run.clip_norm is not None:
+            factor = workers.clip(run.clip_norm)
+            if run.extrapolation is not None:
+                run.extrapolation.clip_past_gradients(factor)
+        optimizer.step()
+        workers.undo_unless_finite()
+        run.step += 1
+
+        unread.append((run.step, learning_rate, statistics))
+        last = run.step == run.steps
+        evaluation_due = last or run.step % run.evaluate_every == 0
+        checkpoint_due = last or run.step % run.checkpoint_every == 0
+        stop = False
+        while len(unread) > (0 if evaluation_due or checkpoint_due or stop else lag):
+            stop |= report(run, observer, *unread.popleft())
+
+        validation = None
+        if evaluation_due:
+            workers.average_buffers()
+            for split in splits if last else [during]:
+                final[split] = evaluate(task, run.model, split, workers.ranks, run.precision)
+                observer.evaluated(run, split, final[split])
+            validation = final.get("validation")
+        if checkpoint_due or stop:
+            observer.save(run, run.state_dict(), validation)
+        if stop and not last:
+            raise InterruptedRun(f"interrupted after step {run.step}; a checkpoint was saved")
+    if not final:
+        workers.average_buffers()
+        final = {split: evaluate(task, run.model, split, workers.ranks, run.precision) for split in splits}
+    return final
+
+
+def take_local_gradient(run: Run, worker: int) -> None:
+    """Take one worker's gradient at its extrapolated weights and add it to the step's sum."""
+    task, workers, extrapolation = run.task, run.workers, run.extrapolation
+    batch = task.batch(worker, run.step)
+
+    def backward(samples: Any) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(seed_for(run.seed, "dropout", worker, run.step))
+        with torch.autocast(workers.ranks.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
+            loss, metric = task.loss(run.forward, samples)
+        torch.autograd.backward(loss)
+        return loss.detach(), metric
+
+    def second_gradient() -> None:
+        backward(task.extra_batch(worker, run.step) if run.new_samples else batch)
+        workers.restore_buffers(worker)
+
+    workers.enter(worker)
+    relative_size = None
+    if extrapolation is not None and run.step < run.extrapolated_steps:
+        with extrapolation.shifted(worker, gradient=second_gradient):
+            if worker == 0:
+                relative_size = workers.relative_shift()
+            loss, metric = backward(batch)
+    else:
+        loss, metric = backward(batch)
+    workers.leave(worker, loss, metric, relative_size)
+
+
+def report(run: Run, observer: Observer, step: int, learning_rate: float, statistics: Tensor) -> bool:
+    """Read a step's statistics on the host, pass them on, and return whether a rank was asked to stop.
+
+    Raises:
+        DivergedError: a worker's loss or the mean gradient was not finite.
+    """
+    *entries, squared_norm_of_mean = statistics.double().tolist()
+    rows = [entries[k : k + len(STATISTICS)] for k in range(0, len(entries), len(STATISTICS))]
+    losses, metrics, squared_norms, relative_sizes, alignments, stops = zip(*rows, strict=True)
+    for worker, loss in enumerate(losses):
+        if not math.isfinite(loss):
+            raise DivergedError(
+                f"the loss of worker {worker} became {loss} at step {step}: lower optimizer.lr or lengthen the warm-up"
+            )
+    if not math.isfinite(squared_norm_of_mean):
+        raise DivergedError(f"the gradient became {squared_norm_of_mean} at step {step}: lower optimizer.lr")
+    mean_squared_norm = sum(squared_norms) / len(squared_norms)
+    run.noise_scale.update(mean_squared_norm, squared_norm_of_mean, len(rows), run.task.worker_batch_size)
+    values = {
+        "loss": sum(losses) / len(losses),
+        run.task.metric: sum(metrics) / len(metrics),
+        "learning_rate": learning_rate,
+        "gradient_norm": squared_norm_of_mean**0.5,
+        "local_gradient_norm": mean_squared_norm**0.5,
+        "gradient_alignment": alignments[0],
+    }
+    if run.extrapolation is not None:
+        values["extrapolation_size"] = relative_sizes[0]
+    if run.noise_scale.value is not None:
+        values["noise_scale"] = run.noise_scale.value
+    observer.trained(run, step, values)
+    return any(stop > 0 for stop in stops)

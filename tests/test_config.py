@@ -1,0 +1,594 @@
+"""The configuration: what is accepted, what it means, and what a user reads when something is wrong."""
+
+import contextlib
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from egtrain.config import (
+    Config,
+    OptimizerConfig,
+    config_from_yaml_text,
+    config_to_yaml,
+    differences,
+    json_schema,
+    load_config,
+)
+from egtrain.errors import UsageError
+from egtrain.yaml_reader import parse_settings, parse_value, write_settings
+
+
+def complaint(text: str, source: str = "x.yaml") -> str:
+    with pytest.raises(UsageError) as error:
+        config_from_yaml_text(text, source)
+    return str(error.value)
+
+
+def set_complaint(*overrides: str, preset: str = "resnet-eg") -> str:
+    with pytest.raises(UsageError) as error:
+        load_config(preset, list(overrides))
+    return str(error.value)
+
+
+# What a configuration means
+
+
+def test_defaults_are_the_reference_settings_without_extrapolation() -> None:
+    config = Config()
+    assert config.batch_size == 2048
+    assert config.optimizer.scaled_lr(config.batch_size) == pytest.approx(3.2)
+    assert config.extrapolation.name == "none"
+
+
+@pytest.mark.parametrize(
+    ("scaling", "base", "rate"), [("linear", 64, 3.2), ("sqrt", 64, 0.1 * math.sqrt(32)), ("none", 64, 0.1)]
+)
+def test_scaled_lr_follows_its_rule(scaling: str, base: int, rate: float) -> None:
+    optimizer = OptimizerConfig(lr=0.1, base_batch_size=base, lr_scaling=scaling)  # type: ignore[arg-type]
+    assert optimizer.scaled_lr(2048) == pytest.approx(rate, rel=1e-12)
+    assert optimizer.scaled_lr(base) == 0.1
+
+
+@pytest.mark.parametrize("scaling", ["linear", "sqrt", "none"])
+def test_without_a_base_batch_size_the_rate_is_used_as_it_is(scaling: str) -> None:
+    optimizer = OptimizerConfig(lr=0.4, base_batch_size=None, lr_scaling=scaling)  # type: ignore[arg-type]
+    assert optimizer.scaled_lr(2048) == 0.4
+
+
+def test_a_configuration_cannot_be_changed() -> None:
+    config = load_config("resnet-eg")
+    for section, key in ((config, "seed"), (config.optimizer, "lr"), (config.extrapolation, "ratio")):
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(section, key, 1)
+    assert hash(config) == hash(load_config("resnet-eg"))
+
+
+def test_ratio_one_over_k_follows_the_number_of_workers() -> None:
+    config = load_config("resnet-eg", ["workers=64"])
+    assert config.extrapolation.name == "local"
+    assert config.extrapolation.ratio == "1/K"
+    assert config.extrapolation.resolved_ratio(config.workers) == 1 / 64
+    given_number = load_config("resnet-eg", ["extrapolation.ratio=0.25"]).extrapolation
+    assert given_number.name == "local"
+    assert given_number.resolved_ratio(64) == 0.25
+    absolute = load_config("resnet-eg", ["extrapolation.rate=0.25"]).extrapolation
+    assert absolute.name == "local"
+    assert absolute.resolved_ratio(64) is None
+
+
+def test_every_key_is_described_in_the_json_schema() -> None:
+    schema = json_schema()
+    json.dumps(schema, allow_nan=False)
+    sections = {name for name, value in schema["properties"].items() if "$ref" in value}
+    assert sections == {"data", "model", "optimizer", "schedule", "checkpoint", "log"}
+    assert "inherits" in schema["properties"]
+    undescribed = [
+        key
+        for model in (schema, *schema["$defs"].values())
+        for key, value in model["properties"].items()
+        if key not in sections and "description" not in value
+    ]
+    assert undescribed == []
+    assert all(model["additionalProperties"] is False for model in schema["$defs"].values())
+
+
+def test_differences_name_each_changed_key_once() -> None:
+    a = load_config("resnet-eg")
+    b = load_config("resnet-sgd", ["optimizer.lr=0.2", "schedule.milestones=[0.5]", "data.offline=true"])
+    assert differences(a, a) == []
+    assert differences(a, b) == [
+        "data.offline: false -> true",
+        "optimizer.lr: 0.1 -> 0.2",
+        "schedule.milestones: [0.5, 0.75] -> [0.5]",
+        "extrapolation.name: local -> none",
+        "extrapolation.until: 1.0 -> (not set)",
+        "extrapolation.ratio: 1/K -> (not set)",
+        "extrapolation.rate: null -> (not set)",
+        "extrapolation.size: null -> (not set)",
+        "extrapolation.scaling: none -> (not set)",
+    ]
+
+
+def test_importing_the_configuration_does_not_import_torch() -> None:
+    code = "import sys, egtrain.config as c; c.load_config('resnet-eg'); sys.exit('torch' in sys.modules)"
+    root = Path(__file__).parents[1]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, timeout=60, check=False).returncode == 0
+
+
+# Reading and writing YAML
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 0.001),
+        ("1E5", 100000.0),
+        (".5", 0.5),
+        ("-2.", -2.0),
+        ("+3", 3),
+        ("010", 10),
+        ("0x10", 16),
+        ("null", None),
+        ("~", None),
+        ("true", True),
+        ("False", False),
+        ("no", "no"),
+        ("on", "on"),
+        ("12:30", "12:30"),
+        ("2020-01-01", "2020-01-01"),
+        ("1_000", "1_000"),
+        ("1/K", "1/K"),
+        ("npz:/a b/c#d.npz", "npz:/a b/c#d.npz"),
+        ("*x & !y %z", "*x & !y %z"),
+        ("'1e-3'", "1e-3"),
+        ('"a\\tb"', "a\tb"),
+        ("[0.5, 1e-3, null, 'x']", [0.5, 0.001, None, "x"]),
+        ("[]", []),
+    ],
+)
+def test_the_right_hand_side_of_an_override_is_a_yaml_scalar_or_list(text: str, value: object) -> None:
+    parsed = parse_value(text, "--set a=" + text)
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.text(max_size=20)
+)
+
+
+@settings(deadline=None, max_examples=60, database=None)
+@given(SCALARS, st.lists(SCALARS, max_size=3))
+def test_what_is_written_reads_back_equal(value: object, items: list[object]) -> None:
+    values = {"value": value, "group": {"items": items}}
+    assert parse_settings(write_settings(values), "x.yaml").values == values
+
+
+@pytest.mark.parametrize(
+    "text", ["null", "1e-3", "yes", " a ", "a: b", "#", "é\u0085\u2028\\\"'", "\U0001f600", "", "~"]
+)
+def test_text_that_looks_like_something_else_survives_the_round_trip(text: str) -> None:
+    config = Config.model_validate({"data": {"dir": text}})
+    assert config_from_yaml_text(config_to_yaml(config), "x.yaml") == config
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_bytes(b"\xef\xbb\xbfseed: 7\r\noptimizer:\r\n  lr: 0.3\r\n")
+    config = load_config(file)
+    assert (config.seed, config.optimizer.lr) == (7, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\nseed: 2\n", "x.yaml:2: duplicate key 'seed', first set in line 1; delete one of them"),
+        (
+            "optimizer:\n  lr: 1\n  momentum: 0\n  lr: 2\n",
+            "x.yaml:4: duplicate key 'optimizer.lr', first set in line 2; delete one of them",
+        ),
+        ("seed: 1\noptimizer:\n\tlr: 1\n", "x.yaml:3: not valid YAML"),
+        ("seed: [1\n", "x.yaml:2: not valid YAML"),
+        ("a: 1\n---\nb: 1\n", "x.yaml:2: a second document starts here"),
+        ("seed: 1\nepochs: \x07\n", "x.yaml:2: character #x0007 is not allowed"),
+        ("- 1\n- 2\n", "x.yaml:1: the top level must be 'key: value' lines, not a list"),
+        ("just text\n", "x.yaml:1: the top level must be 'key: value' lines, not 'just text'"),
+        ("seed: 1\n? [a, b]\n: 1\n", "x.yaml:2: a key must be a plain word"),
+        ('data:\n  dir: "\\UFFFFFFFF"\n', "x.yaml"),
+    ],
+)
+def test_broken_yaml_is_refused_with_its_line(text: str, message: str) -> None:
+    assert complaint(text).startswith(message)
+
+
+@pytest.mark.parametrize("text", ["", "\n\n", "# only a comment\n", "---\n", "null\n"])
+def test_a_file_without_settings_is_refused(text: str) -> None:
+    assert complaint(text) == ("x.yaml:1: the file holds no settings; write 'key: value' lines or 'inherits: [PRESET]'")
+
+
+def test_an_alias_bomb_is_refused_at_its_first_anchor() -> None:
+    bomb = "a: &a [x, x]\n" + "".join(f"{c}: &{c} [*{p}, *{p}]\n" for p, c in zip("abcdefgh", "bcdefghi", strict=True))
+    assert complaint("seed: 1\n" + bomb).startswith("x.yaml:2: anchors and aliases (&name, *name) are not allowed")
+    assert complaint("seed: *nothing\n").startswith("x.yaml:1: anchors and aliases")
+
+
+def test_tags_are_refused_and_nothing_is_constructed(tmp_path: Path) -> None:
+    witness = tmp_path / "made"
+    text = f"seed: 1\ntask: !!python/object/apply:os.mkdir ['{witness}']\n"
+    assert complaint(text).startswith(
+        "x.yaml:2: the tag 'tag:yaml.org,2002:python/object/apply:os.mkdir' is not allowed"
+    )
+    assert complaint("!!python/name:os.system seed: 1\n").startswith("x.yaml:1: ")
+    assert not witness.exists()
+
+
+@pytest.mark.parametrize("nested", ["[" * 100_000, "a: {" * 50_000, "- " * 100_000, "seed: " + "[" * 20 + "]" * 20])
+def test_deep_nesting_is_refused_without_running_out_of_stack(nested: str) -> None:
+    assert complaint(nested).startswith("x.yaml:1: ")
+
+
+@settings(deadline=None, max_examples=60, database=None)
+@given(st.text(alphabet=st.sampled_from("ab:-#?!&*<|>%@'\"[]{},\n\t \\x0.~1eé\u2028\ufeff\x00\ud800"), max_size=40))
+def test_any_text_is_either_read_or_refused_as_a_usage_error(text: str) -> None:
+    for read in (lambda: parse_settings(text, "x.yaml"), lambda: parse_value(text, "--set a=b")):
+        with contextlib.suppress(UsageError):
+            read()
+
+
+def test_a_file_over_a_megabyte_or_of_countless_values_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "big.yaml"
+    file.write_text("seed: 1\n" + "# filler\n" * 120_000)
+    with pytest.raises(UsageError, match=r"big\.yaml:\d+: larger than 1,000,000 bytes"):
+        load_config(file)
+    assert complaint("#" * 1_000_001).startswith("x.yaml: larger than 1,000,000 bytes")
+    assert complaint("seed: 1\nx: [" + "1," * 400_000 + "]").startswith("x.yaml:2: more than 10,000 values")
+
+
+def test_a_file_that_is_not_utf8_is_refused_with_the_line(tmp_path: Path) -> None:
+    file = tmp_path / "latin.yaml"
+    file.write_bytes("seed: 1\ndata:\n  dir: /données\n".encode("latin-1"))
+    with pytest.raises(UsageError, match=r"latin\.yaml:3: byte 0xe9 is not UTF-8; save the file as UTF-8"):
+        load_config(file)
+
+
+def test_paths_that_are_no_readable_file_are_refused(tmp_path: Path) -> None:
+    for path, problem in (
+        (tmp_path / "none.yaml", "no such file"),
+        (tmp_path, "this is a folder"),
+        (tmp_path / ("x" * 5000 + ".yaml"), "cannot be read"),
+    ):
+        with pytest.raises(UsageError, match=problem):
+            load_config(path)
+    with pytest.raises(UsageError, match="unknown preset"):
+        load_config("x" * 100_000)
+
+
+# Wrong keys and values
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optimzer:\n  lr: 1\n", "x.yaml:1: unknown key 'optimzer.lr'; did you mean 'optimizer.lr'?"),
+        ("seed: 1\n\noptimizer:\n  leanring: 1\n  lr: 1\n", "x.yaml:4: unknown key 'optimizer.leanring'"),
+        (
+            "optimizer:\n  momentm: 0.9\n",
+            "x.yaml:2: unknown key 'optimizer.momentm'; did you mean 'optimizer.momentum'?",
+        ),
+        ("lr: 1\n", "x.yaml:1: unknown key 'lr'; did you mean 'optimizer.lr'?"),
+        ("worker: 1\n", "x.yaml:1: unknown key 'worker'; did you mean 'workers'?"),
+        ("zzz: 1\n", "x.yaml:1: unknown key 'zzz'; `egtrain presets --schema` lists all keys"),
+        ("1: 2\n", "x.yaml:1: unknown key '1'; `egtrain presets --schema` lists all keys"),
+        ("<<: {seed: 1}\n", "x.yaml:1: unknown key '<<.seed'"),
+        (
+            "optimizer.lr: 1\n",
+            "x.yaml:1: 'optimizer.lr' must be nested; write 'optimizer:' and, indented in the next line, 'lr:'",
+        ),
+        ("seed: 1\noptimizer:\nepochs: 1\n", "x.yaml:2: optimizer must be a group of keys, such as name, not null"),
+        ("extrapolation: local\n", "x.yaml:1: extrapolation must be a group of keys, such as name, not 'local'"),
+    ],
+)
+def test_an_unknown_key_is_named_with_its_line_and_a_suggestion(text: str, message: str) -> None:
+    assert complaint(text).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("override", "rest"),
+    [
+        ("epochs=many", "epochs must be a whole number, not 'many'"),
+        ("epochs=2.0", "epochs must be a whole number, not 2.0"),
+        ("epochs=true", "epochs must be a whole number, not true"),
+        ("epochs=null", "epochs must be a whole number, not null"),
+        ("epochs=0", "epochs must be at least 1, not 0"),
+        ("epochs=[1]", "epochs must be a whole number, not a list"),
+        ("workers=9999999999", "workers must be at most 2,147,483,647, not 9999999999"),
+        ("seed=-1", "seed must be at least 0, not -1"),
+        ("compile=yes", "compile must be true or false, not 'yes'"),
+        ("compile=1", "compile must be true or false, not 1"),
+        ("schedule.decay=linear", "schedule.decay must be step, cosine or constant, not 'linear'"),
+        ("data.dir=5", "data.dir must be text (write it in quotes), not 5"),
+        (
+            "data.name=cifar-10",
+            "data.name must be cifar10, cifar100, synthetic or npz:FILE, not 'cifar-10'; did you mean 'cifar10'?",
+        ),
+        ("data.name=npz:", "data.name must be cifar10, cifar100, synthetic or npz:FILE, not 'npz:'"),
+        ("model.depth=21", "model.depth must be 6n + 2, such as 20 or 26, not 21"),
+        ("optimizer.lr=0", "optimizer.lr must be greater than 0, not 0"),
+        ("optimizer.lr='0.1'", "optimizer.lr must be a number, not '0.1'"),
+        ("optimizer.lr=1e308", "optimizer.lr is too large for batches of 2048; lower it"),
+        ("optimizer.lr=nan", "'nan' is not a finite number; write a finite one, or null for none"),
+        ("optimizer.lr=-.INF", "'-.INF' is not a finite number; write a finite one, or null for none"),
+        ("optimizer.lr=1e999", "'1e999' is not a finite number; write a smaller one"),
+        ("optimizer.momentum=1", "optimizer.momentum must be less than 1, not 1"),
+        ("schedule.milestones=0.5", "schedule.milestones must be a list, not 0.5"),
+        ("schedule.milestones=[0.5, x]", "schedule.milestones.1 must be a number, not 'x'"),
+        (
+            "schedule.milestones=[0.75, 0.5]",
+            "schedule.milestones must be increasing fractions of the run between 0 and 1, such as [0.5, 0.75], "
+            "not [0.75, 0.5]",
+        ),
+        (
+            "schedule.milestones=[0.5, 1]",
+            "schedule.milestones must be increasing fractions of the run between 0 and 1, such as [0.5, 0.75], "
+            "not [0.5, 1.0]",
+        ),
+        ("extrapolation.ratio=-1", "extrapolation.ratio must be at least 0 or 1/K, not -1"),
+        ("extrapolation.ratio=1/16", "extrapolation.ratio must be a number or 1/K, not '1/16'"),
+        ("extrapolation.until=0", "extrapolation.until must be greater than 0, not 0"),
+        ("log.every=0", "log.every must be at least 1, not 0"),
+        ("log.every=" + "9" * 5000, "a number of 5000 characters is too long; write it shorter"),
+        ("optimzer.lr=1", "unknown key 'optimzer.lr'; did you mean 'optimizer.lr'?"),
+        ("lr=1", "unknown key 'lr'; did you mean 'optimizer.lr'?"),
+        ("optimizer=1", "'optimizer' is a group; set one of its keys, such as optimizer.name"),
+        ("optimizer.lr.x=1", "unknown key 'optimizer.lr.x'; did you mean 'optimizer.lr'?"),
+        ("inherits=[resnet-eg]", "inherits belongs in a file; name the preset with --preset instead"),
+        ("seed", "write KEY=VALUE, such as optimizer.lr=0.2"),
+        ("=1", "write KEY=VALUE, such as optimizer.lr=0.2"),
+        ("seed=", "the value is missing; write null for none, or '' for empty text"),
+        ("seed={a: 1}", "a mapping cannot be set; set its keys one by one"),
+        ("seed=[1", "not valid YAML"),
+    ],
+)
+def test_a_wrong_override_is_refused_in_one_sentence(override: str, rest: str) -> None:
+    message = set_complaint(override)
+    assert message.startswith(f"--set {override}"[:206] + ": " + rest)
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_numbers_that_are_not_finite_are_refused_in_python_too(value: float) -> None:
+    with pytest.raises(ValidationError):
+        OptimizerConfig(weight_decay=value)
+
+
+def test_numbers_that_are_not_finite_are_refused_with_their_line() -> None:
+    assert complaint("seed: 1\noptimizer:\n  lr: .nan\n").startswith("x.yaml:3: '.nan' is not a finite number")
+    assert complaint("schedule:\n  milestones:\n  - 0.1\n  - .inf\n").startswith("x.yaml:4: '.inf' is not a finite")
+
+
+@pytest.mark.parametrize("preset", ["../elsewhere", "/tmp/x", "a\nb", "x" * 201])
+def test_the_preset_is_a_name_and_no_path(preset: str) -> None:
+    assert complaint("seed: 1\n" + write_settings({"preset": preset})).startswith("x.yaml:2: preset must be a name")
+
+
+def test_terminal_escapes_in_a_key_are_not_passed_on() -> None:
+    assert "\x1b" not in complaint('"\\e[31mseed": 1\n')
+
+
+def test_an_item_of_a_list_is_reported_with_its_own_line() -> None:
+    assert complaint("schedule:\n  milestones:\n  - 0.1\n  - x\n") == (
+        "x.yaml:4: schedule.milestones.1 must be a number, not 'x'"
+    )
+
+
+# Overrides
+
+
+def test_overrides_are_applied_and_the_last_of_equal_keys_wins() -> None:
+    config = load_config(
+        "resnet-eg",
+        [
+            "optimizer.lr=1e-3",
+            "schedule.milestones=[0.25, 0.5]",
+            "optimizer.base_batch_size=null",
+            "seed=1",
+            "seed = 2",
+        ],
+    )
+    assert config.optimizer.lr == 0.001
+    assert config.schedule.milestones == (0.25, 0.5)
+    assert config.optimizer.base_batch_size is None
+    assert config.seed == 2
+    assert config.optimizer.momentum == 0.9
+
+
+# Extrapolation
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ("{name: local, ratio: 0.1, rate: 0.1}", "extrapolation.ratio and extrapolation.rate exclude each other"),
+        ("{name: fresh, rate: 0.1, size: 0.1}", "extrapolation.rate and extrapolation.size exclude each other"),
+        ("{name: local, size: 0.1}", "extrapolation.size needs extrapolation.scaling layer or filter"),
+        (
+            "{name: global, scaling: layer}",
+            "extrapolation.scaling 'layer' needs extrapolation.size; set it, such as 0.05",
+        ),
+        (
+            "{name: global, scaling: filter, ratio: 1/K}",
+            "extrapolation.scaling 'filter' needs extrapolation.size and no extrapolation.ratio; set it",
+        ),
+        ("{name: global, scaling: layer, ratio: 0.1, size: 0.1}", "extrapolation.scaling 'layer' needs"),
+        ("{name: gaussian}", "extrapolation 'gaussian' needs extrapolation.size; set it, such as 0.05"),
+        (
+            "{name: gaussian, size: 0.1, ratio: 0.1}",
+            "extrapolation 'gaussian' has no key 'extrapolation.ratio'; remove it, or set extrapolation.name to local "
+            "or global or fresh or gradient-noise",
+        ),
+        ("{until: 0.5}", "extrapolation 'none' has no key 'extrapolation.until'; remove it, or set extrapolation.name"),
+        (
+            "{name: locl}",
+            "extrapolation.name must be one of none, local, global, fresh, gaussian, uniform, gradient-noise, sam, "
+            "not 'locl'; did you mean 'local'?",
+        ),
+        ("{name: null}", "extrapolation.name must be one of none, local"),
+        ("{name: [a]}", "extrapolation.name must be one of none, local"),
+        ("{name: sam, radius: -1}", "extrapolation.radius must be at least 0, not -1"),
+    ],
+)
+def test_an_impossible_extrapolation_is_refused(keys: str, message: str) -> None:
+    assert complaint(f"seed: 1\nextrapolation: {keys}\n").startswith(f"x.yaml:2: {message}")
+
+
+@pytest.mark.parametrize("name", ["local", "global", "gradient-noise", "fresh"])
+def test_the_length_along_a_gradient_is_one_of_three(name: str) -> None:
+    for keys in ("", ", ratio: 0.5", ", ratio: 1/K", ", rate: 0", ", size: 0.1, scaling: layer"):
+        config = config_from_yaml_text(f"extrapolation: {{name: {name}{keys}}}\n", "x.yaml")
+        length = config.extrapolation
+        assert length.name == name
+        given = [getattr(length, key) for key in ("ratio", "rate", "size")]
+        assert sum(value is not None for value in given) == 1
+        assert config_from_yaml_text(config_to_yaml(config), "again") == config
+    default = config_from_yaml_text(f"extrapolation: {{name: {name}}}\n", "x.yaml").extrapolation
+    assert getattr(default, "ratio", None) == "1/K"
+
+
+def test_another_extrapolation_drops_what_was_inherited_for_the_old_one() -> None:
+    noise = load_config("resnet-eg", ["extrapolation.size=0.1", "extrapolation.name=gaussian"])
+    assert noise.extrapolation.model_dump() == {
+        "name": "gaussian",
+        "size": 0.1,
+        "scaling": "filter",
+        "norm_and_bias": False,
+        "until": 1.0,
+    }
+    assert load_config("resnet-gaussian", ["extrapolation.name=none"]).extrapolation.name == "none"
+    local = load_config("resnet-gaussian", ["extrapolation.name=local"]).extrapolation
+    assert local.name == "local"
+    assert (local.ratio, local.size, local.scaling) == ("1/K", None, "none")
+
+
+def test_the_same_extrapolation_name_keeps_what_was_inherited() -> None:
+    config = load_config("resnet-gaussian", ["extrapolation.name=gaussian", "extrapolation.until=0.5"])
+    assert config.extrapolation.model_dump()["size"] == 0.05
+
+
+def test_a_length_replaces_the_inherited_one() -> None:
+    rate = load_config("resnet-eg", ["extrapolation.rate=0.1"]).extrapolation
+    assert rate.name == "local"
+    assert (rate.ratio, rate.rate) == (None, 0.1)
+    size = load_config("resnet-eg", ["extrapolation.scaling=layer", "extrapolation.size=0.02"]).extrapolation
+    assert size.name == "local"
+    assert (size.ratio, size.size, size.scaling) == (None, 0.02, "layer")
+
+
+def test_a_missing_size_points_at_the_new_name_and_not_at_the_preset() -> None:
+    assert set_complaint("extrapolation.name=uniform") == (
+        "--set extrapolation.name=uniform: extrapolation 'uniform' needs extrapolation.size; set it, such as 0.05"
+    )
+
+
+def test_two_lengths_in_one_command_are_refused_in_either_order() -> None:
+    for overrides in (
+        ["extrapolation.ratio=0.1", "extrapolation.rate=0.1"],
+        ["extrapolation.rate=0.1", "extrapolation.ratio=0.1"],
+    ):
+        assert "exclude each other" in set_complaint(*overrides)
+
+
+# Inheritance
+
+
+def write(folder: Path, **files: str) -> Path:
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return folder
+
+
+def test_files_inherit_in_order_and_groups_are_merged(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        a="seed: 1\nepochs: 11\noptimizer:\n  lr: 0.1\n  momentum: 0.1\n",
+        b="seed: 2\noptimizer:\n  lr: 0.2\n",
+        child="inherits: [a.yaml, b]\noptimizer:\n  weight_decay: 0.3\nschedule:\n  milestones: [0.1]\n",
+    )
+    config = load_config(tmp_path / "child.yaml", ["optimizer.momentum=0.4"])
+    assert (config.seed, config.epochs, config.preset) == (2, 11, "child")
+    optimizer = config.optimizer
+    assert (optimizer.lr, optimizer.momentum, optimizer.weight_decay) == (0.2, 0.4, 0.3)
+    assert config.schedule.milestones == (0.1,)
+
+
+def test_a_file_may_inherit_a_shipped_preset_of_its_own_name(tmp_path: Path) -> None:
+    write(tmp_path, **{"resnet-eg": "inherits: resnet-eg\nepochs: 5\n"})
+    assert load_config(tmp_path / "resnet-eg.yaml") == load_config("resnet-eg", ["epochs=5"])
+
+
+def test_a_wrong_value_in_a_parent_is_reported_where_it_stands(tmp_path: Path) -> None:
+    write(tmp_path, base="seed: 1\noptimizer:\n  nesterov: true\n  lr: -1\n", child="inherits: [base]\nepochs: 3\n")
+    with pytest.raises(UsageError) as error:
+        load_config(tmp_path / "child.yaml")
+    assert str(error.value) == f"{tmp_path / 'base.yaml'}:4: optimizer.lr must be greater than 0, not -1"
+    # Once another layer has set it, the parent's value is gone and that layer is to blame.
+    assert load_config(tmp_path / "child.yaml", ["optimizer.lr=1"]).optimizer.lr == 1
+    with pytest.raises(UsageError, match=r"^--set optimizer\.lr=-2: "):
+        load_config(tmp_path / "child.yaml", ["optimizer.lr=-2"])
+
+
+def test_an_unknown_key_in_a_parent_is_reported_where_it_stands(tmp_path: Path) -> None:
+    write(tmp_path, base="seed: 1\nmodle:\n  depth: 8\n", child="inherits: [base]\nepochs: 3\n")
+    with pytest.raises(UsageError, match=r"base\.yaml:2: unknown key 'modle\.depth'; did you mean 'model\.depth'\?"):
+        load_config(tmp_path / "child.yaml")
+
+
+def test_inheriting_in_a_circle_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, a="inherits: [b]\n", b="seed: 1\ninherits:\n  - resnet-eg\n  - c.yaml\n", c="inherits: [a]\n")
+    with pytest.raises(UsageError, match=r"c\.yaml:1: inherits goes in a circle \(.*a\.yaml -> .*b\.yaml -> .*c\.yaml"):
+        load_config(tmp_path / "a.yaml")
+    write(tmp_path, own="seed: 1\ninherits: [own.yaml]\n")
+    with pytest.raises(UsageError, match=r"own\.yaml:2: inherits goes in a circle"):
+        load_config(tmp_path / "own.yaml")
+
+
+def test_a_long_chain_is_refused_and_a_wide_one_is_quick(tmp_path: Path) -> None:
+    for number in range(30):
+        write(tmp_path, **{f"deep{number}": f"inherits: [deep{number + 1}]\n"})
+    with pytest.raises(UsageError, match="more than 20 files deep"):
+        load_config(tmp_path / "deep0.yaml")
+    for number in range(19):
+        write(tmp_path, **{f"wide{number}": f"inherits: [wide{number + 1}, wide{number + 1}, wide{number + 1}]\n"})
+    write(tmp_path, wide19="seed: 5\n")
+    assert load_config(tmp_path / "wide0.yaml").seed == 5
+
+
+@pytest.mark.parametrize(
+    ("inherits", "message"),
+    [
+        ("resnet-ge", "unknown preset 'resnet-ge'; did you mean 'resnet-eg'?"),
+        ("[resnet-eg, family/resnt]", "unknown preset 'family/resnt'; did you mean 'family/resnet'?"),
+        ("gone.yaml", "the inherited file "),
+        ("5", "inherits must be a list of presets"),
+        ("[5]", "inherits must be a list of presets"),
+        ("null", "inherits must be a list of presets"),
+    ],
+)
+def test_a_wrong_parent_is_refused_with_its_line(tmp_path: Path, inherits: str, message: str) -> None:
+    write(tmp_path, child=f"seed: 1\ninherits: {inherits}\n")
+    with pytest.raises(UsageError) as error:
+        load_config(tmp_path / "child.yaml")
+    assert str(error.value).startswith(f"{tmp_path / 'child.yaml'}:2: {message}")
+
+
+def test_the_resolved_file_of_a_run_keeps_its_preset_name(tmp_path: Path) -> None:
+    config = load_config("resnet-eg", ["seed=3"])
+    write(tmp_path, config=config_to_yaml(config))
+    assert load_config(tmp_path / "config.yaml") == config
+    assert load_config(tmp_path / "config.yaml", ["extrapolation.rate=0.1"]).preset == "resnet-eg"

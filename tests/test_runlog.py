@@ -1,0 +1,483 @@
+import io
+import json
+import math
+import os
+import pty
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import metadata as hparams_metadata
+
+from egtrain import runlog
+from egtrain.errors import EgtrainError
+from egtrain.progress import Display
+from egtrain.runlog import RunLog, git_commit, hardware, versions, write_summary
+
+STEPS_PER_EPOCH = 4
+
+
+def log_steps(log: RunLog, first: int, last: int) -> None:
+    """Log a run whose metrics are a function of the step."""
+    for step in range(first, last + 1):
+        epoch = step / STEPS_PER_EPOCH
+        log.train_step(step, epoch, {"loss": 1 / step, "accuracy": step / 100, "learning_rate": 0.1}, samples=8)
+        if step % STEPS_PER_EPOCH == 0:
+            log.evaluation(step, epoch, "test", {"loss": 2 / step, "accuracy": step / 200})
+
+
+def lines_in(directory: Path) -> list[dict[str, Any]]:
+    return [
+        json.loads(line, parse_constant=pytest.fail) for line in (directory / "metrics.jsonl").read_text().splitlines()
+    ]
+
+
+def without_wall(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in line.items() if key != "wall"} for line in lines]
+
+
+def events_in(directory: Path) -> EventAccumulator:
+    events = EventAccumulator(str(directory / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0})
+    events.Reload()
+    return events
+
+
+def curve(directory: Path, tag: str) -> list[tuple[int, float]]:
+    return [(event.step, event.value) for event in events_in(directory).Scalars(tag)]
+
+
+def event_files(directory: Path) -> list[Path]:
+    return sorted((directory / "tensorboard").iterdir())
+
+
+@contextmanager
+def files_limited_to(size: int) -> Iterator[None]:
+    """Let the operating system refuse to write more than so many bytes into a file, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+# ---- metrics.jsonl
+
+
+def test_a_line_is_one_object_with_the_clock_under_one_key(tmp_path: Path) -> None:
+    with RunLog(tmp_path, tensorboard=False) as log:
+        log.train_step(1, 0.25, {"loss": 2.5, "noise_scale": math.inf}, samples=8)
+        log.evaluation(1, 0.25, "validation", {"loss": math.nan, "accuracy": 0.5})
+    train, validation = lines_in(tmp_path)
+    assert train.pop("wall").keys() == {"seconds", "samples_per_second"}
+    assert validation.pop("wall").keys() == {"seconds"}
+    assert train == {"step": 1, "epoch": 0.25, "split": "train", "loss": 2.5, "noise_scale": None}
+    assert validation == {"step": 1, "epoch": 0.25, "split": "validation", "loss": None, "accuracy": 0.5}
+    assert not (tmp_path / "tensorboard").exists()
+
+
+def test_a_line_can_be_read_as_soon_as_it_is_logged(tmp_path: Path) -> None:
+    with RunLog(tmp_path, tensorboard=False) as log:
+        log_steps(log, 1, 3)
+        assert [line["step"] for line in lines_in(tmp_path)] == [1, 2, 3]
+
+
+def test_only_each_so_many_th_step_is_written_where_that_was_asked_for(tmp_path: Path) -> None:
+    with RunLog(tmp_path, every=3) as log:
+        log_steps(log, 1, 9)
+    lines = lines_in(tmp_path)
+    assert [line["step"] for line in lines if line["split"] == "train"] == [3, 6, 9]
+    assert [line["step"] for line in lines if line["split"] == "test"] == [4, 8]
+    assert [step for step, _ in curve(tmp_path, "train/loss")] == [3, 6, 9]
+
+
+def test_the_speed_counts_training_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    log = RunLog(tmp_path, tensorboard=False)
+    for step in range(1, 101):
+        # The first step holds the start-up; from step 51 on, they take twice as long.
+        now += 60.0 if step == 1 else 0.5 if step <= 50 else 1.0
+        log.train_step(step, 0, {}, samples=100)
+        if step == 30:
+            now += 1000.0
+            log.evaluation(step, 0, "test", {})
+            now += 1000.0
+            log.restart_clock()
+    speeds = [line["wall"]["samples_per_second"] for line in lines_in(tmp_path) if line["split"] == "train"]
+    assert speeds[0] is None
+    assert speeds[1:50] == [200.0] * 49
+    assert 100 < speeds[60] < 200
+    assert speeds[70:] == [100.0] * 30
+    log.close()
+
+
+# ---- resumed
+
+
+@pytest.mark.parametrize("resume_step", [1, 4, 6, 8, 10])
+def test_a_resumed_run_leaves_the_log_of_an_undisturbed_one(tmp_path: Path, resume_step: int) -> None:
+    undisturbed, disturbed = tmp_path / "a", tmp_path / "b"
+    undisturbed.mkdir()
+    disturbed.mkdir()
+    with RunLog(undisturbed) as log:
+        log.text("config", "the config")
+        log_steps(log, 1, 12)
+        log.hyperparameters({"lr": 0.1}, {"test_accuracy": 0.06})
+    with RunLog(disturbed) as log:
+        log.text("config", "the config")
+        log_steps(log, 1, 10)
+    # What a kill in mid-write leaves, in both kinds of file.
+    with (disturbed / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 5, "epoch": 1.2')
+    torn = event_files(undisturbed)[0].read_bytes()[-200:]
+    with event_files(disturbed)[0].open("ab") as file:
+        file.write(torn[:150])
+    for _ in range(2):
+        with RunLog(disturbed, resume_step=resume_step) as log:
+            log.text("config", "the config")
+            log_steps(log, resume_step + 1, 12)
+            log.hyperparameters({"lr": 0.1}, {"test_accuracy": 0.06})
+    assert without_wall(lines_in(disturbed)) == without_wall(lines_in(undisturbed))
+    tags = events_in(undisturbed).Tags()
+    assert {key: sorted(value) for key, value in events_in(disturbed).Tags().items() if isinstance(value, list)} == {
+        key: sorted(value) for key, value in tags.items() if isinstance(value, list)
+    }
+    for tag in tags["scalars"]:
+        if not tag.startswith("speed/"):
+            assert curve(disturbed, tag) == curve(undisturbed, tag), tag
+    assert [step for step, _ in curve(disturbed, "train/loss")] == list(range(1, 13))
+    assert [event.step for event in events_in(disturbed).Tensors("config")] == [0]
+
+
+def test_a_reader_that_knows_nothing_of_restarts_finds_each_step_once(tmp_path: Path) -> None:
+    with RunLog(tmp_path) as log:
+        log_steps(log, 1, 10)
+    for resume_step in (8, 3):
+        with RunLog(tmp_path, resume_step=resume_step) as log:
+            log_steps(log, resume_step + 1, 10)
+    assert len(event_files(tmp_path)) == 3
+    naive = EventAccumulator(str(tmp_path / "tensorboard"), purge_orphaned_data=False)
+    naive.Reload()
+    assert [event.step for event in naive.Scalars("train/loss")] == list(range(1, 11))
+
+
+def test_a_tensorboard_that_has_read_what_was_cut_off_forgets_it(tmp_path: Path) -> None:
+    with RunLog(tmp_path) as log:
+        log_steps(log, 1, 10)
+    watching = events_in(tmp_path)
+    assert len(watching.Scalars("train/loss")) == 10
+    with RunLog(tmp_path, resume_step=6) as log:
+        log_steps(log, 7, 12)
+    watching.Reload()
+    assert [event.step for event in watching.Scalars("train/loss")] == list(range(1, 13))
+
+
+def test_a_run_resumed_after_its_end_changes_nothing(tmp_path: Path) -> None:
+    with RunLog(tmp_path) as log:
+        log_steps(log, 1, 8)
+        log.hyperparameters({"lr": 0.1}, {"test_accuracy": 0.04})
+    before = lines_in(tmp_path)
+    with RunLog(tmp_path, resume_step=8) as log:
+        log.hyperparameters({"lr": 0.1}, {"test_accuracy": 0.04})
+    assert lines_in(tmp_path) == before
+    assert [step for step, _ in curve(tmp_path, "final/test_accuracy")] == [8]
+    assert len(curve(tmp_path, "train/loss")) == 8
+
+
+@pytest.mark.parametrize("resume_step", [None, 0])
+def test_a_run_that_starts_again_starts_an_empty_log(tmp_path: Path, resume_step: int | None) -> None:
+    with RunLog(tmp_path) as log:
+        log.text("config", "old")
+        log_steps(log, 1, 5)
+    with RunLog(tmp_path, resume_step=resume_step) as log:
+        log.text("config", "new")
+        log_steps(log, 1, 2)
+    assert [line["step"] for line in lines_in(tmp_path)] == [1, 2]
+    assert [step for step, _ in curve(tmp_path, "train/loss")] == [1, 2]
+    (text,) = events_in(tmp_path).Tensors("config")
+    assert text.tensor_proto.string_val == [b"new"]
+
+
+def test_lines_around_a_damaged_one_are_kept(tmp_path: Path) -> None:
+    with RunLog(tmp_path, tensorboard=False) as log:
+        log_steps(log, 1, 3)
+    path = tmp_path / "metrics.jsonl"
+    first, _, third = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + b"\x00" * 40 + b"\n" + b"[1]\n" + b'{"step": "x"}\n' + third)
+    with RunLog(tmp_path, tensorboard=False, resume_step=3) as log:
+        log_steps(log, 4, 4)
+    assert [line["step"] for line in lines_in(tmp_path)] == [1, 3, 4, 4]
+
+
+def test_the_clock_goes_on_after_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with RunLog(tmp_path, tensorboard=False) as log:
+        for step in (1, 2, 3):
+            now += 10
+            log.train_step(step, 0, {}, samples=1)
+    now = 77.0
+    with RunLog(tmp_path, tensorboard=False, resume_step=2) as log:
+        now += 10
+        log.train_step(3, 0, {}, samples=1)
+    assert [line["wall"]["seconds"] for line in lines_in(tmp_path)] == [10, 20, 30]
+
+
+# ---- TensorBoard
+
+
+def test_curves_are_named_by_what_they_show_over_the_step(tmp_path: Path) -> None:
+    metrics = {"loss": 1.0, "accuracy": 0.5, **{name: 2.0 for name in runlog.TAGS if name != "samples_per_second"}}
+    with RunLog(tmp_path) as log:
+        for step in (1, 2):
+            log.train_step(step, 0.1, metrics, samples=8)
+        log.evaluation(2, 0.2, "test", {"accuracy": 0.25})
+    assert set(events_in(tmp_path).Tags()["scalars"]) == {"train/loss", "train/accuracy", "test/accuracy"} | set(
+        runlog.TAGS.values()
+    )
+    assert curve(tmp_path, "test/accuracy") == [(2, 0.25)]
+    assert curve(tmp_path, "gradient/noise_scale") == [(1, 2.0), (2, 2.0)]
+
+
+def test_hyperparameters_land_in_the_run_itself(tmp_path: Path) -> None:
+    with RunLog(tmp_path) as log:
+        log_steps(log, 1, 4)
+        log.hyperparameters(
+            {
+                "optimizer.lr": 0.1,
+                "workers": 16,
+                "compile": False,
+                "model": "resnet",
+                "steps": None,
+                "m": (0.5, 1),
+            },
+            {"test_accuracy": 0.5},
+        )
+    assert [path.is_file() for path in (tmp_path / "tensorboard").iterdir()] == [True]
+    events = events_in(tmp_path)
+    content = events.PluginTagToContent("hparams")[hparams_metadata.SESSION_START_INFO_TAG]
+    found = hparams_metadata.parse_session_start_info_plugin_data(content).hparams
+    assert {name: getattr(value, value.WhichOneof("kind")) for name, value in found.items()} == {
+        "optimizer.lr": 0.1,
+        "workers": 16.0,
+        "compile": False,
+        "model": "resnet",
+        "m": "(0.5, 1)",
+    }
+    assert curve(tmp_path, "final/test_accuracy") == [(4, 0.5)]
+
+
+def test_files_of_one_second_are_read_in_the_order_in_which_they_were_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "time", lambda: 1_000_000_000.0)
+    for first in range(1, 14):
+        with RunLog(tmp_path, resume_step=first - 1) as log:
+            log_steps(log, first, first)
+    assert [step for step, _ in curve(tmp_path, "train/loss")] == list(range(1, 14))
+
+
+# ---- full disks
+
+
+def test_a_full_disk_is_warned_of_once_and_loses_nothing_once_there_is_room(tmp_path: Path) -> None:
+    warnings: list[str] = []
+    log = RunLog(tmp_path, warn=warnings.append)
+    log_steps(log, 1, 3)
+    # In the middle of a record, for both files.
+    with files_limited_to((tmp_path / "metrics.jsonl").stat().st_size + 10):
+        log_steps(log, 4, 40)
+        log.flush()
+    assert len(warnings) == 2
+    assert "metrics.jsonl" in warnings[0] + warnings[1]
+    assert "tfevents" in warnings[0] + warnings[1]
+    assert all("training goes on" in warning for warning in warnings)
+    log_steps(log, 41, 44)
+    log.close()
+    assert [line["step"] for line in lines_in(tmp_path) if line["split"] == "train"] == list(range(1, 45))
+    assert [step for step, _ in curve(tmp_path, "train/loss")] == list(range(1, 45))
+    assert len(warnings) == 2
+
+
+def test_a_run_that_ends_on_a_full_disk_can_be_resumed(tmp_path: Path) -> None:
+    warnings: list[str] = []
+    log = RunLog(tmp_path, warn=warnings.append)
+    log_steps(log, 1, 3)
+    with files_limited_to((tmp_path / "metrics.jsonl").stat().st_size + 10):
+        log_steps(log, 4, 40)
+        log.close()
+    with RunLog(tmp_path, resume_step=3) as log:
+        log_steps(log, 4, 6)
+    assert [line["step"] for line in lines_in(tmp_path) if line["split"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert [step for step, _ in curve(tmp_path, "train/loss")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_log_that_cannot_be_opened_is_an_error_before_the_run(tmp_path: Path) -> None:
+    (tmp_path / "tensorboard").write_text("in the way")
+    with pytest.raises(EgtrainError, match=r"cannot write .*tensorboard"):
+        RunLog(tmp_path)
+    with pytest.raises(EgtrainError, match=r"cannot write .*missing"):
+        RunLog(tmp_path / "missing")
+
+
+def test_by_default_a_warning_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stream = io.StringIO()
+    with RunLog(tmp_path, tensorboard=False) as log:
+        log._warn("no room")
+    with RunLog(tmp_path, tensorboard=False, display=Display("x", epochs=1, steps=1, stream=stream)) as log:
+        log._warn("no room")
+    assert capsys.readouterr().err == "warning: no room\n"
+    assert stream.getvalue() == "warning: no room\n"
+
+
+# ---- the display
+
+
+def show(display: Display, steps: int) -> None:
+    with display:
+        for step in range(1, steps + 1):
+            display.step(step, step / 4, {"loss": 2.0 / step, "accuracy": 0.5, "gradient_norm": 9.0}, 1234.5)
+            if step % 4 == 0:
+                display.evaluation(step, step / 4, "test", {"loss": 1.0, "accuracy": 0.4321})
+
+
+def test_on_a_pipe_the_display_is_a_few_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    stream = io.StringIO()
+    show(Display("resnet-eg", epochs=500, steps=2000, stream=stream), 8)
+    assert stream.getvalue().splitlines() == [
+        "resnet-eg: 500 epochs, 2,000 steps",
+        "epoch   1/500  step     4/2,000  test: loss 1.000  accuracy 43.21%",
+        "epoch   2/500  step     8/2,000  test: loss 1.000  accuracy 43.21%",
+        "resnet-eg: stopped at step 8 of 2,000 after 0:00:00",
+    ]
+
+
+def test_on_a_pipe_there_is_at_most_one_training_line_every_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    stream = io.StringIO()
+    with Display("x", epochs=1, steps=100, stream=stream) as display:
+        for step in range(1, 101):
+            now += 1.0
+            display.step(step, step / 100, {"loss": 0.5, "accuracy": 0.25, "gradient_norm": 9.0}, 1234.5)
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 12
+    assert lines[1] == "epoch 1/1  step  10/100  loss 0.5000  accuracy 25.00%  1,234 samples/s  0:01:30 left"
+    assert lines[-1] == "x: done at step 100 of 100 after 0:01:40"
+
+
+def test_a_closed_pipe_ends_the_display_and_not_the_run() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    stream = os.fdopen(writer, "w")
+    show(Display("x", epochs=2, steps=8, stream=stream), 8)
+    with pytest.raises(BrokenPipeError):
+        stream.close()
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{"TERM": "xterm-256color"}, {"TERM": "xterm", "NO_COLOR": "1"}, {"TERM": "dumb"}],
+    ids=["colour", "no colour", "dumb"],
+)
+def test_a_terminal_is_given_back_as_it_was_also_after_an_exception(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]
+) -> None:
+    for name in ("NO_COLOR", "FORCE_COLOR", "COLORTERM"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {**variables, "COLUMNS": "80"}.items():
+        monkeypatch.setenv(name, value)
+    controller, terminal = pty.openpty()
+    stdout, stderr = sys.stdout, sys.stderr
+
+    def interrupted_run(display: Display) -> None:
+        with display:
+            display.step(1, 0.25, {"loss": 2.0, "accuracy": 0.5}, 1e6)
+            time.sleep(0.3)
+            display.message("a message")
+            raise KeyboardInterrupt
+
+    with os.fdopen(terminal, "w") as stream:
+        display = Display("a-name-that-is-much-too-long-for-its-column", epochs=2, steps=8, stream=stream)
+        with pytest.raises(KeyboardInterrupt):
+            interrupted_run(display)
+        os.set_blocking(controller, False)
+        output = ""
+        with suppress(BlockingIOError):
+            while True:
+                output += os.read(controller, 4096).decode()
+    os.close(controller)
+    assert (sys.stdout, sys.stderr) == (stdout, stderr)
+    assert "a message" in output
+    assert "stopped at step 1 of 8" in output
+    if variables["TERM"] == "dumb":
+        assert "\x1b" not in output
+        return
+    assert "epoch 1/2  step 1/8  loss 2.000  accuracy 50.00%" in output
+    assert output.count("\x1b[?25l") == output.count("\x1b[?25h") == 1, "the cursor is shown again"
+    assert ("\x1b[3" in output) == ("NO_COLOR" not in variables)
+
+
+def test_the_log_tells_the_display(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    with (
+        Display("x", epochs=2, steps=8, stream=stream, seconds_between_lines=0) as display,
+        RunLog(tmp_path, tensorboard=False, every=100, display=display) as log,
+    ):
+        log_steps(log, 1, 8)
+    assert len(stream.getvalue().splitlines()) == 2 + 8 + 2
+    assert "samples/s" in stream.getvalue()
+
+
+# ---- the summary
+
+
+def test_a_summary_is_json_also_with_numbers_that_json_lacks(tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
+    write_summary(path, {"final": {"loss": math.nan}, "rows": [1, math.inf], "versions": versions()})
+    found = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert found["final"] == {"loss": None}
+    assert found["rows"] == [1, None]
+    assert found["versions"].keys() == {"egtrain", "python", "torch", "cuda", "numpy", "platform"}
+
+
+def test_the_hardware_is_named() -> None:
+    found = hardware()
+    assert found["cpu"]
+    assert found["cores"] >= 1
+    assert isinstance(found["gpus"], list)
+    json.dumps(found, allow_nan=False)
+
+
+def test_the_commit_is_that_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.chdir(tmp_path)
+    assert git_commit() is None
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@example.com", "-c", "core.hooksPath=/dev/null"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    assert git_commit() is None, "a repository without a commit"
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+    commit = git_commit()
+    assert commit is not None
+    assert len(commit) == 40
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert git_commit() is None, "no git"
+
+
+def test_a_git_that_hangs_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = tmp_path / "git"
+    slow.write_text("#!/bin/sh\nexec /bin/sleep 30\n")
+    slow.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    started = time.monotonic()
+    assert git_commit() is None
+    assert time.monotonic() - started < 5
