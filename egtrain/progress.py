@@ -1,6 +1,7 @@
 """The progress display: a live bar on a terminal, now and then a plain line everywhere else."""
 
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -114,8 +115,13 @@ class Display:
                 self._live.console.print(Text(text), soft_wrap=True)
             else:
                 print(text, file=self._stream, flush=True)
+        except BrokenPipeError:
+            # The reader is gone. From here on all goes nowhere, also what Python still writes there when it exits.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
         except (OSError, ValueError):
-            # The reader is gone, or the stream was closed: nobody looks, and the training matters more.
+            # The terminal is gone, or the stream was closed: nobody looks, and the training matters more.
             return
 
     def _position(self, step: int, epoch: float) -> str:

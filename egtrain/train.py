@@ -110,7 +110,7 @@ def train(run: Run, observer: Observer, stop_requested: Callable[[], bool]) -> d
         DivergedError: a loss or gradient was not finite; the weights are those before that update.
         InterruptedRun: `stop_requested` said so on some rank; the run was saved after the same step on all.
     """
-    task, workers, optimizer = run.task, run.workers, run.optimizer
+    task, workers = run.task, run.workers
     splits: list[Split] = [s for s in ("validation", "test") if task.evaluation_size(s)]
     during: Split = splits[0]
     final: dict[str, dict[str, float]] = {}
@@ -121,22 +121,9 @@ def train(run: Run, observer: Observer, stop_requested: Callable[[], bool]) -> d
 
     while run.step < run.steps:
         learning_rate = run.schedule(run.step)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-
-        workers.begin_step()
-        for worker in workers.mine:
-            take_local_gradient(run, worker)
-        statistics = workers.average(stop_requested())
-        if run.clip_norm is not None:
-            factor = workers.clip(run.clip_norm)
-            if run.extrapolation is not None:
-                run.extrapolation.clip_past_gradients(factor)
-        optimizer.step()
-        workers.undo_unless_finite()
-        run.step += 1
-
+        statistics = take_step(run, learning_rate, stop_requested())
         unread.append((run.step, learning_rate, statistics))
+
         last = run.step == run.steps
         evaluation_due = last or run.step % run.evaluate_every == 0
         checkpoint_due = last or run.step % run.checkpoint_every == 0
@@ -159,6 +146,24 @@ def train(run: Run, observer: Observer, stop_requested: Callable[[], bool]) -> d
         workers.average_buffers()
         final = {split: evaluate(task, run.model, split, workers.ranks, run.precision) for split in splits}
     return final
+
+
+def take_step(run: Run, learning_rate: float, stop: bool = False) -> Tensor:
+    """Make one update of the weights and return what the workers reported, still on the device."""
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate
+    run.workers.begin_step()
+    for worker in run.workers.mine:
+        take_local_gradient(run, worker)
+    statistics = run.workers.average(stop)
+    if run.clip_norm is not None:
+        factor = run.workers.clip(run.clip_norm)
+        if run.extrapolation is not None:
+            run.extrapolation.clip_past_gradients(factor)
+    run.optimizer.step()
+    run.workers.undo_unless_finite()
+    run.step += 1
+    return statistics
 
 
 def take_local_gradient(run: Run, worker: int) -> None:

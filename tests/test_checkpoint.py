@@ -437,6 +437,22 @@ def test_only_what_the_index_names_was_deleted_from(tmp_path: Path) -> None:
     assert names == ["step-00000003.pt", "step-00000004.pt"]
 
 
+def test_nothing_is_deleted_before_the_index_has_stopped_naming_it(
+    two_saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(path: Path, data: bytes) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_atomically", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            CheckpointStore(two_saved).save(state_of(30), 30)
+    store, warnings = store_in(two_saved)
+    assert steps_in(two_saved) == [10, 20, 30]
+    assert store.load("last")[0] == 20
+    assert warnings == []
+
+
 def test_there_is_no_best_without_validation(two_saved: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"use last, or train with --set data\.validation=N"):
         CheckpointStore(two_saved).load("best")

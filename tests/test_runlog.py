@@ -380,8 +380,7 @@ def test_a_closed_pipe_ends_the_display_and_not_the_run() -> None:
     os.close(reader)
     stream = os.fdopen(writer, "w")
     show(Display("x", epochs=2, steps=8, stream=stream), 8)
-    with pytest.raises(BrokenPipeError):
-        stream.close()
+    stream.close()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,113 @@
+"""Measure what extrapolation costs, and how fast training is beside a plain PyTorch loop; for docs/results.md.
+
+python docs/measure_speed.py ratio --data-dir DIR     # step time of resnet-eg over resnet-sgd, interleaved
+python docs/measure_speed.py plain --data-dir DIR     # samples/s of resnet-sgd over the usual kind of loop
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from egtrain.build import build_run, load_data
+from egtrain.config import Config, load_config
+from egtrain.models.resnet import ResNet
+from egtrain.train import Run, take_step
+from egtrain.workers import Ranks
+
+
+def seconds(action: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def median_interval(values: list[float]) -> tuple[float, float, float]:
+    """Return the median and its 95 % bootstrap interval."""
+    draws = np.random.default_rng(0).choice(values, (10_000, len(values)))
+    low, high = np.percentile(np.median(draws, axis=1), [2.5, 97.5])
+    return statistics.median(values), float(low), float(high)
+
+
+def run_for(preset: str, data_dir: str, workers: int, precision: str) -> Run:
+    config = load_config(preset, [f"data.dir={data_dir}", f"workers={workers}", f"precision={precision}"])
+    run = build_run(config, Ranks())
+    run.model.train()
+    return run
+
+
+def measure_ratio(data_dir: str, workers: int, steps: int) -> None:
+    runs = [run_for(preset, data_dir, workers, "fp32") for preset in ("resnet-sgd", "resnet-eg")]
+    for run in runs:
+        take_step(run, 0.1)
+    ratios = []
+    for step in range(steps):
+        order = [0, 1] if step % 2 else [1, 0]
+        times = {index: seconds(lambda run=runs[index]: take_step(run, 0.1)) for index in order}
+        ratios.append(times[1] / times[0])
+    median, low, high = median_interval(ratios)
+    print(f"resnet-eg / resnet-sgd, {workers} x 128, {steps} steps each: {median:.4f} [{low:.4f}, {high:.4f}]")
+
+
+class Images(Dataset[tuple[torch.Tensor, int]]):
+    """CIFAR-10 in the usual way: one image at a time, padded, cropped, flipped and normalised."""
+
+    def __init__(self, config: Config) -> None:
+        data = load_data(config)
+        self.images = data.x_train.permute(0, 3, 1, 2).contiguous()
+        self.labels = data.y_train
+        self.mean = torch.tensor(data.mean).view(3, 1, 1)
+        self.std = torch.tensor(data.std).view(3, 1, 1)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        image = nn.functional.pad(self.images[index], (4, 4, 4, 4))
+        top, left = torch.randint(9, (2,)).tolist()
+        image = image[:, top : top + 32, left : left + 32]
+        if torch.rand(()) < 0.5:
+            image = image.flip(2)
+        return (image.float() / 255 - self.mean) / self.std, int(self.labels[index])
+
+
+def measure_plain(data_dir: str, workers: int, steps: int, precision: str) -> None:
+    run = run_for("resnet-sgd", data_dir, workers, precision)
+    config = load_config("resnet-sgd", [f"data.dir={data_dir}"])
+    model = ResNet(20, 16, 10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    batches = iter(DataLoader(Images(config), batch_size=128, shuffle=True))
+
+    def plain_step() -> None:
+        images, labels = next(batches)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+    take_step(run, 0.1)
+    plain_step()
+    ratios = [
+        sum(seconds(plain_step) for _ in range(workers)) / seconds(lambda: take_step(run, 0.1)) for _ in range(steps)
+    ]
+    median, low, high = median_interval(ratios)
+    print(f"samples/s of resnet-sgd ({precision}) / plain fp32 loop: {median:.3f} [{low:.3f}, {high:.3f}]")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["ratio", "plain"])
+    parser.add_argument("--data-dir", required=True, type=lambda path: str(Path(path).absolute()))
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--precision", default="fp32")
+    arguments = parser.parse_args()
+    if arguments.what == "ratio":
+        measure_ratio(arguments.data_dir, arguments.workers, arguments.steps)
+    else:
+        measure_plain(arguments.data_dir, arguments.workers, arguments.steps, arguments.precision)

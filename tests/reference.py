@@ -1,0 +1,223 @@
+"""One training step of every variant, slowly: K separate models and METHOD's formulas, no code of egtrain.
+
+Each worker has a model of its own, whose weights are set before every pass; nothing is shifted, restored, flattened or
+shared. Lists have one tensor a trainable parameter, in the model's order.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Zeta:
+    """A choice of ζ, in the words of METHOD's table."""
+
+    name: str = "none"
+    ratio: float | None = None
+    rate: float | None = None
+    size: float | None = None
+    """s; for `sam` the radius r."""
+    scaling: str = "none"
+    samples: str = "same"
+    norm_and_bias: bool = False
+    until: int = 10**9
+    """Steps with extrapolation, from the start."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """PyTorch's SGD, and clipping of the mean gradient."""
+
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 1e-2
+    clip_norm: float | None = None
+
+
+@dataclass
+class Step:
+    """What a step reports, by worker."""
+
+    losses: list[float]
+    squared_norms: list[float]
+    squared_norm_of_mean: float
+    relative_size: float
+    """‖ζ‖/‖x‖ of worker 0."""
+    alignment: float
+    """Cosine between the gradient of worker 0 and its previous one; 0 before there is one."""
+    clip_factor: float
+
+
+class Reference:
+    """K workers, step by step.
+
+    Args:
+        model: the initial weights and BatchNorm statistics.
+        loss: (model, samples) -> loss.
+        batch, extra_batch: (worker, step) -> samples.
+        generator: (worker, step) -> the generator that the noise is drawn from.
+        dropout_seed: (worker, step) -> the seed of the dropout masks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        workers: int,
+        zeta: Zeta,
+        base: Base,
+        *,
+        loss: Callable[[nn.Module, Any], Tensor],
+        batch: Callable[[int, int], Any],
+        extra_batch: Callable[[int, int], Any],
+        generator: Callable[[int, int], torch.Generator],
+        dropout_seed: Callable[[int, int], int],
+    ) -> None:
+        self.zeta, self.base, self.loss = zeta, base, loss
+        self.batch, self.extra_batch = batch, extra_batch
+        self.generator, self.dropout_seed = generator, dropout_seed
+        self.models = [copy.deepcopy(model) for _ in range(workers)]
+        self.weights = [p.detach().clone() for p in trainable(model)]
+        self.velocity: list[Tensor] | None = None
+        self.past_own = [[torch.zeros_like(x) for x in self.weights] for _ in range(workers)]
+        self.past_mean = [torch.zeros_like(x) for x in self.weights]
+        self.past_factor = 1.0
+        self.steps = 0
+        self.gradients_taken = 0
+
+    def step(self, learning_rate: float) -> Step:
+        """Make one update."""
+        gradients, losses, relative_size = [], [], 0.0
+        for worker, model in enumerate(self.models):
+            zeta = self.zeta_of(worker, learning_rate)
+            if worker == 0:
+                relative_size = math.sqrt(squared_norm(zeta) / squared_norm(self.weights))
+            shifted = [x - z for x, z in zip(self.weights, zeta, strict=True)]
+            loss, gradient = self.gradient(model, shifted, self.batch(worker, self.steps), worker)
+            losses.append(loss)
+            gradients.append(gradient)
+
+        mean = [sum(parts[1:], parts[0]) / len(self.models) for parts in zip(*gradients, strict=True)]
+        norm_of_mean = math.sqrt(squared_norm(mean))
+        factor = 1.0
+        if self.base.clip_norm is not None:
+            factor = min(1.0, self.base.clip_norm / (norm_of_mean + 1e-6))
+        clipped = [factor * m for m in mean]
+        self.update(clipped, learning_rate)
+
+        dot = sum(float((a * b).sum()) for a, b in zip(gradients[0], self.past_own[0], strict=True))
+        norms = math.sqrt(squared_norm(gradients[0]) * squared_norm(self.past_own[0]))
+        report = Step(
+            losses,
+            [squared_norm(g) for g in gradients],
+            norm_of_mean**2,
+            relative_size,
+            dot / norms if norms > 0 else 0.0,
+            factor,
+        )
+        self.past_own, self.past_mean, self.past_factor = gradients, clipped, factor
+        self.steps += 1
+        return report
+
+    def update(self, gradient: list[Tensor], learning_rate: float) -> None:
+        """Make the update of torch.optim.SGD."""
+        u = self.base.momentum
+        direction = [g + self.base.weight_decay * x for g, x in zip(gradient, self.weights, strict=True)]
+        if u != 0:
+            velocity = self.velocity or [torch.zeros_like(x) for x in self.weights]
+            self.velocity = [u * v + d for v, d in zip(velocity, direction, strict=True)]
+            if self.base.nesterov:
+                direction = [d + u * v for d, v in zip(direction, self.velocity, strict=True)]
+            else:
+                direction = self.velocity
+        self.weights = [x - learning_rate * d for x, d in zip(self.weights, direction, strict=True)]
+
+    def gradient(
+        self, model: nn.Module, weights: list[Tensor], samples: Any, worker: int
+    ) -> tuple[float, list[Tensor]]:
+        """Return the worker's loss and gradient at `weights`; the model's BatchNorm statistics move."""
+        parameters = trainable(model)
+        for p, x in zip(parameters, weights, strict=True):
+            p.data = x.clone()
+        torch.manual_seed(self.dropout_seed(worker, self.steps))
+        loss = self.loss(model, samples)
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        self.gradients_taken += 1
+        return float(loss), [
+            torch.zeros_like(x) if g is None else g.detach() for g, x in zip(gradients, weights, strict=True)
+        ]
+
+    def fresh_gradient(self, worker: int, samples: Any) -> list[Tensor]:
+        """Return the worker's gradient at the unshifted weights, taken on a copy that is thrown away."""
+        return self.gradient(copy.deepcopy(self.models[worker]), self.weights, samples, worker)[1]
+
+    def zeta_of(self, worker: int, learning_rate: float) -> list[Tensor]:
+        """Return ζ^k_t."""
+        zeta = self.zeta
+        own = [self.past_factor * g for g in self.past_own[worker]]
+        if zeta.name == "none" or self.steps >= zeta.until:
+            return [torch.zeros_like(x) for x in self.weights]
+        if zeta.name in ("gaussian", "uniform"):
+            return self.noise(self.generator(worker, self.steps))
+        if zeta.name == "sam":
+            assert zeta.size is not None
+            gradient = self.fresh_gradient(worker, self.batch(worker, self.steps))
+            norm = math.sqrt(squared_norm(gradient))
+            return [-zeta.size * g / norm if norm > 0 else torch.zeros_like(g) for g in gradient]
+        if zeta.name == "local":
+            direction = own
+        elif zeta.name == "global":
+            direction = self.past_mean
+        elif zeta.name == "gradient-noise":
+            direction = [g - m for g, m in zip(own, self.past_mean, strict=True)]
+        else:
+            assert zeta.name == "fresh"
+            source = self.extra_batch if zeta.samples == "new" else self.batch
+            direction = self.fresh_gradient(worker, source(worker, self.steps))
+        if zeta.size is not None:
+            return [self.scaled(z, x, epsilon=1e-12) for z, x in zip(direction, self.weights, strict=True)]
+        length = zeta.ratio * learning_rate if zeta.ratio is not None else zeta.rate
+        return [length * g for g in direction]
+
+    def noise(self, generator: torch.Generator) -> list[Tensor]:
+        """Return the shift of `gaussian` or `uniform`."""
+        zeta = []
+        for x in self.weights:
+            if x.ndim < 2 and not self.zeta.norm_and_bias:
+                zeta.append(torch.zeros_like(x))
+            elif self.zeta.name == "gaussian":
+                n = torch.zeros_like(x).normal_(0, 1, generator=generator)
+                zeta.append(self.scaled(n, x, epsilon=1e-6))
+            else:
+                n = torch.zeros_like(x).uniform_(-1, 1, generator=generator)
+                zeta.append(self.scaled(n, x, epsilon=1e-6))
+        return zeta
+
+    def scaled(self, z: Tensor, x: Tensor, epsilon: float) -> Tensor:
+        """Return s·‖x_l‖·z_l/(‖z_l‖ + ε) for each layer or filter l, or s·z."""
+        size = self.zeta.size
+        if self.zeta.scaling == "none":
+            return size * z
+        if self.zeta.scaling == "filter" and x.ndim >= 2:
+            return torch.stack([size * length(f) * n / (length(n) + epsilon) for n, f in zip(z, x, strict=True)])
+        return size * length(x) * z / (length(z) + epsilon)
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that take part."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def length(x: Tensor) -> float:
+    """Return the Euclidean norm."""
+    return math.sqrt(float((x * x).sum()))
+
+
+def squared_norm(tensors: list[Tensor]) -> float:
+    """Return the squared norm of the whole vector."""
+    return sum(float((x * x).sum()) for x in tensors)

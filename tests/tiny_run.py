@@ -1,0 +1,176 @@
+"""A run small enough to be repeated a hundred times: a net with everything awkward in it, on the real engine."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from reference import Base
+from torch import Tensor, nn
+
+from egtrain.optim import Direction, Extrapolation
+from egtrain.tasks import Split
+from egtrain.train import Run, train
+from egtrain.workers import Ranks, Workers
+
+Batch = tuple[Tensor, Tensor]
+RATES = [0.05, 0.1, 0.2, 0.2, 0.2, 0.1, 0.02, 0.02]
+"""Warm-up, peak and decay."""
+
+
+class TinyNet(nn.Module):
+    """Images [batch, 2, 4, 4] to [batch, 3]: BatchNorm, dropout, a scalar, an unused and a frozen parameter."""
+
+    def __init__(self, dropout: float = 0.3) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 3)
+        self.norm = nn.BatchNorm2d(3)
+        self.norm.num_batches_tracked = None
+        self.dropout = nn.Dropout(dropout)
+        self.gain = nn.Parameter(torch.tensor(1.5))
+        self.frozen = nn.Parameter(torch.tensor([0.5, -0.5, 1.0]), requires_grad=False)
+        self.unused = nn.Parameter(torch.ones(2, 2))
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the outputs."""
+        hidden = self.dropout(torch.tanh(self.norm(self.conv(images))))
+        outputs: Tensor = self.head(hidden.flatten(1)) * self.gain + self.frozen
+        return outputs
+
+
+class TinyTask:
+    """Regression onto random targets; every batch is a function of (worker, step)."""
+
+    metric = "error"
+    higher_is_better = False
+    samples = 64
+    steps_per_epoch = 4
+
+    def __init__(self, workers: int, dtype: torch.dtype, same_for_all: bool = False) -> None:
+        self.worker_batch_size = 4
+        self.batch_size = workers * self.worker_batch_size
+        self.dtype = dtype
+        self.same_for_all = same_for_all
+
+    def batch(self, worker: int, step: int) -> Batch:
+        """Return images and targets."""
+        return self._draw(1000 * step + (0 if self.same_for_all else worker))
+
+    def extra_batch(self, worker: int, step: int) -> Batch:
+        """Return other images and targets."""
+        return self._draw(500_000 + 1000 * step + worker)
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return half the squared error and the largest error."""
+        difference = model(batch[0]) - batch[1]
+        return 0.5 * difference.square().sum(dim=1).mean(), difference.detach().abs().max()
+
+    def evaluation_size(self, split: Split) -> int:
+        """Return the number of samples."""
+        return 4 if split == "test" else 0
+
+    def evaluation_batches(self, split: Split) -> int:
+        """Return the number of batches."""
+        return 1 if split == "test" else 0
+
+    def evaluate_batch(self, model: nn.Module, split: Split, index: int) -> Tensor:
+        """Return the sums."""
+        loss, error = self.loss(model, self._draw(999_999))
+        return torch.stack([4 * loss, 4 * error]).double()
+
+    def _draw(self, number: int) -> Batch:
+        generator = torch.Generator().manual_seed(number)
+        images = torch.randn(4, 2, 4, 4, generator=generator, dtype=torch.float64)
+        targets = torch.randn(4, 3, generator=generator, dtype=torch.float64)
+        return images.to(self.dtype), targets.to(self.dtype)
+
+
+def tiny_net(dtype: torch.dtype = torch.float64, dropout: float = 0.3) -> TinyNet:
+    """Return the net with the same initial weights in every precision."""
+    torch.manual_seed(7)
+    return TinyNet(dropout).double().to(dtype)
+
+
+def tiny_run(
+    direction: Direction | None,
+    base: Base,
+    *,
+    workers: int = 4,
+    dtype: torch.dtype = torch.float64,
+    dropout: float = 0.3,
+    same_for_all: bool = False,
+    new_samples: bool = False,
+    steps: int = len(RATES),
+    until: int | None = None,
+    seed: int = 3,
+) -> Run:
+    """Return a run at step 0."""
+    model = tiny_net(dtype, dropout)
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        lr=1.0,
+        momentum=base.momentum,
+        nesterov=base.nesterov,
+        weight_decay=base.weight_decay,
+        foreach=True,
+    )
+    carried = Workers(model, workers, Ranks())
+    return Run(
+        task=TinyTask(workers, dtype, same_for_all),
+        model=model,
+        forward=model,
+        optimizer=optimizer,
+        extrapolation=Extrapolation(optimizer, direction, carried.mine, seed) if direction is not None else None,
+        schedule=lambda step: RATES[step],
+        workers=carried,
+        steps=steps,
+        extrapolated_steps=steps if until is None else until,
+        new_samples=new_samples,
+        clip_norm=base.clip_norm,
+        precision="fp32",
+        seed=seed,
+        evaluate_every=100,
+        checkpoint_every=100,
+    )
+
+
+class Watcher:
+    """An observer that calls a function after each update."""
+
+    def __init__(self, after_update: Callable[[int, dict[str, float]], None]) -> None:
+        self.after_update = after_update
+
+    def trained(self, run: Run, step: int, metrics: dict[str, float]) -> None:
+        """Pass the metrics on."""
+        self.after_update(step, metrics)
+
+    def evaluated(self, run: Run, split: Split, metrics: dict[str, float]) -> None:
+        """Ignore evaluations."""
+
+    def save(self, run: Run, state: dict[str, Any], validation: dict[str, float] | None) -> None:
+        """Ignore checkpoints."""
+
+
+def train_watched(run: Run, after_update: Callable[[int, dict[str, float]], None] = lambda *_: None) -> None:
+    """Train to the end with the real loop, on one process."""
+    train(run, Watcher(after_update), lambda: False)
+
+
+def trajectory(run: Run) -> list[dict[str, Tensor]]:
+    """Train to the end and return, after each update, the weights, momentum, statistics and metrics."""
+    snapshots = []
+
+    def note(step: int, metrics: dict[str, float]) -> None:
+        momentum = [s["momentum_buffer"] for s in run.optimizer.state.values() if s.get("momentum_buffer") is not None]
+        snapshots.append(
+            {
+                "weights": run.workers.parameters.detach().clone(),
+                "momentum": torch.cat([m.flatten() for m in momentum]) if momentum else torch.zeros(0),
+                "statistics": run.workers.state_dict()["buffers"],
+                "loss": torch.tensor(metrics["loss"], dtype=torch.float64),
+                "gradient_norm": torch.tensor(metrics["gradient_norm"], dtype=torch.float64),
+            }
+        )
+
+    train_watched(run, note)
+    return snapshots
