@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from egtrain.config import Config, OptimizerConfig
-from egtrain.data.images import ImageData, load_images
+from egtrain.data.images import ImageData, load_images, locate_images
 from egtrain.errors import UsageError
 from egtrain.launch import first_rank_first
 from egtrain.models.resnet import ResNet
@@ -83,6 +83,12 @@ def load_data(config: Config, offline: bool = False) -> ImageData:
     )
 
 
+def locate_data(config: Config) -> str:
+    """Say in a few words where the data of a configuration are, or would come from."""
+    folder = Path(config.data.dir) if config.data.dir else None
+    return locate_images(config.data.name, data_dir=folder, offline=config.data.offline)
+
+
 def build_task(config: Config, data: ImageData, device: torch.device) -> ImageTask:
     """Return the task of a configuration, with its data on the device."""
     return ImageTask(
@@ -146,6 +152,16 @@ def build_direction(config: Config) -> Direction | None:
     )
 
 
+def worker_state_bytes(config: Config, classes: int) -> int:
+    """Return the memory that one worker's own state takes: its past gradient and its BatchNorm statistics."""
+    model = build_model(config, classes, torch.device("cpu"))
+    direction = build_direction(config)
+    own = list(model.buffers())
+    if direction is not None and direction.needs_own:
+        own += list(model.parameters())
+    return sum(t.numel() * t.element_size() for t in own)
+
+
 def build_run(config: Config, ranks: Ranks) -> Run:
     """Return a run at step 0, with its data loaded.
 
@@ -180,6 +196,7 @@ def build_run(config: Config, ranks: Ranks) -> Run:
         seed=config.seed,
         evaluate_every=evaluate_every,
         checkpoint_every=config.checkpoint.every or evaluate_every,
+        unread_steps=0 if ranks.device.type == "cpu" else 1,
     )
 
 

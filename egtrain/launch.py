@@ -72,9 +72,7 @@ def joined_ranks(device_name: str, timeout_seconds: float = 600) -> Iterator[Ran
     world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     timeout = timedelta(seconds=timeout_seconds)
     agent_has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = TCPStore(
-        address, port, world, is_master=rank == 0 and not agent_has_store, timeout=timeout
-    )
+    store = TCPStore(address, port, world, is_master=rank == 0 and not agent_has_store, timeout=timeout)
     prefixed = PrefixStore(f"attempt_{restart_count()}", store)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=prefixed, rank=rank, world_size=world, timeout=timeout)

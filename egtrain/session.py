@@ -10,10 +10,18 @@ from typing import Any
 import torch
 
 from egtrain import launch
-from egtrain.build import build_plan, build_run, build_schedule, load_data, native_precision
+from egtrain.build import (
+    build_plan,
+    build_run,
+    build_schedule,
+    load_data,
+    locate_data,
+    native_precision,
+    worker_state_bytes,
+)
 from egtrain.checkpoint import CheckpointStore, RunLock, write_atomically
 from egtrain.config import Config, config_to_yaml, flat_settings
-from egtrain.errors import EgtrainError, UsageError
+from egtrain.errors import DataError, UsageError
 from egtrain.progress import Display
 from egtrain.runlog import RunLog, git_commit, hardware, versions, write_summary
 from egtrain.tasks import Split
@@ -203,14 +211,12 @@ def print_plan(config: Config, directory: Path, nproc: int | None, as_json: bool
     launch.require_dividing(config.workers, ranks)
     device = launch.pick_device(config.device)
     try:
-        samples, found = len(load_data(config, offline=True).y_train), "found"
-    except EgtrainError as error:
-        if error.exit_code == UsageError.exit_code:
-            raise
-        samples, found = 0, f"not found ({error})"
+        data = load_data(config, offline=True)
+    except DataError:
+        data = None
     plan: dict[str, Any] = {
         "directory": str(directory),
-        "data": f"{config.data.name}: {found}",
+        "data": f"{config.data.name}, {locate_data(config)}",
         "device": device.type,
         "precision": native_precision(config.precision, device),
         "batch_size": config.batch_size,
@@ -219,14 +225,15 @@ def print_plan(config: Config, directory: Path, nproc: int | None, as_json: bool
         "ranks": ranks,
         "extrapolation": config.extrapolation.name,
     }
-    if samples:
-        steps = build_plan(config, samples)
+    if data is not None:
+        steps = build_plan(config, len(data.y_train))
         schedule = build_schedule(config, steps)
         phases = {0, steps.warmup_steps, *steps.milestones, steps.steps // 2, steps.steps - 1}
         plan |= {
-            "samples": samples,
+            "samples": steps.samples,
             "steps_per_epoch": steps.steps_per_epoch,
             "steps": steps.steps,
+            "worker_state_bytes": worker_state_bytes(config, data.classes),
             "learning_rate": {s: round(schedule(s), 6) for s in sorted(phases) if 0 <= s < steps.steps},
         }
     if as_json:

@@ -44,6 +44,8 @@ class Run:
     """In steps."""
     checkpoint_every: int
     """In steps."""
+    unread_steps: int
+    """Steps that may be queued on the device before the host reads the first one's statistics: 1 keeps a GPU busy."""
     noise_scale: NoiseScale = field(default_factory=NoiseScale)
     step: int = 0
     """Completed updates."""
@@ -90,6 +92,26 @@ class Run:
             self.extrapolation.load_state_dict(extrapolation)
 
 
+class OnItsWay:
+    """A tensor that travels to the host while the device goes on."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._arrived: torch.cuda.Event | None = None
+        self._tensor = tensor
+        if tensor.is_cuda:
+            self._tensor = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            self._tensor.copy_(tensor, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> list[float]:
+        """Wait for the values and return them."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        values: list[float] = self._tensor.double().tolist()
+        return values
+
+
 class Observer(Protocol):
     """Who is told of the run: metrics, progress and checkpoints are written on one rank only."""
 
@@ -114,21 +136,19 @@ def train(run: Run, observer: Observer, stop_requested: Callable[[], bool]) -> d
     splits: list[Split] = [s for s in ("validation", "test") if task.evaluation_size(s)]
     during: Split = splits[0]
     final: dict[str, dict[str, float]] = {}
-    # On a GPU the statistics of a step are read when the next one has been queued, so that it never waits for the host.
-    unread: deque[tuple[int, float, Tensor]] = deque()
-    lag = 0 if workers.ranks.device.type == "cpu" else 1
+    unread: deque[tuple[int, float, OnItsWay]] = deque()
     run.model.train()
 
     while run.step < run.steps:
         learning_rate = run.schedule(run.step)
         statistics = take_step(run, learning_rate, stop_requested())
-        unread.append((run.step, learning_rate, statistics))
+        unread.append((run.step, learning_rate, OnItsWay(statistics)))
 
         last = run.step == run.steps
         evaluation_due = last or run.step % run.evaluate_every == 0
         checkpoint_due = last or run.step % run.checkpoint_every == 0
         stop = False
-        while len(unread) > (0 if evaluation_due or checkpoint_due or stop else lag):
+        while len(unread) > (0 if evaluation_due or checkpoint_due or stop else run.unread_steps):
             stop |= report(run, observer, *unread.popleft())
 
         validation = None
@@ -194,13 +214,13 @@ def take_local_gradient(run: Run, worker: int) -> None:
     workers.leave(worker, loss, metric, relative_size)
 
 
-def report(run: Run, observer: Observer, step: int, learning_rate: float, statistics: Tensor) -> bool:
+def report(run: Run, observer: Observer, step: int, learning_rate: float, statistics: OnItsWay) -> bool:
     """Read a step's statistics on the host, pass them on, and return whether a rank was asked to stop.
 
     Raises:
         DivergedError: a worker's loss or the mean gradient was not finite.
     """
-    *entries, squared_norm_of_mean = statistics.double().tolist()
+    *entries, squared_norm_of_mean = statistics.read()
     rows = [entries[k : k + len(STATISTICS)] for k in range(0, len(entries), len(STATISTICS))]
     losses, metrics, squared_norms, relative_sizes, alignments, stops = zip(*rows, strict=True)
     for worker, loss in enumerate(losses):

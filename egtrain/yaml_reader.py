@@ -68,7 +68,7 @@ def read_settings(path: Path, label: str) -> Settings:
         line = raw.count(b"\n") + 1
         raise UsageError(f"{label}:{line}: larger than {MAX_BYTES:,} bytes, which is no settings file; shorten it")
     try:
-        text = raw.decode("utf-8-sig")
+        text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise UsageError(f"{label}:{line}: byte {raw[error.start]:#04x} is not UTF-8; save the file as UTF-8") from None

@@ -148,7 +148,7 @@ class Reference:
         loss = self.loss(model, samples)
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         self.gradients_taken += 1
-        return float(loss), [
+        return loss.item(), [
             torch.zeros_like(x) if g is None else g.detach() for g, x in zip(gradients, weights, strict=True)
         ]
 

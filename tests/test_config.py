@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -177,6 +178,11 @@ def test_what_is_written_reads_back_equal(value: object, items: list[object]) ->
 def test_text_that_looks_like_something_else_survives_the_round_trip(text: str) -> None:
     config = Config.model_validate({"data": {"dir": text}})
     assert config_from_yaml_text(config_to_yaml(config), "x.yaml") == config
+
+
+@pytest.mark.parametrize("value", ["yes", "Off", "n", "null", "1/K", "a: b", 1e-05, 1e22, 0.1, None, True, 7])
+def test_readers_of_yaml_1_1_take_the_same_value(value: object) -> None:
+    assert yaml.safe_load(write_settings({"key": value})) == {"key": value}
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path: Path) -> None:
@@ -525,6 +531,11 @@ def test_files_inherit_in_order_and_groups_are_merged(tmp_path: Path) -> None:
     optimizer = config.optimizer
     assert (optimizer.lr, optimizer.momentum, optimizer.weight_decay) == (0.2, 0.4, 0.3)
     assert config.schedule.milestones == (0.1,)
+
+
+def test_a_parent_that_is_named_twice_is_whole_both_times(tmp_path: Path) -> None:
+    write(tmp_path, child="inherits: [variant/gaussian, variant/sgd, variant/gaussian]\n")
+    assert load_config(tmp_path / "child.yaml").extrapolation.model_dump()["size"] == 0.05
 
 
 def test_a_file_may_inherit_a_shipped_preset_of_its_own_name(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ class TinyNet(nn.Module):
 
     def __init__(self, dropout: float = 0.3) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(2, 3, 3)
+        self.conv = nn.Conv2d(2, 3, 3, bias=False)
         self.norm = nn.BatchNorm2d(3)
         self.norm.num_batches_tracked = None
         self.dropout = nn.Dropout(dropout)
@@ -131,6 +131,7 @@ def tiny_run(
         seed=seed,
         evaluate_every=100,
         checkpoint_every=100,
+        unread_steps=0,
     )
 
 

@@ -93,10 +93,10 @@ def find_or_download(cifar: Cifar, data_dir: Path | None, offline: bool) -> tupl
     target = folders[0]
     try:
         target.mkdir(parents=True, exist_ok=True)
-        with _lock(target):
+        with _lock(target) as alone:
             if found := find(cifar, data_dir):
                 return found
-            problems = _download(cifar, target)
+            problems = _download(cifar, target, alone)
     except OSError as problem:
         if problem.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _disk_full(target, cifar.archive) from problem
@@ -122,14 +122,16 @@ def _missing_files(folder: Path, layout: Layout) -> list[str]:
 
 
 @contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Hold the folder itself, so that no lock file is left behind."""
+def _lock(folder: Path) -> Iterator[bool]:
+    """Wait for and hold the folder itself, so that no lock file is left behind; False on file systems without locks."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        # Some network file systems have no locks; two downloads side by side are then slow but harmless.
-        with contextlib.suppress(OSError):
+        try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+            alone = True
+        except OSError:
+            alone = False
+        yield alone
     finally:
         os.close(descriptor)
 
@@ -142,11 +144,11 @@ def _disk_full(folder: Path, archive: Archive) -> EgtrainError:
     )
 
 
-def _download(cifar: Cifar, target: Path) -> list[str]:
+def _download(cifar: Cifar, target: Path, alone: bool) -> list[str]:
     """Put the distribution into `target`; on failure say for each server why."""
     archive = cifar.archive
-    for leftover in target.glob(f"{_TEMPORARY}*"):
-        # Of a process that was killed; under the lock nobody else is at work.
+    for leftover in target.glob(f"{_TEMPORARY}*") if alone else ():
+        # Of a process that was killed: nobody else is at work.
         shutil.rmtree(leftover, ignore_errors=True)
     destination = target / archive.layout.folder
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):

@@ -72,6 +72,8 @@ class Extrapolation:
         self.seed = seed
         self.steps = 0
         self._parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        # By number: load_state_dict replaces the groups. Which parameters take part is settled here.
+        self._groups = [i for i, group in enumerate(optimizer.param_groups) for p in group["params"] if p.requires_grad]
         self._unshifted = [torch.empty_like(p, requires_grad=False) for p in self._parameters]
         self._own = {k: self._zeros() for k in self.workers} if direction.needs_own else {}
         self._mean = self._zeros() if direction.needs_mean else []
@@ -158,13 +160,12 @@ class Extrapolation:
             gradient()
             fresh = self._zeros()
             self._copy_gradients(fresh)
-            torch._foreach_zero_([p.grad for p in self._parameters if p.grad is not None])
+            if gradients := [p.grad for p in self._parameters if p.grad is not None]:
+                torch._foreach_zero_(gradients)
         own = self._own.get(worker, [])
         if own and self._clip_factor is not None:
             own = list(torch._foreach_mul(own, self._clip_factor))
-        rates = [
-            float(group["lr"]) for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad
-        ]
+        rates = [float(self.optimizer.param_groups[i]["lr"]) for i in self._groups]
         with torch.no_grad():
             return self.direction.zeta(
                 Point(
@@ -192,9 +193,7 @@ class Extrapolation:
 
     def _remember_mean(self, *_: object) -> None:
         if self._inside:
-            raise RuntimeError(
-                "optimizer.step() belongs after the shifted() block, where the weights are x again"
-            )
+            raise RuntimeError("optimizer.step() belongs after the shifted() block, where the weights are x again")
         if self.direction.needs_mean:
             self._copy_gradients(self._mean)
         self.steps += 1

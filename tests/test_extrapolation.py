@@ -1,0 +1,845 @@
+"""Every choice of ζ agrees with the slow reference, and keeps the promises of the framework."""
+
+import io
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from reference import Base, Reference, Zeta
+from tiny_run import RATES, TinyTask, tiny_net, tiny_run, train_watched, trajectory
+from torch import Tensor, nn
+
+from egtrain.optim import (
+    Direction,
+    Extrapolation,
+    FreshGradient,
+    GlobalGradient,
+    GradientNoise,
+    LocalGradient,
+    Noise,
+    SharpnessAware,
+)
+from egtrain.optim.extrapolation import Point, scaled_to_weights
+from egtrain.optim.randomness import generator_for, seed_for
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The fast path and the reference, step by step
+
+NESTEROV = Base(clip_norm=2.5)
+PLAIN = Base(momentum=0.0, nesterov=False, weight_decay=0.0)
+HEAVY_BALL = Base(nesterov=False, clip_norm=2.5)
+ROWS: list[tuple[Zeta, Direction | None, Base]] = [
+    (Zeta(), None, NESTEROV),
+    (Zeta(), None, PLAIN),
+    (Zeta("local", ratio=0.25), LocalGradient(ratio=0.25), NESTEROV),
+    (Zeta("local", ratio=0.25), LocalGradient(ratio=0.25), HEAVY_BALL),
+    (Zeta("local", ratio=1.0), LocalGradient(ratio=1.0), PLAIN),
+    (Zeta("local", rate=0.03), LocalGradient(rate=0.03), NESTEROV),
+    (Zeta("local", size=0.05, scaling="layer"), LocalGradient(size=0.05, scaling="layer"), NESTEROV),
+    (Zeta("local", size=0.05, scaling="filter"), LocalGradient(size=0.05, scaling="filter"), NESTEROV),
+    (Zeta("local", ratio=0.25, until=4), LocalGradient(ratio=0.25), NESTEROV),
+    (Zeta("global", ratio=0.5), GlobalGradient(ratio=0.5), NESTEROV),
+    (Zeta("global", ratio=1.0), GlobalGradient(ratio=1.0), PLAIN),
+    (Zeta("global", rate=0.03), GlobalGradient(rate=0.03), NESTEROV),
+    (Zeta("global", size=0.05, scaling="layer"), GlobalGradient(size=0.05, scaling="layer"), NESTEROV),
+    (Zeta("global", size=0.05, scaling="filter"), GlobalGradient(size=0.05, scaling="filter"), NESTEROV),
+    (Zeta("gradient-noise", ratio=0.5), GradientNoise(ratio=0.5), NESTEROV),
+    (Zeta("gradient-noise", ratio=0.5), GradientNoise(ratio=0.5), PLAIN),
+    (Zeta("gradient-noise", rate=0.03), GradientNoise(rate=0.03), NESTEROV),
+    (Zeta("gradient-noise", size=0.05, scaling="layer"), GradientNoise(size=0.05, scaling="layer"), NESTEROV),
+    (Zeta("gradient-noise", size=0.05, scaling="filter"), GradientNoise(size=0.05, scaling="filter"), NESTEROV),
+    (Zeta("fresh", ratio=0.5), FreshGradient(ratio=0.5), NESTEROV),
+    (Zeta("fresh", ratio=1.0), FreshGradient(ratio=1.0), PLAIN),
+    (Zeta("fresh", ratio=0.5, samples="new"), FreshGradient(ratio=0.5), NESTEROV),
+    (Zeta("fresh", rate=0.03, samples="new", until=4), FreshGradient(rate=0.03), NESTEROV),
+    (Zeta("fresh", size=0.05, scaling="layer"), FreshGradient(size=0.05, scaling="layer"), NESTEROV),
+    (Zeta("fresh", size=0.05, scaling="filter"), FreshGradient(size=0.05, scaling="filter"), NESTEROV),
+    (Zeta("sam", size=0.1), SharpnessAware(radius=0.1), NESTEROV),
+    (Zeta("sam", size=0.1), SharpnessAware(radius=0.1), PLAIN),
+    *(
+        (
+            Zeta(name, size=0.05, scaling=scaling, norm_and_bias=norm_and_bias),
+            Noise(size=0.05, distribution=name, scaling=scaling, norm_and_bias=norm_and_bias),
+            NESTEROV,
+        )
+        for name in ("gaussian", "uniform")
+        for scaling in ("none", "layer", "filter")
+        for norm_and_bias in (False, True)
+    ),
+]
+
+
+def row_name(row: object) -> str | None:
+    if isinstance(row, Zeta):
+        return "-".join(str(value) for value in vars(row).values() if value not in (None, 10**9, "same", False))
+    if isinstance(row, Base):
+        return {NESTEROV: "nesterov", PLAIN: "plain", HEAVY_BALL: "heavyball"}[row]
+    return ""
+
+
+def assert_close(found: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
+    """Assert that the largest difference is small against the largest entry."""
+    assert found.dtype == expected.dtype == torch.float64
+    assert found.shape == expected.shape
+    if found.numel():
+        assert float((found - expected).abs().max()) <= tolerance * float(expected.abs().max())
+
+
+@pytest.mark.parametrize(("zeta", "direction", "base"), ROWS, ids=row_name)
+def test_the_engine_agrees_with_the_reference_step_by_step(
+    zeta: Zeta, direction: Direction | None, base: Base
+) -> None:
+    workers, seed, steps = 4, 3, 7
+    task = TinyTask(workers, torch.float64)
+    reference = Reference(
+        tiny_net(),
+        workers,
+        zeta,
+        base,
+        loss=lambda model, batch: task.loss(model, batch)[0],
+        batch=task.batch,
+        extra_batch=task.extra_batch,
+        generator=lambda worker, step: generator_for(seed, "extrapolation", worker, step),
+        dropout_seed=lambda worker, step: seed_for(seed, "dropout", worker, step),
+    )
+    run = tiny_run(
+        direction,
+        base,
+        workers=workers,
+        new_samples=zeta.samples == "new",
+        steps=steps,
+        until=min(zeta.until, steps),
+        seed=seed,
+    )
+    factors, shifts = [], []
+    noise_scale = {"squared_gradient": 0.0, "noise_trace": 0.0}
+
+    def compare(step: int, metrics: dict[str, float]) -> None:
+        expected = reference.step(RATES[step - 1])
+        factors.append(expected.clip_factor)
+        shifts.append(expected.relative_size)
+
+        assert_close(run.workers.parameters.detach(), flat(reference.weights))
+        if base.momentum:
+            found = [run.optimizer.state[p]["momentum_buffer"] for p in run.model.parameters() if p.requires_grad]
+            assert reference.velocity is not None
+            assert_close(flat(found), flat(reference.velocity))
+        statistics = [flat([m.norm.running_mean, m.norm.running_var]) for m in reference.models]
+        assert_close(run.workers.state_dict()["buffers"], torch.stack(statistics))
+
+        assert metrics["loss"] == pytest.approx(sum(expected.losses) / workers, rel=1e-12)
+        assert metrics["gradient_norm"] == pytest.approx(expected.squared_norm_of_mean**0.5, rel=1e-12)
+        mean_squared_norm = sum(expected.squared_norms) / workers
+        assert metrics["local_gradient_norm"] == pytest.approx(mean_squared_norm**0.5, rel=1e-12)
+        assert metrics["gradient_alignment"] == pytest.approx(expected.alignment, abs=1e-12)
+        # ‖ζ‖ is read off the shifted weights, where rounding hides its last digits.
+        assert metrics.get("extrapolation_size", 0.0) == pytest.approx(expected.relative_size, rel=1e-9)
+
+        # METHOD's formulas, with b and B = K·b in samples; a moving average with decay 0.99 of each.
+        b, large = task.worker_batch_size, task.batch_size
+        squared_gradient = (large * expected.squared_norm_of_mean - b * mean_squared_norm) / (large - b)
+        noise_trace = (mean_squared_norm - expected.squared_norm_of_mean) / (1 / b - 1 / large)
+        for name, value in (("squared_gradient", squared_gradient), ("noise_trace", noise_trace)):
+            noise_scale[name] = 0.99 * noise_scale[name] + 0.01 * value
+            assert getattr(run.noise_scale, name) == pytest.approx(noise_scale[name], rel=1e-9)
+
+    train_watched(run, compare)
+
+    assert len(factors) == steps
+    assert run.gradient_evaluations == reference.gradients_taken * task.worker_batch_size
+    # The comparison is worth something only if the shift, and where it is asked for the clipping, were there.
+    if zeta.name != "none":
+        assert min(shifts[1 : zeta.until]) > 1e-5
+    if base.clip_norm is not None:
+        assert min(factors) < 0.95
+        assert max(factors) == 1.0
+
+
+def flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([t.detach().flatten() for t in tensors])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Promises that every direction keeps, in a loop that a user would write
+
+DIRECTIONS: dict[str, Direction] = {
+    "local-ratio": LocalGradient(ratio=0.5),
+    "local-rate": LocalGradient(rate=0.1),
+    "local-layer": LocalGradient(size=0.1, scaling="layer"),
+    "local-filter": LocalGradient(size=0.1, scaling="filter"),
+    "global-ratio": GlobalGradient(ratio=0.5),
+    "global-filter": GlobalGradient(size=0.1, scaling="filter"),
+    "gradient-noise-ratio": GradientNoise(ratio=0.5),
+    "gradient-noise-layer": GradientNoise(size=0.1, scaling="layer"),
+    "fresh-ratio": FreshGradient(ratio=0.5),
+    "fresh-filter": FreshGradient(size=0.1, scaling="filter"),
+    "sam": SharpnessAware(radius=0.1),
+    "gaussian-none": Noise(size=0.1, scaling="none", norm_and_bias=True),
+    "gaussian-filter": Noise(size=0.1, norm_and_bias=True),
+    "uniform-layer": Noise(size=0.1, distribution="uniform", scaling="layer", norm_and_bias=True),
+}
+every_direction = pytest.mark.parametrize("direction", DIRECTIONS.values(), ids=DIRECTIONS.keys())
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+
+WORKERS = 3
+
+
+class Problem(nn.Module):
+    """A loss of every kind of parameter; `data` has one number a worker and step."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(11)
+        self.matrix = nn.Parameter(torch.randn(4, 5, generator=generator, dtype=torch.float64).to(dtype))
+        self.kernel = nn.Parameter(torch.randn(3, 2, 2, 2, generator=generator, dtype=torch.float64).to(dtype))
+        self.vector = nn.Parameter(torch.randn(6, generator=generator, dtype=torch.float64).to(dtype))
+        self.scalar = nn.Parameter(torch.tensor(1.25, dtype=dtype))
+        self.unused = nn.Parameter(torch.ones(2, 3, dtype=dtype))
+        self.frozen = nn.Parameter(torch.full((2, 2), 0.5, dtype=dtype), requires_grad=False)
+
+    def used(self) -> list[nn.Parameter]:
+        return [self.matrix, self.kernel, self.vector, self.scalar]
+
+    def forward(self, data: float) -> Tensor:
+        losses = [(torch.cos(data + p) * (1 + 0.1 * data)).sum() + 0.1 * p.square().sum() for p in self.used()]
+        return torch.stack(losses).sum() * (1 + 0.1 * self.frozen.sum())
+
+
+class UserLoop:
+    """A model, a base optimizer with two rates, and extrapolation, without egtrain's engine."""
+
+    def __init__(self, direction: Direction, dtype: torch.dtype = torch.float64, workers: int | range = WORKERS):
+        self.model = Problem(dtype)
+        m = self.model
+        self.optimizer = torch.optim.SGD(
+            [
+                {"params": [m.matrix, m.frozen, m.vector], "lr": 0.1},
+                {"params": [m.kernel, m.scalar, m.unused], "lr": 0.02, "weight_decay": 0.1},
+            ],
+            lr=0.1,
+            momentum=0.9,
+            nesterov=True,
+        )
+        self.extrapolation = Extrapolation(self.optimizer, direction, workers, seed=5)
+        self.step_number = 0
+
+    def backward(self, worker: int) -> None:
+        self.optimizer.zero_grad()
+        torch.autograd.backward(self.model(0.3 * worker + 0.7 * self.step_number))
+
+    def shifted(self, worker: int = 0) -> Any:
+        return self.extrapolation.shifted(worker, gradient=lambda: self.backward(worker))
+
+    def step(self, clip: float | None = None) -> None:
+        gradients: list[list[Tensor]] = []
+        for worker in self.extrapolation.workers:
+            with self.shifted(worker):
+                self.backward(worker)
+            gradients.append([p.grad.clone() for p in self.model.used() if p.grad is not None])
+        for p, *parts in zip(self.model.used(), *gradients, strict=True):
+            p.grad = torch.stack(parts).mean(dim=0)
+        if clip is not None:
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+            self.extrapolation.clip_past_gradients(torch.clamp(clip / (norm + 1e-6), max=1.0))
+        self.optimizer.step()
+        self.step_number += 1
+
+    def weights(self) -> list[Tensor]:
+        return [p.detach().clone() for p in self.model.parameters()]
+
+    def shift(self, worker: int = 0) -> dict[str, Tensor]:
+        """Return ζ of each parameter, as far as the weights show it, and leave no trace."""
+        before = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        memory = self.extrapolation.state_dict()
+        with self.shifted(worker):
+            shift = {name: before[name] - p.detach() for name, p in self.model.named_parameters()}
+        self.extrapolation.load_state_dict(memory)
+        return shift
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "extrapolation": self.extrapolation.state_dict(),
+            "step": self.step_number,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.extrapolation.load_state_dict(state["extrapolation"])
+        self.step_number = state["step"]
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    """Return whether two lists are equal bit for bit."""
+    return len(a) == len(b) and all(
+        x.dtype == y.dtype and x.shape == y.shape and bits(x) == bits(y) for x, y in zip(a, b, strict=True)
+    )
+
+
+def bits(x: Tensor) -> bytes:
+    return x.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """Yield the tensors in nested containers."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for entry in value.values():
+            yield from tensors_in(entry)
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from tensors_in(entry)
+
+
+@every_direction
+@every_dtype
+def test_everything_keeps_its_type(direction: Direction, dtype: torch.dtype) -> None:
+    loop = UserLoop(direction, dtype)
+    for _ in range(3):
+        loop.step(clip=1.0)
+    before = loop.weights()
+    with loop.shifted(1):
+        inside = loop.weights()
+        loop.backward(1)
+    assert {p.dtype for p in loop.model.parameters()} == {dtype}
+    assert {p.grad.dtype for p in loop.model.parameters() if p.grad is not None} == {dtype}
+    state = loop.extrapolation.state_dict()
+    assert {t.dtype for t in tensors_in([state["own"], state["mean"]])} <= {dtype}
+    assert all(torch.isfinite(x).all() for x in inside)
+    assert not same(inside, before)
+    assert same(loop.weights(), before)
+
+
+@every_direction
+def test_parameters_of_several_types_share_an_optimizer(direction: Direction) -> None:
+    wide = nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4))
+    narrow = nn.Parameter(torch.linspace(-1, 1, 6).view(2, 3).to(torch.bfloat16))
+    optimizer = torch.optim.SGD([wide, narrow], lr=0.1)
+    extrapolation = Extrapolation(optimizer, direction)
+
+    def backward() -> None:
+        optimizer.zero_grad()
+        torch.autograd.backward(torch.cos(wide).sum() + torch.cos(narrow).float().sum())
+
+    for _ in range(3):
+        with extrapolation.shifted(gradient=backward):
+            backward()
+        optimizer.step()
+    assert [p.dtype for p in (wide, narrow)] == [torch.float32, torch.bfloat16]
+    assert torch.isfinite(wide).all()
+    assert torch.isfinite(narrow).all()
+
+
+@every_direction
+def test_the_weights_come_back_bit_for_bit(direction: Direction) -> None:
+    loop = UserLoop(direction, torch.float32)
+    for _ in range(3):
+        loop.step()
+        for worker in range(WORKERS):
+            before = loop.weights()
+            with loop.shifted(worker):
+                assert not same(loop.weights(), before)
+                loop.backward(worker)
+            assert same(loop.weights(), before)
+
+
+@every_direction
+def test_an_exception_in_the_block_leaves_no_trace(direction: Direction) -> None:
+    loop = UserLoop(direction, torch.float32)
+    loop.step()
+    before, memory = loop.weights(), list(tensors_in(loop.extrapolation.state_dict()))
+    with pytest.raises(KeyError, match="out of data"), loop.shifted(1):
+        loop.backward(1)
+        raise KeyError("out of data")
+    assert same(loop.weights(), before)
+    assert same(list(tensors_in(loop.extrapolation.state_dict())), memory)
+    undisturbed = UserLoop(direction, torch.float32)
+    undisturbed.step()
+    loop.step()
+    undisturbed.step()
+    assert same(loop.weights(), undisturbed.weights())
+
+
+@every_direction
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_saved_state_resumes_bit_for_bit(direction: Direction, clip: float | None) -> None:
+    undisturbed = UserLoop(direction)
+    for _ in range(3):
+        undisturbed.step(clip)
+    file = io.BytesIO()
+    torch.save(undisturbed.state(), file)
+    for _ in range(3):
+        undisturbed.step(clip)
+
+    file.seek(0)
+    resumed = UserLoop(direction)
+    resumed.load(torch.load(file, weights_only=True))
+    assert resumed.extrapolation.steps == 3
+    for _ in range(3):
+        resumed.step(clip)
+    assert same(resumed.weights(), undisturbed.weights())
+
+
+@every_direction
+def test_a_state_is_a_copy(direction: Direction) -> None:
+    loop = UserLoop(direction)
+    loop.step(clip=1.0)
+    state = loop.extrapolation.state_dict()
+    kept = [t.clone() for t in tensors_in(state)]
+    loop.step(clip=0.5)
+    assert same(list(tensors_in(state)), kept)
+
+
+@pytest.mark.parametrize(
+    ("zeta", "direction", "base"), [row for row in ROWS if row[2] == NESTEROV and row[0].until > 100], ids=row_name
+)
+def test_a_run_resumes_bit_for_bit(zeta: Zeta, direction: Direction | None, base: Base) -> None:
+    def run() -> Any:
+        return tiny_run(direction, base, workers=2, dtype=torch.float32, steps=6, new_samples=zeta.samples == "new")
+
+    undisturbed = run()
+    file = io.BytesIO()
+
+    def save_in_the_middle(step: int, metrics: dict[str, float]) -> None:
+        if step == 3:
+            torch.save(undisturbed.state_dict(), file)
+
+    train_watched(undisturbed, save_in_the_middle)
+    file.seek(0)
+    resumed = run()
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert [s["loss"] for s in trajectory(resumed)] == [s["loss"] for s in trajectory(run())[3:]]
+    assert same([resumed.workers.parameters], [undisturbed.workers.parameters])
+    assert same([*resumed.workers.state_dict().values()], [*undisturbed.workers.state_dict().values()])
+    assert same([*tensors_in(resumed.optimizer.state_dict())], [*tensors_in(undisturbed.optimizer.state_dict())])
+    assert resumed.noise_scale == undisturbed.noise_scale
+
+
+@pytest.mark.parametrize(
+    ("other", "workers"),
+    [(GlobalGradient(ratio=0.5), 3), (GradientNoise(ratio=0.5), 3), (Noise(size=0.1), 3), (LocalGradient(rate=1), 2)],
+    ids=["another direction", "more state", "less state", "other workers"],
+)
+def test_a_state_that_does_not_fit_is_refused(other: Direction, workers: int) -> None:
+    loop = UserLoop(LocalGradient(ratio=0.5))
+    loop.step()
+    with pytest.raises(ValueError, match="belongs to other parameters, workers or another direction"):
+        UserLoop(other, workers=workers).extrapolation.load_state_dict(loop.extrapolation.state_dict())
+
+
+# Awkward parameters
+
+
+def test_the_shift_is_the_ratio_times_each_groups_rate_times_the_own_gradient() -> None:
+    loop = UserLoop(LocalGradient(ratio=0.5))
+    own = []
+    for worker in range(WORKERS):
+        with loop.shifted(worker):
+            loop.backward(worker)
+        own.append({n: p.grad.clone() for n, p in loop.model.named_parameters() if p.grad is not None})
+    loop.optimizer.step()
+    # As a schedule does: the rate of the step that is being made counts.
+    for rate, other_rate in [(0.1, 0.02), (0.01, 0.02), (0.01, 0.3)]:
+        loop.optimizer.param_groups[0]["lr"], loop.optimizer.param_groups[1]["lr"] = rate, other_rate
+        for worker in range(WORKERS):
+            shift = loop.shift(worker)
+            for name, r in {"matrix": rate, "vector": rate, "kernel": other_rate, "scalar": other_rate}.items():
+                torch.testing.assert_close(shift[name], 0.5 * r * own[worker][name], rtol=1e-9, atol=1e-14)
+
+
+@every_direction
+def test_frozen_and_unused_parameters_stay_out_of_it(direction: Direction) -> None:
+    loop = UserLoop(direction)
+    for _ in range(2):
+        loop.step()
+    for worker in range(WORKERS):
+        shift = loop.shift(worker)
+        assert not shift["frozen"].any()
+        # Without a gradient there is no direction; noise needs none.
+        assert bool(shift["unused"].any()) == isinstance(direction, Noise)
+        assert all(shift[name].any() for name in ("matrix", "kernel", "vector", "scalar"))
+    assert loop.model.unused.grad is None
+    assert loop.model.frozen.grad is None
+
+
+@every_direction
+def test_a_parameter_may_be_frozen_later(direction: Direction) -> None:
+    loop = UserLoop(direction)
+    loop.step()
+    loop.model.unused.requires_grad_(False)
+    loop.step()
+    loop.step()
+
+
+@every_direction
+def test_no_gradient_at_all_is_no_shift(direction: Direction) -> None:
+    weights = nn.Parameter(torch.ones(3, 2))
+    optimizer = torch.optim.SGD([weights], lr=0.1)
+    extrapolation = Extrapolation(optimizer, direction)
+    for _ in range(2):
+        with extrapolation.shifted(gradient=lambda: None):
+            assert torch.equal(weights, torch.ones(3, 2)) != isinstance(direction, Noise)
+        optimizer.step()
+    assert weights.grad is None
+
+
+def test_a_worker_that_took_no_gradient_has_no_past() -> None:
+    weights = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([weights], lr=0.25)
+    extrapolation = Extrapolation(optimizer, LocalGradient(ratio=0.5))
+    with extrapolation.shifted():
+        torch.autograd.backward(weights.sum())
+    optimizer.zero_grad()
+    with extrapolation.shifted():
+        assert torch.equal(weights, torch.full((3,), 0.875))
+    with extrapolation.shifted():
+        assert torch.equal(weights, torch.ones(3))
+
+
+# Workers, seeds and streams
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "uniform"])
+def test_noise_is_a_function_of_seed_worker_and_step_alone(distribution: Any) -> None:
+    noise = Noise(size=0.1, distribution=distribution)
+
+    def shifts(workers: int | range) -> dict[int, Tensor]:
+        loop = UserLoop(noise, workers=workers)
+        loop.extrapolation.steps = 4
+        torch.rand(len(loop.extrapolation.workers))
+        return {k: loop.shift(k)["matrix"] for k in reversed(loop.extrapolation.workers)}
+
+    everywhere, upper = shifts(6), shifts(range(3, 6))
+    assert all(torch.equal(everywhere[k], upper[k]) for k in (3, 4, 5))
+    assert len({bits(shift) for shift in everywhere.values()}) == 6
+
+
+def test_noise_leaves_the_global_stream_alone() -> None:
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    UserLoop(Noise(size=0.1)).shift()
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_noise_changes_with_every_step_and_seed() -> None:
+    loop = UserLoop(Noise(size=0.1))
+    first = loop.shift()["matrix"]
+    assert torch.equal(loop.shift()["matrix"], first)
+    loop.optimizer.step()  # Without gradients: the weights stay, the step is the next.
+    assert not torch.equal(loop.shift()["matrix"], first)
+    other = UserLoop(Noise(size=0.1))
+    other.extrapolation.seed = 6
+    assert not torch.equal(other.shift()["matrix"], first)
+
+
+@pytest.mark.parametrize("scaling", ["layer", "filter"])
+@pytest.mark.parametrize("distribution", ["gaussian", "uniform"])
+def test_noise_leaves_out_norms_and_biases_unless_asked(distribution: Any, scaling: Any) -> None:
+    shift = UserLoop(Noise(size=0.1, distribution=distribution, scaling=scaling)).shift()
+    assert shift["matrix"].any()
+    assert not shift["vector"].any()
+    assert not shift["scalar"].any()
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "uniform"])
+def test_noise_has_the_distribution_that_it_names(distribution: Any) -> None:
+    weights = nn.Parameter(torch.zeros(400, 500, dtype=torch.float64))
+    noise = Noise(size=2.0, distribution=distribution, scaling="none")
+    extrapolation = Extrapolation(torch.optim.SGD([weights], lr=0.1), noise)
+    with extrapolation.shifted():
+        drawn = weights.detach() / 2.0
+    variance, fourth = {"gaussian": (1.0, 3.0), "uniform": (1 / 3, 1 / 5)}[distribution]
+    assert float(drawn.mean()) == pytest.approx(0, abs=0.01)
+    assert float(drawn.square().mean()) == pytest.approx(variance, rel=0.02)
+    assert float(drawn.pow(4).mean()) == pytest.approx(fourth, rel=0.04)
+
+
+@pytest.mark.parametrize("scaling", ["layer", "filter"])
+@pytest.mark.parametrize(
+    "direction",
+    [LocalGradient, GlobalGradient, FreshGradient, lambda **size: Noise(norm_and_bias=True, **size)],
+    ids=["local", "global", "fresh", "noise"],
+)
+def test_size_is_relative_to_the_weights(direction: Callable[..., Direction], scaling: str) -> None:
+    loop = UserLoop(direction(size=0.2, scaling=scaling))
+    loop.step()
+    weights = dict(loop.model.named_parameters())
+    for name, shift in loop.shift(1).items():
+        if name in ("matrix", "kernel", "vector", "scalar"):
+            dims = tuple(range(1, shift.ndim)) if scaling == "filter" and shift.ndim > 1 else None
+            found = torch.linalg.vector_norm(shift, dim=dims)
+            torch.testing.assert_close(
+                found, 0.2 * torch.linalg.vector_norm(weights[name].detach(), dim=dims), rtol=1e-5, atol=0
+            )
+
+
+# Autocast
+
+
+@every_direction
+def test_autocast_sees_the_shifted_weights(direction: Direction) -> None:
+    model = nn.Linear(4, 3)
+    inputs = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    extrapolation = Extrapolation(optimizer, direction, seed=2)
+
+    def backward() -> None:
+        optimizer.zero_grad()
+        torch.autograd.backward(model(inputs).float().square().mean())
+
+    with torch.autocast("cpu", torch.bfloat16):
+        backward()
+        if direction.needs_own:
+            with extrapolation.shifted():
+                backward()
+            # The local and the mean gradient differ, as they do with several workers.
+            model.weight.grad *= -2  # type: ignore[operator]
+        optimizer.step()
+        torch.clear_autocast_cache()
+        before = model(inputs)
+        with extrapolation.shifted(gradient=backward):
+            assert not torch.equal(model(inputs), before)
+        assert torch.equal(model(inputs), before)
+
+
+# What a user can do wrong
+
+
+@every_direction
+def test_blocks_cannot_be_nested(direction: Direction) -> None:
+    loop = UserLoop(direction)
+    loop.step()
+    before = loop.weights()
+    with pytest.raises(RuntimeError, match="cannot be nested"), loop.shifted(), loop.shifted(1):
+        pass
+    assert same(loop.weights(), before)
+    loop.step()
+
+
+@every_direction
+def test_the_optimizer_does_not_step_inside_the_block(direction: Direction) -> None:
+    loop = UserLoop(direction)
+    loop.step()
+    before, steps = loop.weights(), loop.extrapolation.steps
+    with pytest.raises(RuntimeError, match="belongs after the shifted"), loop.shifted():
+        loop.backward(0)
+        loop.optimizer.step()
+    assert same(loop.weights(), before)
+    assert loop.extrapolation.steps == steps
+    loop.step()
+
+
+@every_direction
+def test_backward_after_the_block_is_refused_by_autograd(direction: Direction) -> None:
+    loop = UserLoop(direction)
+    loop.step()
+    with loop.shifted():
+        loss = loop.model(0.5)
+        loop.backward(0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.backward(loss)
+
+
+@pytest.mark.parametrize("worker", [-1, 0, 3, 7])
+def test_an_unknown_worker_is_refused(worker: int) -> None:
+    loop = UserLoop(LocalGradient(ratio=0.5), workers=range(4, 7))
+    before = loop.weights()
+    with pytest.raises(ValueError, match=f"worker {worker} is not carried here"), loop.shifted(worker):
+        pass
+    assert same(loop.weights(), before)
+    with loop.shifted(6):
+        loop.backward(6)
+
+
+@pytest.mark.parametrize("workers", [0, range(3, 3)])
+def test_there_is_at_least_one_worker(workers: int | range) -> None:
+    with pytest.raises(ValueError, match="at least one worker"):
+        UserLoop(LocalGradient(ratio=0.5), workers=workers)
+
+
+@every_direction
+def test_sparse_gradients_are_refused_where_they_would_be_needed(direction: Direction) -> None:
+    embedding = nn.Embedding(5, 3, sparse=True)
+    optimizer = torch.optim.SGD(embedding.parameters(), lr=0.1)
+    extrapolation = Extrapolation(optimizer, direction)
+    before = embedding.weight.detach().clone()
+
+    def step() -> None:
+        def backward() -> None:
+            optimizer.zero_grad()
+            torch.autograd.backward(embedding(torch.tensor([1, 2])).sum())
+
+        with extrapolation.shifted(gradient=backward):
+            backward()
+        optimizer.step()
+
+    if isinstance(direction, Noise):
+        step()
+        assert not torch.equal(embedding.weight, before)
+        return
+    with pytest.raises(RuntimeError, match="dense gradients: use sparse=False"):
+        step()
+    assert torch.equal(embedding.weight, before)
+
+
+@pytest.mark.parametrize("direction", [FreshGradient(ratio=1), SharpnessAware(radius=0.1)], ids=["fresh", "sam"])
+def test_a_second_gradient_needs_a_function(direction: Direction) -> None:
+    loop = UserLoop(direction)
+    before = loop.weights()
+    with pytest.raises(ValueError, match=r"pass shifted\(\.\.\., gradient=function\)"), loop.extrapolation.shifted():
+        pass
+    assert same(loop.weights(), before)
+
+
+@pytest.mark.parametrize("direction", [FreshGradient(ratio=1), SharpnessAware(radius=0.1)], ids=["fresh", "sam"])
+def test_the_second_gradient_is_not_added_to_the_first(direction: Direction) -> None:
+    loop = UserLoop(direction)
+    with loop.shifted():
+        assert all(p.grad is not None and not p.grad.any() for p in loop.model.used())
+        torch.autograd.backward(loop.model(0.3))
+        found = [p.grad.clone() for p in loop.model.used() if p.grad is not None]
+        assert same(found, list(torch.autograd.grad(loop.model(0.3), loop.model.used())))
+
+
+@pytest.mark.parametrize("direction", [LocalGradient, GlobalGradient, GradientNoise, FreshGradient])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "exactly one of ratio, rate and size"),
+        ({"ratio": 0.1, "rate": 0.1}, "exactly one of ratio, rate and size"),
+        ({"ratio": 0.1, "size": 0.1, "scaling": "layer"}, "exactly one of ratio, rate and size"),
+        ({"rate": 0.1, "size": 0.1, "scaling": "filter"}, "exactly one of ratio, rate and size"),
+        ({"scaling": "layer"}, "exactly one of ratio, rate and size"),
+        ({"size": 0.1}, "size goes with scaling"),
+        ({"ratio": 0.1, "scaling": "layer"}, "size goes with scaling"),
+        ({"rate": 0.1, "scaling": "filter"}, "size goes with scaling"),
+        ({"ratio": -0.1}, "ratio must be a finite number of at least 0"),
+        ({"rate": float("nan")}, "rate must be a finite number of at least 0"),
+        ({"size": float("inf"), "scaling": "layer"}, "size must be a finite number of at least 0"),
+    ],
+)
+def test_lengths_that_do_not_go_together_are_refused(direction: Any, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        direction(**settings)
+
+
+@pytest.mark.parametrize("make", [lambda x: Noise(size=x), lambda x: SharpnessAware(radius=x)], ids=["noise", "sam"])
+@pytest.mark.parametrize("size", [-0.1, float("nan"), float("inf")])
+def test_sizes_that_are_not_sizes_are_refused(make: Callable[[float], Direction], size: float) -> None:
+    with pytest.raises(ValueError, match="must be a finite number of at least 0"):
+        make(size)
+
+
+# What it costs
+
+
+@pytest.mark.parametrize(
+    ("direction", "buffers"),
+    [
+        (LocalGradient(ratio=0.5), WORKERS + 1),
+        (LocalGradient(size=0.1, scaling="filter"), WORKERS + 1),
+        (GlobalGradient(ratio=0.5), 2),
+        (GradientNoise(ratio=0.5), WORKERS + 2),
+        (FreshGradient(ratio=0.5), 1),
+        (SharpnessAware(radius=0.1), 1),
+        (Noise(size=0.1), 1),
+    ],
+    ids=["local", "local-filter", "global", "gradient-noise", "fresh", "sam", "noise"],
+)
+def test_it_keeps_one_buffer_a_worker_and_one_for_the_return(direction: Direction, buffers: int) -> None:
+    loop = UserLoop(direction)
+    for _ in range(2):
+        loop.step(clip=1.0)
+    shifted = [p for p in loop.model.parameters() if p.requires_grad]
+    weights = {p.untyped_storage().data_ptr() for p in shifted}
+    kept = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in tensors_in(vars(loop.extrapolation))
+        if t.ndim > 0 or t.untyped_storage().nbytes() > 8
+    }
+    scalars = [p for p in shifted if p.ndim == 0]
+    size = sum(p.numel() * p.element_size() for p in shifted) - 8 * len(scalars)
+    assert sum(n for storage, n in kept.items() if storage not in weights) == buffers * size
+
+
+def test_no_zeta_outlives_its_making() -> None:
+    made: list[Any] = []
+
+    class Watched:
+        needs_own = needs_mean = needs_fresh = False
+
+        def zeta(self, at: Point) -> list[Tensor]:
+            import weakref
+
+            zeta = [torch.full_like(p, 0.1) for p in at.parameters]
+            made.extend(weakref.ref(z) for z in zeta)
+            return zeta
+
+    loop = UserLoop(Watched())
+    with loop.shifted():
+        assert made
+        assert all(reference() is None for reference in made)
+
+
+def test_the_optim_package_needs_nothing_but_torch() -> None:
+    code = """
+import sys, torch
+before = {name.partition(".")[0] for name in sys.modules}
+import egtrain.optim, egtrain.optim.schedules, egtrain.optim.noise_scale
+brought = {name for name in sys.modules if name.startswith("egtrain")}
+others = {name.partition(".")[0] for name in sys.modules} - before - set(sys.stdlib_module_names) - {"egtrain"}
+assert all(name == "egtrain" or name.startswith("egtrain.optim") for name in brought), brought
+assert not others, others
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_docstring_example_works() -> None:
+    import egtrain.optim
+
+    lines = [line[4:] for line in (egtrain.optim.__doc__ or "").splitlines() if line.startswith((">>> ", "... "))]
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    before = model.weight.detach().clone()
+    example = {
+        "torch": torch,
+        "model": model,
+        "inputs": torch.randn(4, 3),
+        "targets": torch.randn(4, 2),
+        "loss_function": nn.functional.mse_loss,
+        **vars(egtrain.optim),
+    }
+    exec("\n".join(lines), example)
+    assert not torch.equal(model.weight, before)
+    assert isinstance(example["extrapolation"], Extrapolation)
+    assert example["extrapolation"].steps == 1
+
+
+# Scaling by hand
+
+
+@pytest.mark.parametrize(
+    ("scaling", "expected"),
+    [
+        ("none", [[[0.5 * 3.0, 0.5 * 4.0], [0.0, 0.5 * 2.0]], [0.5 * 6.0, 0.5 * 8.0]]),
+        ("layer", [[[0.5 * x * 50**0.5 / 29**0.5 for x in (3.0, 4.0)], [0.0, 50**0.5 / 29**0.5]], [0.3, 0.4]]),
+        ("filter", [[[0.5 * 5.0 * 0.6, 0.5 * 5.0 * 0.8], [0.0, 0.5 * 5.0]], [0.3, 0.4]]),
+    ],
+)
+def test_scaling_by_hand(scaling: Any, expected: list[Any]) -> None:
+    zeta = [torch.tensor([[3.0, 4.0], [0.0, 2.0]]), torch.tensor([6.0, 8.0])]
+    weights = [torch.tensor([[5.0, 0.0], [3.0, 4.0]]), torch.tensor([0.6, 0.8])]
+    found = scaled_to_weights(zeta, weights, 0.5, scaling, eps=0.0)
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, torch.tensor(e))
