@@ -18,6 +18,10 @@ def main() -> None:
             print(f"egtrain: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         code = 130
+    if code and "LOCAL_RANK" in os.environ:
+        from egtrain.launch import exit_code_of_rank
+
+        code = exit_code_of_rank(code)
     sys.exit(code)
 
 

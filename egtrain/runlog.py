@@ -335,10 +335,10 @@ def _cut_lines_after(path: Path, step: int) -> float:
                 late, now = values["step"] > step, float(values["wall"]["seconds"])
             except (ValueError, KeyError, TypeError):
                 continue
-            if line.endswith(b"\n") and not late:
-                kept.append(line)
+            if not late:
+                kept.append(line.rstrip(b"\n") + b"\n")
                 seconds = now
-    if sum(map(len, kept)) < size:
+    if sum(map(len, kept)) != size:
         write_atomically(path, b"".join(kept))
     return seconds
 

@@ -1,5 +1,6 @@
 """A finished or interrupted run, read back: its configuration, model and task."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def load_run(
     directory = Path(path)
     if not (directory / "config.yaml").is_file():
         raise UsageError(f"{directory} holds no run: there is no config.yaml; name a directory that `train` made")
-    overrides = [] if data_dir is None else [f"data.dir={str(Path(data_dir).absolute())!r}"]
+    overrides = [] if data_dir is None else [f"data.dir={json.dumps(str(Path(data_dir).absolute()))}"]
     config = load_config(directory / "config.yaml", overrides)
     store = CheckpointStore(directory / "checkpoints")
     if checkpoint == "last":

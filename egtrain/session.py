@@ -1,6 +1,7 @@
 """One run from its directory to its summary: what `egtrain train` does around the training loop."""
 
 import json
+import math
 import sys
 import time
 from contextlib import ExitStack
@@ -21,14 +22,14 @@ from egtrain.build import (
 )
 from egtrain.checkpoint import CheckpointStore, RunLock, write_atomically
 from egtrain.config import Config, config_to_yaml, flat_settings
-from egtrain.errors import DataError, UsageError
+from egtrain.errors import DataError, InterruptedRun, UsageError
 from egtrain.progress import Display
-from egtrain.runlog import RunLog, git_commit, hardware, versions, write_summary
+from egtrain.runlog import RunLog, finite, git_commit, hardware, versions, write_summary
 from egtrain.tasks import Split
 from egtrain.train import Run, train
 from egtrain.workers import Ranks
 
-CONFIG, SUMMARY, CHECKPOINTS = "config.yaml", "summary.json", "checkpoints"
+CONFIG, METRICS, SUMMARY, CHECKPOINTS = "config.yaml", "metrics.jsonl", "summary.json", "checkpoints"
 
 
 def train_in(directory: Path, config: Config, *, resume: bool, as_json: bool = False) -> None:
@@ -37,19 +38,38 @@ def train_in(directory: Path, config: Config, *, resume: bool, as_json: bool = F
     Raises:
         EgtrainError: whatever kept the run from ending; its class has the exit code.
     """
-    launch.note_process()
-    # Before the ranks meet, so that a signal during the start-up is not lost either.
-    with launch.StopSignal() as stop, launch.joined_ranks(config.device) as ranks, ExitStack() as closing:
-        resume = resume or launch.restart_count() > 0
-        directory = Path(launch.agreed(str(directory), ranks))
+    try:
+        # Before the ranks meet, so that a signal during the start-up is not lost either.
+        with launch.StopSignal() as stop:
+            _train_until(stop, directory, config, resume, as_json)
+    except KeyboardInterrupt:
+        raise InterruptedRun(f"interrupted before the training; go on with --resume {directory}") from None
+
+
+def _train_until(stop: launch.StopSignal, directory: Path, config: Config, resume: bool, as_json: bool) -> None:
+    with launch.joined_ranks(config.device) as ranks, ExitStack() as closing:
+        claimed = launch.claimed_directory()
+        going_on = resume or claimed is not None
+        directory = Path(launch.agreed(str(claimed or directory), ranks))
         config = config.model_copy(update={"precision": native_precision(config.precision, ranks.device)})
         first = ranks.rank == 0
-        if first:
+
+        def begin() -> None:
             closing.enter_context(RunLock(directory))
-        launch.first_rank_first(ranks, lambda: prepare(directory, config, resume) if first else None)
-        run = build_run(config, ranks)
-        store = CheckpointStore(directory / CHECKPOINTS, keep=config.checkpoint.keep)
-        newest = store.load_newest() if resume else None
+            prepare(directory, config, going_on)
+            launch.claim_directory(directory)
+
+        launch.only_first_rank(ranks, begin)
+        try:
+            run = build_run(config, ranks)
+        except (UsageError, DataError):
+            if first and not resume:
+                withdraw(directory)
+            raise
+        store = CheckpointStore(
+            directory / CHECKPOINTS, keep=config.checkpoint.keep, warn=None if first else lambda message: None
+        )
+        newest = launch.first_rank_first(ranks, store.load_newest) if going_on else None
         if newest is not None:
             load_into(run, newest[1], directory)
         if newest is not None and run.step == run.steps and (directory / SUMMARY).is_file():
@@ -57,11 +77,17 @@ def train_in(directory: Path, config: Config, *, resume: bool, as_json: bool = F
                 print(f"{directory} is complete: there is nothing left to train", file=sys.stderr)
                 print_result(json.loads((directory / SUMMARY).read_text(encoding="utf-8")), directory, as_json)
             return
-        recorder = Recorder(directory, config, run, store, closing, as_json) if first else NoRecorder()
-        final = train(run, recorder, stop)
+        recorders: list[Recorder] = []
+        launch.only_first_rank(
+            ranks, lambda: recorders.append(Recorder(directory, config, run, ranks, store, closing, as_json))
+        )
+        stop.training = True
+        try:
+            final = train(run, recorders[0] if first else NoRecorder(ranks), stop)
+        except InterruptedRun as error:
+            raise InterruptedRun(f"{error}; go on with --resume {directory}") from None
         if first:
-            assert isinstance(recorder, Recorder)
-            summary = recorder.finish(run, ranks, final)
+            summary = recorders[0].finish(run, final)
             closing.close()
             print_result(summary, directory, as_json)
 
@@ -75,6 +101,22 @@ def prepare(directory: Path, config: Config, resume: bool) -> None:
     require_fresh(directory, resume)
     (directory / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     write_atomically(directory / CONFIG, config_to_yaml(config).encode())
+
+
+def prepare_for_ranks(directory: Path, config: Config, resume: bool) -> None:
+    """Make a run directory, for ranks that are started next.
+
+    Raises:
+        UsageError: the directory holds a run already, and this is another; or another process is at work in it.
+    """
+    with RunLock(directory):
+        prepare(directory, config, resume)
+
+
+def withdraw(directory: Path) -> None:
+    """Forget a run that could not start, so that the command can be given again once what was wrong is put right."""
+    if not (directory / METRICS).exists():
+        (directory / CONFIG).unlink(missing_ok=True)
 
 
 def require_fresh(directory: Path, resume: bool) -> None:
@@ -103,6 +145,9 @@ def load_into(run: Run, state: dict[str, Any], directory: Path) -> None:
 class NoRecorder:
     """What ranks other than the first do with the news of a run: nothing."""
 
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+
     def trained(self, run: Run, step: int, metrics: dict[str, float]) -> None:
         """Ignore the metrics."""
 
@@ -110,17 +155,26 @@ class NoRecorder:
         """Ignore the metrics."""
 
     def save(self, run: Run, state: dict[str, Any], validation: dict[str, float] | None) -> None:
-        """Ignore the state."""
+        """Ignore the state, and fail if the first rank could not write it."""
+        launch.only_first_rank(self._ranks, lambda: None)
 
 
 class Recorder:
     """Writes a run's metrics, checkpoints and summary, and shows its progress; on the first rank."""
 
     def __init__(
-        self, directory: Path, config: Config, run: Run, store: CheckpointStore, closing: ExitStack, as_json: bool
+        self,
+        directory: Path,
+        config: Config,
+        run: Run,
+        ranks: Ranks,
+        store: CheckpointStore,
+        closing: ExitStack,
+        as_json: bool,
     ) -> None:
         self._directory = directory
         self._config = config
+        self._ranks = ranks
         self._store = store
         self._started = time.monotonic()
         self._display = closing.enter_context(
@@ -156,11 +210,13 @@ class Recorder:
         """Write a checkpoint, after everything that was logged up to it."""
         self._log.flush()
         metric = None if validation is None else validation[run.task.metric]
-        self._store.save(state, run.step, metric=metric, final=run.step == run.steps)
+        final = run.step == run.steps
+        launch.only_first_rank(self._ranks, lambda: self._store.save(state, run.step, metric=metric, final=final))
         self._log.restart_clock()
 
-    def finish(self, run: Run, ranks: Ranks, final: dict[str, dict[str, float]]) -> dict[str, Any]:
+    def finish(self, run: Run, final: dict[str, dict[str, float]]) -> dict[str, Any]:
         """Write and return the summary."""
+        ranks = self._ranks
         best = self._store.best()
         summary = {
             "name": self._directory.name,
@@ -193,11 +249,12 @@ class Recorder:
 def print_result(summary: dict[str, Any], directory: Path, as_json: bool) -> None:
     """Print the final metrics, for people or as JSON."""
     if as_json:
-        print(json.dumps({"directory": str(directory), **summary}))
+        print(json.dumps(finite({"directory": str(directory), **summary})))
         return
     for split, metrics in summary["final"].items():
         accuracy = f"accuracy {metrics['accuracy']:.2%}, " if "accuracy" in metrics else ""
-        print(f"{split}: {accuracy}loss {metrics['loss']:.4f}")
+        loss = math.nan if metrics["loss"] is None else metrics["loss"]
+        print(f"{split}: {accuracy}loss {loss:.4f}")
     print(f"{summary['gradient_evaluations']:,} gradient evaluations in {summary['steps']:,} steps; see {directory}")
 
 

@@ -155,7 +155,13 @@ class Workers:
         return {"buffers": self.gather(self._own_buffers).clone(), "previous": self._previous.clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore what `state_dict` returned, on any number of ranks."""
+        """Restore what `state_dict` returned, on any number of ranks.
+
+        Raises:
+            ValueError: the state belongs to another number of workers.
+        """
+        if len(state["buffers"]) != self.count:
+            raise ValueError(f"it is of {len(state['buffers'])} workers, and the run has {self.count}")
         self._own_buffers.copy_(state["buffers"][self.mine.start : self.mine.stop])
         self._previous.copy_(state["previous"])
 

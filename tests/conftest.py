@@ -1,4 +1,34 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
 import torch
 
 # The tests' tensors are tiny: more threads only wait for each other.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return an .npz file: 150 images to train on, four batches of 32 and a rest, and 1,100 to test on."""
+    from helpers import write_images
+
+    return write_images(tmp_path_factory.mktemp("data") / "images.npz")
+
+
+@pytest.fixture(scope="session")
+def undisturbed(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
+    """Return a function that gives the outcome of a run, by its settings, on one process and without interruption."""
+    from helpers import config_of, outcome, run_here
+
+    done: dict[tuple[str, ...], dict[str, Any]] = {}
+
+    def find(*further: str, extrapolation: str = "local") -> dict[str, Any]:
+        key = (extrapolation, *further)
+        if key not in done:
+            directory = tmp_path_factory.mktemp("undisturbed") / "run"
+            done[key] = outcome(run_here(directory, config_of(images, *further, extrapolation=extrapolation)))
+        return done[key]
+
+    return find

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from reference import Base, Reference, Zeta
-from tiny_run import RATES, TinyTask, tiny_net, tiny_run, train_watched, trajectory
+from tiny_run import RATES, TinyTask, tiny_net, tiny_run, train_watched
 from torch import Tensor, nn
 
 from egtrain.optim import (
@@ -90,9 +90,7 @@ def assert_close(found: Tensor, expected: Tensor, tolerance: float = 1e-12) -> N
 
 
 @pytest.mark.parametrize(("zeta", "direction", "base"), ROWS, ids=row_name)
-def test_the_engine_agrees_with_the_reference_step_by_step(
-    zeta: Zeta, direction: Direction | None, base: Base
-) -> None:
+def test_the_engine_agrees_with_the_reference_step_by_step(zeta: Zeta, direction: Direction | None, base: Base) -> None:
     workers, seed, steps = 4, 3, 7
     task = TinyTask(workers, torch.float64)
     reference = Reference(
@@ -355,9 +353,14 @@ def test_an_exception_in_the_block_leaves_no_trace(direction: Direction) -> None
     loop = UserLoop(direction, torch.float32)
     loop.step()
     before, memory = loop.weights(), list(tensors_in(loop.extrapolation.state_dict()))
-    with pytest.raises(KeyError, match="out of data"), loop.shifted(1):
-        loop.backward(1)
-        raise KeyError("out of data")
+
+    def fail_halfway() -> None:
+        with loop.shifted(1):
+            loop.backward(1)
+            raise KeyError("out of data")
+
+    with pytest.raises(KeyError, match="out of data"):
+        fail_halfway()
     assert same(loop.weights(), before)
     assert same(list(tensors_in(loop.extrapolation.state_dict())), memory)
     undisturbed = UserLoop(direction, torch.float32)
@@ -406,8 +409,10 @@ def test_a_run_resumes_bit_for_bit(zeta: Zeta, direction: Direction | None, base
 
     undisturbed = run()
     file = io.BytesIO()
+    losses: list[float] = []
 
     def save_in_the_middle(step: int, metrics: dict[str, float]) -> None:
+        losses.append(metrics["loss"])
         if step == 3:
             torch.save(undisturbed.state_dict(), file)
 
@@ -415,7 +420,9 @@ def test_a_run_resumes_bit_for_bit(zeta: Zeta, direction: Direction | None, base
     file.seek(0)
     resumed = run()
     resumed.load_state_dict(torch.load(file, weights_only=True))
-    assert [s["loss"] for s in trajectory(resumed)] == [s["loss"] for s in trajectory(run())[3:]]
+    resumed_losses: list[float] = []
+    train_watched(resumed, lambda step, metrics: resumed_losses.append(metrics["loss"]))
+    assert resumed_losses == losses[3:]
     assert same([resumed.workers.parameters], [undisturbed.workers.parameters])
     assert same([*resumed.workers.state_dict().values()], [*undisturbed.workers.state_dict().values()])
     assert same([*tensors_in(resumed.optimizer.state_dict())], [*tensors_in(undisturbed.optimizer.state_dict())])
@@ -630,7 +637,6 @@ def test_the_optimizer_does_not_step_inside_the_block(direction: Direction) -> N
     loop.step()
     before, steps = loop.weights(), loop.extrapolation.steps
     with pytest.raises(RuntimeError, match="belongs after the shifted"), loop.shifted():
-        loop.backward(0)
         loop.optimizer.step()
     assert same(loop.weights(), before)
     assert loop.extrapolation.steps == steps

@@ -109,6 +109,7 @@ def test_the_speed_counts_training_only(tmp_path: Path, monkeypatch: pytest.Monk
         if step == 30:
             now += 1000.0
             log.evaluation(step, 0, "test", {})
+        if step == 40:
             now += 1000.0
             log.restart_clock()
     speeds = [line["wall"]["samples_per_second"] for line in lines_in(tmp_path) if line["split"] == "train"]
@@ -117,6 +118,18 @@ def test_the_speed_counts_training_only(tmp_path: Path, monkeypatch: pytest.Monk
     assert 100 < speeds[60] < 200
     assert speeds[70:] == [100.0] * 30
     log.close()
+
+
+def test_the_speed_is_known_also_where_each_step_is_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with RunLog(tmp_path, tensorboard=False) as log:
+        for step in (1, 2):
+            now += 0.5
+            log.train_step(step, 0, {}, samples=100)
+            now += 9.0
+            log.evaluation(step, 0, "test", {})
+    assert [line["wall"].get("samples_per_second") for line in lines_in(tmp_path)] == [None, None, 200.0, None]
 
 
 # ---- resumed
@@ -211,7 +224,7 @@ def test_lines_around_a_damaged_one_are_kept(tmp_path: Path) -> None:
         log_steps(log, 1, 3)
     path = tmp_path / "metrics.jsonl"
     first, _, third = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(first + b"\x00" * 40 + b"\n" + b"[1]\n" + b'{"step": "x"}\n' + third)
+    path.write_bytes(first + b"\x00" * 40 + b"\n" + b"[1]\n" + b'{"step": "x"}\n' + third.rstrip())
     with RunLog(tmp_path, tensorboard=False, resume_step=3) as log:
         log_steps(log, 4, 4)
     assert [line["step"] for line in lines_in(tmp_path)] == [1, 3, 4, 4]
@@ -406,7 +419,8 @@ def test_a_terminal_is_given_back_as_it_was_also_after_an_exception(
             raise KeyboardInterrupt
 
     with os.fdopen(terminal, "w") as stream:
-        display = Display("a-name-that-is-much-too-long-for-its-column", epochs=2, steps=8, stream=stream)
+        name = "a-name-that-is-much-too-long-for-its-column"
+        display = Display(name, epochs=2, steps=8, stream=stream, seconds_between_lines=0)
         with pytest.raises(KeyboardInterrupt):
             interrupted_run(display)
         os.set_blocking(controller, False)
@@ -420,6 +434,7 @@ def test_a_terminal_is_given_back_as_it_was_also_after_an_exception(
     assert "stopped at step 1 of 8" in output
     if variables["TERM"] == "dumb":
         assert "\x1b" not in output
+        assert "epoch 1/2  step 1/8  loss 2.000  accuracy 50.00%  1,000,000 samples/s\r\n" in output
         return
     assert "epoch 1/2  step 1/8  loss 2.000  accuracy 50.00%" in output
     assert output.count("\x1b[?25l") == output.count("\x1b[?25h") == 1, "the cursor is shown again"

@@ -29,12 +29,13 @@ def evaluate_run(
     Example: egtrain eval runs/quickstart-20260101-120000 --json
     """
     from egtrain.launch import pick_device
+    from egtrain.runlog import finite
     from egtrain.saved_run import load_run
 
     saved = load_run(run, checkpoint=checkpoint, data_dir=data_dir, offline=offline, device=str(pick_device(device)))
     metrics = saved.evaluate(split.value)
     if as_json:
-        print(json.dumps({"run": str(run), "step": saved.step, "split": split.value, **metrics}))
+        print(json.dumps(finite({"run": str(run), "step": saved.step, "split": split.value, **metrics})))
         return
     accuracy = f"accuracy {metrics['accuracy']:.2%}, " if "accuracy" in metrics else ""
     print(f"{split.value}: {accuracy}loss {metrics['loss']:.4f} after {saved.step:,} steps")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from egtrain.errors import UsageError
+from egtrain.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from egtrain.config import Config
@@ -100,9 +100,12 @@ def train(
         launch.require_dividing(config.workers, ranks)
         if ranks > 1 or max_restarts:
             # The ranks go on with a run that has no checkpoint yet; so does one that torchrun has restarted.
-            session.prepare(directory, config, resume is not None)
+            session.prepare_for_ranks(directory, config, resume is not None)
             arguments = ["train", "--resume", str(directory), *(["--json"] if as_json else [])]
-            raise typer.Exit(launch.launch(ranks, arguments, max_restarts))
+            code = launch.launch(ranks, arguments, max_restarts)
+            if resume is None and code in (UsageError.exit_code, DataError.exit_code):
+                session.withdraw(directory)
+            raise typer.Exit(code)
     session.train_in(directory, config, resume=resume is not None, as_json=as_json)
 
 
@@ -145,12 +148,12 @@ def resumed_config(
     Raises:
         UsageError: there is no run, or settings differ and `allow_changes` was not given.
     """
-    from egtrain.config import config_from_yaml_text, differences, load_config
+    from egtrain.config import differences, load_config
 
     file = directory / "config.yaml"
     if not file.is_file():
         raise UsageError(f"{directory} holds no run: there is no config.yaml; name a directory that `train` made")
-    saved = config_from_yaml_text(file.read_text(encoding="utf-8"), str(file))
+    saved = load_config(file)
     config = with_batch(load_config(file, overrides), workers, batch_size)
     changes = differences(saved, config)
     if changes:

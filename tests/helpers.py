@@ -1,0 +1,431 @@
+"""Runs of the real program, small enough for tests: in this process, in forked ones, and started as a user does."""
+
+import contextlib
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from egtrain import build, launch, session
+from egtrain.checkpoint import read_checkpoint
+from egtrain.config import Config, load_config
+from egtrain.tasks import Split
+from egtrain.tasks.image import ImageTask
+
+ROOT = Path(__file__).parents[1]
+STEPS_PER_EPOCH = 4
+STEPS = 12
+EXTRAPOLATIONS = {
+    "none": [],
+    "local": [],
+    "global": [],
+    "gradient-noise": [],
+    "fresh": ["extrapolation.samples=new"],
+    "sam": [],
+    "gaussian": ["extrapolation.size=0.05"],
+    "uniform": ["extrapolation.size=0.05"],
+}
+"""Every choice of ζ with the settings that it needs."""
+
+
+def write_images(path: Path, *, train: int = 150, test: int = 1100, size: int = 8) -> Path:
+    """Write an .npz file of small coloured images, whose class is where they are bright."""
+    generator = np.random.default_rng(0)
+    arrays = {}
+    for split, count in (("train", train), ("test", test)):
+        labels = np.arange(count) % 4
+        images = generator.integers(0, 160, (count, size, size, 3))
+        rows, columns = np.divmod(labels, 2)
+        for image, row, column in zip(images, rows, columns, strict=True):
+            image[row * size // 2 :, column * size // 2 :] += 60
+        arrays |= {f"x_{split}": images.astype(np.uint8), f"y_{split}": labels}
+    np.savez(path, **arrays)
+    return path
+
+
+def settings(data: Path, *further: str, deterministic: bool = True) -> list[str]:
+    """Return settings, for `--set` or `load_config`, of a run of a second: K = 4, b = 8, 12 steps, 4 an epoch."""
+    return [
+        f'data.name="npz:{data}"',
+        "workers=4",
+        "worker_batch_size=8",
+        "model.depth=8",
+        "model.width=4",
+        "epochs=3",
+        "schedule.warmup_epochs=1",
+        "optimizer.lr=0.1",
+        "precision=fp32",
+        "device=cpu",
+        "threads=1",
+        "log.tensorboard=false",
+        f"deterministic={str(deterministic).lower()}",
+        *further,
+    ]
+
+
+def config_of(data: Path, *further: str, extrapolation: str = "local", deterministic: bool = True) -> Config:
+    """Return the configuration of such a run."""
+    name = [f"extrapolation.name={extrapolation}", *EXTRAPOLATIONS[extrapolation]]
+    return load_config("quickstart", settings(data, *name, *further, deterministic=deterministic))
+
+
+def arguments(data: Path, *further: str, extrapolation: str = "local", deterministic: bool = True) -> list[str]:
+    """Return the command line of such a run, without a directory."""
+    name = [f"extrapolation.name={extrapolation}", *EXTRAPOLATIONS[extrapolation]]
+    pairs = settings(data, *name, *further, deterministic=deterministic)
+    return ["train", "--preset", "quickstart", *[part for pair in pairs for part in ("--set", pair)]]
+
+
+class StopAfter(launch.StopSignal):
+    """Is asked to stop in the n-th step that this process makes."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self._steps_left = steps
+
+    def __call__(self) -> bool:
+        """Return whether that step has come."""
+        self._steps_left -= 1
+        return self._steps_left == 0
+
+
+@contextlib.contextmanager
+def torch_as_it_was() -> Iterator[None]:
+    """Take back what a run sets for its whole process."""
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    benchmark, workspace = torch.backends.cudnn.benchmark, os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
+        torch.backends.cudnn.benchmark = benchmark
+        if workspace is None:
+            os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+def run_here(directory: Path, config: Config, *, resume: bool = False, stop_after: int | None = None) -> Path:
+    """Train in this process, to the end or until the n-th step; return the directory."""
+    original = launch.StopSignal
+    with torch_as_it_was():
+        try:
+            if stop_after is not None:
+                launch.StopSignal = lambda: StopAfter(stop_after)  # type: ignore[assignment, misc]
+            session.train_in(directory, config, resume=resume)
+        finally:
+            launch.StopSignal = original  # type: ignore[misc]
+    return directory
+
+
+def metrics_in(directory: Path) -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "wall"} for line in lines]
+
+
+def newest_checkpoint(directory: Path) -> Path:
+    """Return the file of the latest step."""
+    return max((directory / "checkpoints").glob("step-*.pt"))
+
+
+def flattened(value: Any, name: str = "state") -> dict[str, Any]:
+    """Return the leaves of nested dicts, lists and tuples by name."""
+    if isinstance(value, dict):
+        pairs = list(value.items())
+    elif isinstance(value, list | tuple):
+        pairs = list(enumerate(value))
+    else:
+        return {name: value}
+    leaves: dict[str, Any] = {f"{name} size": len(pairs)}
+    for key, inner in pairs:
+        leaves |= flattened(inner, f"{name}.{key}")
+    return leaves
+
+
+def digest(tensor: Tensor) -> str:
+    """Return type, shape and SHA-256 of a tensor."""
+    data = hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
+    return f"{tensor.dtype} {list(tensor.shape)} {data}"
+
+
+def outcome(directory: Path) -> dict[str, Any]:
+    """Return all that two equal runs have in common: every tensor of the newest checkpoint, and the metrics."""
+    step, state = read_checkpoint(newest_checkpoint(directory))
+    leaves = {name: digest(leaf) if isinstance(leaf, Tensor) else leaf for name, leaf in flattened(state).items()}
+    return {"step": step, **leaves, "metrics": metrics_in(directory)}
+
+
+def free_port() -> int:
+    """Return a port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def environment(**further: str) -> dict[str, str]:
+    """Return the environment of a process that finds egtrain and nothing of the user's."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("EGTRAIN_DATA", "EGTRAIN_TEST_FAULT")}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**kept, "PYTHONPATH": path, "COLUMNS": "200", **further}
+
+
+@functools.cache
+def fork_server() -> ForkServerContext:
+    """Return what makes processes out of one that has imported torch and done nothing with it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch._inductor", "pytest", "egtrain.session", "egtrain.cli", "egtrain.saved_run", "helpers"])
+    before = dict(os.environ)
+    try:
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return context
+
+
+class Forked:
+    """The command line in a process of its own, forked from one that has imported torch already.
+
+    Exit codes, signals and kills are those of a process that a user starts; only the import is saved.
+
+    Args:
+        arguments: what stands after `egtrain`.
+        folder: the working directory, and where the output goes.
+        further: environment variables, over those of `environment`.
+        before: is called in the process first, for example to break something in it.
+    """
+
+    count = 0
+
+    def __init__(
+        self,
+        arguments: list[str],
+        folder: Path,
+        further: dict[str, str] | None = None,
+        before: Callable[[], None] | None = None,
+    ) -> None:
+        Forked.count += 1
+        self._files = [folder / f"{stream}-{Forked.count}.txt" for stream in ("stdout", "stderr")]
+        everything = environment(**(further or {}))
+        self._process = fork_server().Process(
+            target=_run_command_line, args=(arguments, str(folder), everything, list(map(str, self._files)), before)
+        )
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    def __enter__(self) -> "Forked":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.join()
+
+    def wait(self, seconds: float = 60) -> int:
+        """Return the exit code, negative for a signal; a process that hangs is a failure."""
+        self._process.join(seconds)
+        if self._process.exitcode is None:
+            raise AssertionError(f"still running after {seconds} s; its output:\n{self.stdout}\n{self.stderr}")
+        return self._process.exitcode
+
+    def send(self, number: int) -> None:
+        """Send a signal."""
+        os.kill(self.pid, number)
+
+    @property
+    def stdout(self) -> str:
+        """What it has printed."""
+        return self._files[0].read_text() if self._files[0].exists() else ""
+
+    @property
+    def stderr(self) -> str:
+        """What it has printed to standard error."""
+        return self._files[1].read_text() if self._files[1].exists() else ""
+
+
+def _run_command_line(
+    arguments: list[str], folder: str, everything: dict[str, str], files: list[str], before: Callable[[], None] | None
+) -> None:
+    for stream, file in zip((1, 2), files, strict=True):
+        handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+        os.dup2(handle, stream)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    os.environ.clear()
+    os.environ.update(everything)
+    os.chdir(folder)
+    sys.argv = ["egtrain", *arguments]
+    code: int | None = 1
+    try:
+        if before is not None:
+            before()
+        from egtrain.__main__ import main
+
+        main()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int | None) else 1
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
+
+
+@contextlib.contextmanager
+def forked_ranks(
+    arguments: list[str], folder: Path, count: int, before: Callable[[], None] | None = None
+) -> Iterator[list[Forked]]:
+    """Start ranks with the variables that torchrun gives them."""
+    shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
+    shared["MASTER_PORT"] = str(free_port())
+    with contextlib.ExitStack() as stack:
+        yield [
+            stack.enter_context(Forked(arguments, folder, {**shared, "RANK": str(r), "LOCAL_RANK": str(r)}, before))
+            for r in range(count)
+        ]
+
+
+def run_on_ranks(arguments: list[str], folder: Path, count: int) -> list[Forked]:
+    """Run to the end on forked ranks and return them; every one must succeed."""
+    with forked_ranks(arguments, folder, count) as ranks:
+        codes = [rank.wait() for rank in ranks]
+    assert codes == [0] * count, "\n".join(rank.stderr for rank in ranks)
+    return ranks
+
+
+@contextlib.contextmanager
+def started(command: list[str], folder: Path, **further: str) -> Iterator["subprocess.Popen[str]"]:
+    """Start a real command; in the end nothing of it is left, even if the test fails."""
+    # Its temporary files lie in the folder, where the process numbers of ranks are found.
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment(TMPDIR=str(folder), **further),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        for pid in [process.pid, *processes_of(folder)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.communicate()
+
+
+def processes_of(folder: Path) -> list[int]:
+    """Return the processes that have the folder as their place for temporary files."""
+    wanted = f"TMPDIR={folder}".encode()
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if wanted in (entry / "environ").read_bytes().split(b"\0"):
+                found.append(int(entry.name))
+    return found
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 60) -> Any:
+    """Return what the condition returns, once that is true; a failure after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if result := condition():
+            return result
+        time.sleep(0.005)
+    raise AssertionError(f"waited {seconds} s in vain")
+
+
+def steps_logged(directory: Path) -> int:
+    """Return the last step in metrics.jsonl so far."""
+    file = directory / "metrics.jsonl"
+    lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+    return int(json.loads(lines[-1])["step"]) if lines else 0
+
+
+def kill() -> None:
+    """End this process as `kill -9` does."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def terminate() -> None:
+    """Ask this process to stop."""
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Makes something happen at an exact point of a run; called in a forked process before its command line."""
+
+    act: Callable[[], object]
+    step: int = 0
+    """Completed updates before the point."""
+    worker: int = 0
+    """The point is this worker's forward pass, at the shifted weights."""
+    in_evaluation: bool = False
+    """The point is the first batch of an evaluation after `step`, not the forward pass of a step."""
+    in_data: bool = False
+    """The point is the loading of the data."""
+    rank: int | None = None
+    """The rank that it happens on; None: each that comes by."""
+
+    def __call__(self) -> None:
+        """Put it in place, for the rest of the process."""
+        if self.rank is not None and os.environ.get("RANK") != str(self.rank):
+            return
+        task = ImageTask
+        batch, loss, evaluate, load = task.batch, task.loss, task.evaluate_batch, build.load_images
+        at = [(-1, -1)]
+
+        def noted_batch(self: ImageTask, worker: int, step: int) -> Any:
+            at[0] = (worker, step)
+            return batch(self, worker, step)
+
+        def broken_loss(task: ImageTask, model: nn.Module, samples: Any) -> Any:
+            if not self.in_evaluation and not self.in_data and at[0] == (self.worker, self.step):
+                self.act()
+            return loss(task, model, samples)
+
+        def broken_evaluation(task: ImageTask, model: nn.Module, split: Split, index: int) -> Tensor:
+            if self.in_evaluation and at[0][1] + 1 >= self.step and index == 0:
+                self.act()
+            return evaluate(task, model, split, index)
+
+        def broken_load(*values: Any, **named: Any) -> Any:
+            if self.in_data:
+                self.act()
+            return load(*values, **named)
+
+        task.batch, task.loss, task.evaluate_batch = noted_batch, broken_loss, broken_evaluation  # type: ignore[method-assign]
+        build.load_images = broken_load
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Asks one rank to stop in its n-th step; called in a forked process before its command line."""
+
+    after: int
+    rank: int = 0
+
+    def __call__(self) -> None:
+        """Put it in place, for the rest of the process."""
+        if os.environ.get("RANK", "0") == str(self.rank):
+            launch.StopSignal = functools.partial(StopAfter, self.after)  # type: ignore[assignment, misc]

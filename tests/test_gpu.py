@@ -1,0 +1,44 @@
+"""What only a GPU can show; each promise has a test on the CPU too."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from egtrain.build import build_run
+from egtrain.config import load_config
+from egtrain.train import Run, take_step
+from egtrain.workers import Ranks
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+TINY = ["data.name=synthetic", "model.depth=8", "model.width=4", "workers=4", "worker_batch_size=32"]
+
+
+def stepped(preset: str, device: torch.device, *settings: str, steps: int = 3) -> tuple[Run, np.ndarray]:
+    run = build_run(load_config(preset, [*TINY, *settings]), Ranks(device=device))
+    run.model.train()
+    rows = [take_step(run, 0.05).double().cpu().numpy() for _ in range(steps)]
+    return run, np.stack(rows)
+
+
+@pytest.mark.parametrize("preset", ["resnet-sgd", "resnet-eg", "resnet-sam", "resnet-smoothout"])
+def test_deterministic_training_repeats_bit_for_bit(preset: str) -> None:
+    device = torch.device("cuda")
+    (first, rows), (second, again) = (stepped(preset, device, "deterministic=true") for _ in range(2))
+    assert torch.equal(first.workers.parameters, second.workers.parameters)
+    assert np.array_equal(rows, again)
+
+
+def test_the_first_step_is_that_of_the_cpu() -> None:
+    settings = ["precision=fp32", "data.augment=false", "seed=5"]
+    _, on_gpu = stepped("resnet-sgd", torch.device("cuda"), *settings, steps=1)
+    assert np.isfinite(on_gpu).all()
+    # The order of the images is drawn on the device, so the batches differ; the initial loss is log(10) on both.
+    _, on_cpu = stepped("resnet-sgd", torch.device("cpu"), *settings, steps=1)
+    assert on_gpu[0, 0] == pytest.approx(on_cpu[0, 0], abs=0.05)
+
+
+def test_mixed_precision_is_used_where_the_gpu_has_it(tmp_path: Path) -> None:
+    _, rows = stepped("resnet-eg", torch.device("cuda"), "precision=bf16")
+    assert np.isfinite(rows).all()
