@@ -4,12 +4,14 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -191,7 +193,9 @@ def environment(**further: str) -> dict[str, str]:
 def fork_server() -> ForkServerContext:
     """Return what makes processes out of one that has imported torch and done nothing with it."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._inductor", "pytest", "egtrain.session", "egtrain.cli", "egtrain.saved_run", "helpers"])
+    context.set_forkserver_preload(
+        ["torch._inductor", "pytest", "egtrain.session", "egtrain.cli", "egtrain.saved_run", "helpers"]
+    )
     before = dict(os.environ)
     try:
         os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
@@ -224,6 +228,7 @@ class Forked:
         before: Callable[[], None] | None = None,
     ) -> None:
         Forked.count += 1
+        self._temporary = Path(further["TMPDIR"]) if further and "TMPDIR" in further else None
         self._files = [folder / f"{stream}-{Forked.count}.txt" for stream in ("stdout", "stderr")]
         everything = environment(**(further or {}))
         self._process = fork_server().Process(
@@ -239,6 +244,8 @@ class Forked:
     def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.join()
+        if self._temporary is not None:
+            kill_all(processes_of(self._temporary))
 
     def wait(self, seconds: float = 60) -> int:
         """Return the exit code, negative for a signal; a process that hangs is a failure."""
@@ -271,6 +278,7 @@ def _run_command_line(
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
     os.environ.clear()
     os.environ.update(everything)
+    tempfile.tempdir = None  # the server has found its own
     os.chdir(folder)
     sys.argv = ["egtrain", *arguments]
     code: int | None = 1
@@ -327,10 +335,15 @@ def started(command: list[str], folder: Path, **further: str) -> Iterator["subpr
     try:
         yield process
     finally:
-        for pid in [process.pid, *processes_of(folder)]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        kill_all([process.pid, *processes_of(folder)])
         process.communicate()
+
+
+def kill_all(processes: list[int]) -> None:
+    """Leave none of them."""
+    for pid in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def processes_of(folder: Path) -> list[int]:
@@ -371,11 +384,17 @@ def terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+def spoil() -> float:
+    """Return what a loss becomes not a number by."""
+    return math.nan
+
+
 @dataclass(frozen=True)
 class Fault:
     """Makes something happen at an exact point of a run; called in a forked process before its command line."""
 
     act: Callable[[], object]
+    """A number that it returns is multiplied to the loss."""
     step: int = 0
     """Completed updates before the point."""
     worker: int = 0
@@ -400,9 +419,11 @@ class Fault:
             return batch(self, worker, step)
 
         def broken_loss(task: ImageTask, model: nn.Module, samples: Any) -> Any:
+            value, metric = loss(task, model, samples)
             if not self.in_evaluation and not self.in_data and at[0] == (self.worker, self.step):
-                self.act()
-            return loss(task, model, samples)
+                factor = self.act()
+                value = value * factor if isinstance(factor, float) else value
+            return value, metric
 
         def broken_evaluation(task: ImageTask, model: nn.Module, split: Split, index: int) -> Tensor:
             if self.in_evaluation and at[0][1] + 1 >= self.step and index == 0:

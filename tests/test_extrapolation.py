@@ -452,7 +452,9 @@ def test_the_shift_is_the_ratio_times_each_groups_rate_times_the_own_gradient() 
             loop.backward(worker)
         own.append({n: p.grad.clone() for n, p in loop.model.named_parameters() if p.grad is not None})
     loop.optimizer.step()
-    # As a schedule does: the rate of the step that is being made counts.
+    # As a schedule does: the rate of the step that is being made counts. A resumed optimizer has new groups.
+    loop.shift()
+    loop.optimizer.load_state_dict(loop.optimizer.state_dict())
     for rate, other_rate in [(0.1, 0.02), (0.01, 0.02), (0.01, 0.3)]:
         loop.optimizer.param_groups[0]["lr"], loop.optimizer.param_groups[1]["lr"] = rate, other_rate
         for worker in range(WORKERS):
