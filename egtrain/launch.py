@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from egtrain.errors import EgtrainError, InterruptedRun, UsageError
-from egtrain.workers import Ranks
+from egtrain.workers import Ranks, divisors
 
 T = TypeVar("T")
 OUTCOMES = "EGTRAIN_OUTCOMES"
@@ -280,7 +280,7 @@ def _is_alive(pid: int) -> bool:
 def require_dividing(workers: int, ranks: int) -> None:
     """Raise UsageError, naming the possible numbers, where the ranks do not divide the workers."""
     if ranks < 1 or workers % ranks:
-        possible = ", ".join(str(r) for r in range(1, workers + 1) if workers % r == 0)
+        possible = ", ".join(map(str, divisors(workers)))
         raise UsageError(f"{workers} workers cannot be shared by {ranks} ranks: use --nproc {possible}")
 
 

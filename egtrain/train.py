@@ -229,7 +229,8 @@ def report(run: Run, observer: Observer, step: int, learning_rate: float, statis
                 f"the loss of worker {worker} became {loss} at step {step}: lower optimizer.lr or lengthen the warm-up"
             )
     if not math.isfinite(squared_norm_of_mean):
-        raise DivergedError(f"the gradient became {squared_norm_of_mean} at step {step}: lower optimizer.lr")
+        whose = next((f" of worker {k}" for k, norm in enumerate(squared_norms) if not math.isfinite(norm)), "")
+        raise DivergedError(f"the gradient{whose} became {squared_norm_of_mean} at step {step}: lower optimizer.lr")
     mean_squared_norm = sum(squared_norms) / len(squared_norms)
     run.noise_scale.update(mean_squared_norm, squared_norm_of_mean, len(rows), run.task.worker_batch_size)
     values = {

@@ -3,6 +3,7 @@
 The number of workers is the algorithm, the number of ranks only how it is run: nothing here is keyed by rank.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -32,7 +33,8 @@ class Workers:
     travel in one collective and a worker's buffers change in one copy.
 
     Args:
-        model: on its device; its floating-point buffers (BatchNorm statistics) are each worker's own.
+        model: on its device; its floating-point buffers (BatchNorm statistics) are each worker's own. Buffers of other
+            types are shared and must not change, so BatchNorm has to do without its counter of batches.
         count: K, the number of logical workers.
         ranks: this process among those of the run.
         deterministic: sum gradients in worker order, whatever the number of ranks; needs K gradients of memory.
@@ -43,7 +45,7 @@ class Workers:
 
     def __init__(self, model: nn.Module, count: int, ranks: Ranks, deterministic: bool = False) -> None:
         if count % ranks.count:
-            possible = ", ".join(str(r) for r in range(1, count + 1) if count % r == 0)
+            possible = ", ".join(map(str, divisors(count)))
             raise UsageError(f"{count} workers cannot be shared by {ranks.count} ranks: run on {possible} ranks")
         self.count = count
         self.ranks = ranks
@@ -54,7 +56,7 @@ class Workers:
         self.gradients = torch.zeros_like(self.parameters)
         for p, gradient in zip(parameters, views_of(self.gradients, parameters), strict=True):
             p.grad = gradient
-        self._buffers = lay_flat([b for b in model.buffers() if b.is_floating_point()])
+        self._buffers = lay_flat([b for b in model.buffers() if b.is_floating_point()]).to(ranks.device)
         self._own_buffers = self._buffers.repeat(share, 1)
         self._before = torch.empty_like(self.parameters)
         self._previous = torch.zeros_like(self.parameters)
@@ -164,6 +166,12 @@ class Workers:
             raise ValueError(f"it is of {len(state['buffers'])} workers, and the run has {self.count}")
         self._own_buffers.copy_(state["buffers"][self.mine.start : self.mine.stop])
         self._previous.copy_(state["previous"])
+
+
+def divisors(number: int) -> list[int]:
+    """Return the numbers that divide a positive one, in order."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
 
 
 def lay_flat(tensors: Sequence[Tensor]) -> Tensor:

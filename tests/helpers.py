@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
 from egtrain import build, launch, session
+from egtrain.__main__ import main
 from egtrain.checkpoint import read_checkpoint
 from egtrain.config import Config, load_config
 from egtrain.tasks import Split
@@ -134,6 +136,38 @@ def run_here(directory: Path, config: Config, *, resume: bool = False, stop_afte
         finally:
             launch.StopSignal = original  # type: ignore[misc]
     return directory
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command left behind."""
+
+    code: int | str | None
+    stdout: str
+    stderr: str
+
+    @property
+    def line(self) -> str:
+        """The error message; anything beside it is a failure."""
+        (line,) = self.stderr.splitlines()
+        assert line.startswith("egtrain: ")
+        return line.removeprefix("egtrain: ")
+
+
+def command_line(capsys: pytest.CaptureFixture[str], *arguments: str) -> Result:
+    """Run the command line in this process."""
+    capsys.readouterr()
+    before = sys.argv
+    with torch_as_it_was():
+        try:
+            sys.argv = ["egtrain", *arguments]
+            main()
+        except SystemExit as end:
+            code = end.code
+        finally:
+            sys.argv = before
+    captured = capsys.readouterr()
+    return Result(code, captured.out, captured.err)
 
 
 def metrics_in(directory: Path) -> list[dict[str, Any]]:
@@ -285,8 +319,6 @@ def _run_command_line(
     try:
         if before is not None:
             before()
-        from egtrain.__main__ import main
-
         main()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int | None) else 1
@@ -299,11 +331,15 @@ def _run_command_line(
 
 @contextlib.contextmanager
 def forked_ranks(
-    arguments: list[str], folder: Path, count: int, before: Callable[[], None] | None = None
+    arguments: list[str],
+    folder: Path,
+    count: int,
+    before: Callable[[], None] | None = None,
+    further: dict[str, str] | None = None,
 ) -> Iterator[list[Forked]]:
-    """Start ranks with the variables that torchrun gives them."""
+    """Start ranks with the variables that torchrun gives them; rank 0 holds the store, unless `further` names one."""
     shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
-    shared["MASTER_PORT"] = str(free_port())
+    shared |= {"MASTER_PORT": str(free_port()), **(further or {})}
     with contextlib.ExitStack() as stack:
         yield [
             stack.enter_context(Forked(arguments, folder, {**shared, "RANK": str(r), "LOCAL_RANK": str(r)}, before))

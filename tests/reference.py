@@ -180,7 +180,7 @@ class Reference:
             source = self.extra_batch if zeta.samples == "new" else self.batch
             direction = self.fresh_gradient(worker, source(worker, self.steps))
         if zeta.size is not None:
-            return [self.scaled(z, x, epsilon=1e-12) for z, x in zip(direction, self.weights, strict=True)]
+            return [self.scaled(z, x) for z, x in zip(direction, self.weights, strict=True)]
         length = zeta.ratio * learning_rate if zeta.ratio is not None else zeta.rate
         return [length * g for g in direction]
 
@@ -192,20 +192,20 @@ class Reference:
                 zeta.append(torch.zeros_like(x))
             elif self.zeta.name == "gaussian":
                 n = torch.zeros_like(x).normal_(0, 1, generator=generator)
-                zeta.append(self.scaled(n, x, epsilon=1e-6))
+                zeta.append(self.scaled(n, x))
             else:
                 n = torch.zeros_like(x).uniform_(-1, 1, generator=generator)
-                zeta.append(self.scaled(n, x, epsilon=1e-6))
+                zeta.append(self.scaled(n, x))
         return zeta
 
-    def scaled(self, z: Tensor, x: Tensor, epsilon: float) -> Tensor:
+    def scaled(self, z: Tensor, x: Tensor) -> Tensor:
         """Return s·‖x_l‖·z_l/(‖z_l‖ + ε) for each layer or filter l, or s·z."""
         size = self.zeta.size
         if self.zeta.scaling == "none":
             return size * z
         if self.zeta.scaling == "filter" and x.ndim >= 2:
-            return torch.stack([size * length(f) * n / (length(n) + epsilon) for n, f in zip(z, x, strict=True)])
-        return size * length(x) * z / (length(z) + epsilon)
+            return torch.stack([size * length(f) * n / (length(n) + 1e-6) for n, f in zip(z, x, strict=True)])
+        return size * length(x) * z / (length(z) + 1e-6)
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

@@ -848,6 +848,16 @@ def test_the_docstring_example_works() -> None:
 def test_scaling_by_hand(scaling: Any, expected: list[Any]) -> None:
     zeta = [torch.tensor([[3.0, 4.0], [0.0, 2.0]]), torch.tensor([6.0, 8.0])]
     weights = [torch.tensor([[5.0, 0.0], [3.0, 4.0]]), torch.tensor([0.6, 0.8])]
-    found = scaled_to_weights(zeta, weights, 0.5, scaling, eps=0.0)
+    found = scaled_to_weights(zeta, weights, 0.5, scaling)
     for f, e in zip(found, expected, strict=True):
         torch.testing.assert_close(f, torch.tensor(e))
+
+
+def test_a_gradient_of_rounding_errors_is_not_blown_up_to_full_size() -> None:
+    (shift,) = scaled_to_weights([torch.full((3, 3), 1e-10)], [torch.ones(3, 3)], 0.5, "layer")
+    assert shift.norm() < 0.5 * 3 * 1e-3
+
+
+def test_a_zero_gradient_in_half_precision_scales_to_zero() -> None:
+    (shift,) = scaled_to_weights([torch.zeros(64, 64).half()], [torch.ones(64, 64).half()], 0.5, "layer")
+    assert torch.equal(shift, torch.zeros(64, 64).half())

@@ -24,6 +24,7 @@ from helpers import (
     digest,
     flattened,
     forked_ranks,
+    kill,
     metrics_in,
     newest_checkpoint,
     outcome,
@@ -37,6 +38,7 @@ from helpers import (
     wait_until,
 )
 from torch import Tensor
+from torch.distributed import TCPStore
 
 from egtrain import launch
 from egtrain.checkpoint import RunLock, read_checkpoint
@@ -288,10 +290,6 @@ def small_files_only() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 
 
-def restarted_once() -> None:
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
-
-
 @pytest.mark.parametrize(
     ("fault", "code", "message"),
     [
@@ -326,10 +324,28 @@ def test_a_directory_in_use_is_refused_on_all_ranks(images: Path, tmp_path: Path
 def test_a_restarted_run_does_not_take_over_the_directory_of_another(images: Path, tmp_path: Path) -> None:
     run_here(tmp_path / "run", config_of(images, "seed=1"))
     before = outcome(tmp_path / "run"), (tmp_path / "run/config.yaml").read_bytes()
-    with forked_ranks([*arguments(images), "--output", "run"], tmp_path, 2, restarted_once) as ranks:
+    restarted = {"TORCHELASTIC_RESTART_COUNT": "1"}
+    with forked_ranks([*arguments(images), "--output", "run"], tmp_path, 2, None, restarted) as ranks:
         assert [rank.wait() for rank in ranks] == [2, 2]
     assert "holds a run already" in ranks[0].stderr
     assert (outcome(tmp_path / "run"), (tmp_path / "run/config.yaml").read_bytes()) == before
+
+
+def test_ranks_that_are_restarted_go_on_in_the_directory_that_they_had_made(
+    images: Path, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    """Nobody has named it, and the time in its name has passed."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's, which outlives the ranks
+    agent = {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    with forked_ranks(arguments(images), tmp_path, 2, Fault(kill, step=6), agent) as ranks:
+        assert ranks[0].wait() == -signal.SIGKILL
+    (directory,) = tmp_path.glob("runs/*")
+    time.sleep(1)
+    with forked_ranks(arguments(images), tmp_path, 2, None, {**agent, "TORCHELASTIC_RESTART_COUNT": "1"}) as ranks:
+        assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].stderr
+    assert list(tmp_path.glob("runs/*")) == [directory]
+    assert ": from step 4, " in ranks[0].stdout
+    assert outcome(directory) == undisturbed()
 
 
 @pytest.mark.parametrize(("workers", "ranks", "possible"), [(4, 3, "1, 2, 4"), (12, 0, "1, 2, 3, 4, 6, 12")])

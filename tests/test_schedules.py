@@ -11,7 +11,11 @@ def test_a_constant_is_the_same_everywhere() -> None:
     assert {constant(0.3)(step) for step in (0, 1, 10_000)} == {0.3}
 
 
-@pytest.mark.parametrize("schedule", [constant(0.8), step_decay(0.8, [50], 0.1), cosine_decay(0.8, 10, 100)])
+@pytest.mark.parametrize(
+    "schedule",
+    [constant(0.8), step_decay(0.8, [50], 0.1), cosine_decay(0.8, 10, 100)],
+    ids=["constant", "step", "cosine"],
+)
 def test_warmup_goes_in_a_straight_line_from_its_start_to_the_schedule(schedule: Schedule) -> None:
     rate = with_warmup(schedule, steps=10, start=0.1)
     assert rate(0) == 0.1

@@ -200,9 +200,9 @@ class Extrapolation:
 
 
 def scaled_to_weights(
-    zeta: Sequence[Tensor], parameters: Sequence[Tensor], size: float, scaling: Scaling, eps: float
+    zeta: Sequence[Tensor], parameters: Sequence[Tensor], size: float, scaling: Scaling
 ) -> list[Tensor]:
-    """Return ζ_l ← size·‖x_l‖·ζ_l/(‖ζ_l‖ + eps), where l is a layer or a filter, or size·ζ for `none`.
+    """Return ζ_l ← size·‖x_l‖·ζ_l/(‖ζ_l‖ + 1e-6), where l is a layer or a filter, or size·ζ for `none`.
 
     A filter is a slice along dimension 0 of a weight with two or more dimensions; other parameters are one filter.
     """
@@ -213,7 +213,8 @@ def scaled_to_weights(
         dims = tuple(range(1, x.ndim)) if scaling == "filter" and x.ndim > 1 else None
         z_norm = torch.linalg.vector_norm(z, dim=dims, keepdim=True)
         x_norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True)
-        scaled.append(z * (size * x_norm / (z_norm + eps)))
+        # 1e-6 is SmoothOut's: it also keeps a gradient of mere rounding errors from being blown up to full size.
+        scaled.append((z / (z_norm + 1e-6)).mul_(size * x_norm))
     return scaled
 
 
@@ -244,7 +245,7 @@ class Length:
     def along(self, gradients: Sequence[Tensor], at: Point) -> list[Tensor]:
         """Return ζ along `gradients`."""
         if self.size is not None:
-            return scaled_to_weights(gradients, at.parameters, self.size, self.scaling, eps=1e-12)
+            return scaled_to_weights(gradients, at.parameters, self.size, self.scaling)
         rates = at.learning_rates if self.ratio is not None else [1.0] * len(gradients)
         factor = self.ratio if self.ratio is not None else self.rate
         assert factor is not None

@@ -42,4 +42,4 @@ class Noise:
                 else:
                     z.uniform_(-1, 1, generator=generator)
             zeta.append(z)
-        return scaled_to_weights(zeta, at.parameters, self.size, self.scaling, eps=1e-6)
+        return scaled_to_weights(zeta, at.parameters, self.size, self.scaling)

@@ -1,0 +1,324 @@
+"""The command line: what it accepts, what it refuses in one line, and what it prints."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import Result, arguments, command_line, config_of, environment, outcome, run_here, write_images
+
+import egtrain
+from egtrain.checkpoint import RunLock
+
+pytestmark = pytest.mark.timeout(120)
+Undisturbed = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def egtrain_command(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Result]:
+    """Return a function that runs a command in an empty working directory, far from the user's data."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("EGTRAIN_DATA", raising=False)
+    return lambda *command: command_line(capsys, *command)
+
+
+Run = Callable[..., Result]
+
+# ---- expected failures: the code, and a line that says what to do
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--preset", "resnet-egg"], 2, "unknown preset 'resnet-egg'; did you mean 'resnet-eg'?"),
+        (["--preset", "my.yaml"], 2, "my.yaml"),
+        (["--preset", "quickstart", "--set", "optimzer.lr=1"], 2, "unknown key 'optimzer.lr'; did you mean 'optimizer"),
+        (["--preset", "quickstart", "--set", "optimizer.lr"], 2, "--set optimizer.lr: write KEY=VALUE"),
+        (["--preset", "quickstart", "--set", "optimizer.lr=-1"], 2, "optimizer.lr must be greater than 0, not -1"),
+        (["--preset", "quickstart", "--seed", "-1"], 2, "seed must be at least 0, not -1"),
+        (["--preset", "quickstart", "--precision", "fp8"], 2, "precision must be"),
+        (["--preset", "quickstart", "--device", "tpu"], 2, "device must be"),
+        (["--preset", "quickstart", "--data", "cifar11"], 2, "data.name must be"),
+        (["--preset", "quickstart", "--steps", "0"], 2, "steps must be at least 1, not 0"),
+        (["--preset", "quickstart", "--batch-size", "100"], 2, "use 96 or 128, or give --workers too"),
+        (["--preset", "quickstart", "--batch-size", "10"], 2, "use 32 or 64, or give --workers too"),
+        (["--preset", "quickstart", "--batch-size", "100", "--workers", "3"], 2, "divide by 3 workers: use 99"),
+        (["--preset", "quickstart", "--batch-size", "0"], 2, "--batch-size must be at least 1, not 0"),
+        (["--preset", "quickstart", "--workers", "0"], 2, "--workers must be at least 1, not 0"),
+        (["--preset", "quickstart", "--nproc", "3"], 2, "16 workers cannot be shared by 3 ranks: use --nproc 1, 2, 4"),
+        (["--preset", "quickstart", "--nproc", "0"], 2, "use --nproc 1, 2, 4, 8, 16"),
+        (["--preset", "quickstart", "--workers", "1000"], 2, "larger than the 8192 training samples: lower --workers"),
+        (["--preset", "quickstart", "--workers", "2147483647", "--nproc", "3"], 2, "use --nproc 1"),
+        ([], 2, "name what to train: --preset NAME (see `egtrain presets`), or --resume DIR"),
+        (["--resume", "nowhere"], 2, "nowhere holds no run: there is no config.yaml; name a directory that"),
+        (["--resume", "nowhere", "--preset", "quickstart"], 2, "leave --preset and --output away"),
+        (["--preset", "resnet-eg", "--offline"], 3, "CIFAR-10"),
+        (["--preset", "quickstart", "--data", "npz:none.npz"], 3, "none.npz: no such file"),
+        (["--preset", "quickstart", "--data", "npz:text.npz"], 3, "text.npz: not a readable .npz file"),
+        (["--preset", "quickstart", "--data", "npz:short.npz"], 3, "short.npz: not a readable .npz file"),
+        (["--preset", "quickstart", "--data", "npz:code.npz"], 3, "code.npz: "),
+        (["--preset", "quickstart", "--output", "file"], 2, "cannot write to file"),
+        (["--preset", "quickstart", "--output", "file/run"], 2, "cannot write to file/run"),
+        (["--preset", "quickstart", "--output", "/proc/run"], 2, "cannot write to /proc/run"),
+        (["--preset", "quickstart", "--output", "/proc/run", "--nproc", "2"], 2, "cannot write to /proc/run"),
+    ],
+)  # fmt: skip
+def test_an_expected_failure_is_one_line_with_the_fix(
+    options: list[str], code: int, message: str, egtrain_command: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "text.npz").write_text("not an archive")
+    data = write_images(tmp_path / "short.npz", train=20, test=4).read_bytes()
+    (tmp_path / "short.npz").write_bytes(data[: len(data) // 2])
+    np.savez(tmp_path / "code.npz", **{f"{x}_{split}": np.array([{}]) for x in "xy" for split in ("train", "test")})
+    result = egtrain_command("train", *options)
+    assert (result.code, result.stdout) == (code, "")
+    assert message in result.line
+    # Nothing has begun, so the corrected command finds no run in its way.
+    assert not list(tmp_path.rglob("config.yaml"))
+
+
+def test_a_device_that_is_not_there_is_refused(egtrain_command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    result = egtrain_command("train", "--preset", "quickstart", "--device", "cuda")
+    assert result.code == 2
+    assert "no CUDA device was found: use --device cpu" in result.line
+
+
+def test_nproc_inside_of_torchrun_is_refused(egtrain_command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "0")
+    result = egtrain_command("train", "--preset", "quickstart", "--nproc", "2")
+    assert result.code == 2
+    assert "leave --nproc away" in result.line
+
+
+def test_an_unknown_option_is_refused_without_a_traceback(egtrain_command: Run) -> None:
+    result = egtrain_command("train", "--presett", "quickstart")
+    assert result.code == 2
+    assert "--presett" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_loss_that_becomes_infinite_is_exit_4(egtrain_command: Run, images: Path) -> None:
+    options = [*arguments(images, "optimizer.lr=1e30", extrapolation="none"), "--output", "run"]
+    result = egtrain_command(*options)
+    assert result.code == 4
+    assert result.line.startswith("the loss of worker 0 became nan at step ")
+
+
+def test_an_unexpected_failure_shows_where(egtrain_command: Run, monkeypatch: pytest.MonkeyPatch, images: Path) -> None:
+    monkeypatch.setattr("egtrain.session.build_run", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        egtrain_command(*arguments(images))
+
+
+# ---- run directories
+
+
+def test_a_directory_that_holds_another_run_is_refused(egtrain_command: Run, images: Path, tmp_path: Path) -> None:
+    run_here(tmp_path / "run", config_of(images, "steps=2"))
+    before = outcome(tmp_path / "run")
+    for further in ([], ["--nproc", "2"]):
+        result = egtrain_command(*arguments(images, "seed=1"), "--output", "run", *further)
+        assert result.code == 2
+        assert result.line == "run holds a run already: go on with --resume run, or choose another --output"
+    assert outcome(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("further", [[], ["--nproc", "2"]], ids=["alone", "with ranks"])
+def test_a_directory_that_another_process_writes_to_is_refused(
+    further: list[str], egtrain_command: Run, images: Path, tmp_path: Path
+) -> None:
+    run_here(tmp_path / "run", config_of(images, "steps=2"))
+    config = (tmp_path / "run/config.yaml").read_bytes()
+    with RunLock(tmp_path / "run"):
+        result = egtrain_command("train", "--resume", "run", "--steps", "4", "--allow-changes", *further)
+    assert result.code == 2
+    message = f"egtrain: another run (process {os.getpid()}) is writing to run: wait for it to end, or choose"
+    assert result.stderr.splitlines()[-1].startswith(message)
+    assert (tmp_path / "run/config.yaml").read_bytes() == config
+
+
+def test_resume_with_other_settings_shows_them_and_is_refused_unless_allowed(
+    egtrain_command: Run, images: Path, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    run_here(tmp_path / "run", config_of(images, "schedule.decay=constant", "epochs=2"))
+    changes = ["--epochs", "3", "--set", "log.every=1"]
+    result = egtrain_command("train", "--resume", "run", *changes)
+    assert (result.code, result.stdout) == (2, "")
+    assert result.stderr.splitlines() == [
+        "changed: epochs: 2 -> 3",
+        "egtrain: the settings differ from those of the run: leave them away, or add --allow-changes",
+    ]
+    assert outcome(tmp_path / "run")["step"] == 8
+
+    result = egtrain_command("train", "--resume", "run", *changes, "--allow-changes")
+    assert (result.code, result.stderr) == (0, "changed: epochs: 2 -> 3\n")
+    assert outcome(tmp_path / "run") == undisturbed("schedule.decay=constant")
+    assert "epochs: 3\n" in (tmp_path / "run/config.yaml").read_text()
+
+
+def test_resume_with_the_same_settings_needs_no_leave(egtrain_command: Run, images: Path, tmp_path: Path) -> None:
+    run_here(tmp_path / "run", config_of(images, "steps=2"))
+    assert egtrain_command("train", "--resume", "run", "--steps", "2", "--workers", "4", "--seed", "0").code == 0
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"{", b"seed: many", b"sed: 1"])
+def test_a_damaged_configuration_is_refused_in_a_line(content: bytes, egtrain_command: Run, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_bytes(content)
+    for command in (["train", "--resume", "."], ["eval", "."]):
+        result = egtrain_command(*command)
+        assert result.code == 2
+        assert "config.yaml" in result.line
+
+
+def test_a_run_without_a_name_gets_one(egtrain_command: Run, images: Path, tmp_path: Path) -> None:
+    assert egtrain_command(*arguments(images, "steps=1")).code == 0
+    (directory,) = (tmp_path / "runs").iterdir()
+    name, _, stamp = directory.name.partition("-")
+    assert (name, len(stamp)) == ("quickstart", len("20260101-120000"))
+
+
+# ---- batch size and workers, dry runs, JSON
+
+
+@pytest.mark.parametrize(
+    ("options", "workers", "share"),
+    [
+        ([], 16, 32),
+        (["--workers", "4"], 4, 32),
+        (["--batch-size", "128"], 4, 32),
+        (["--batch-size", "128", "--workers", "2"], 2, 64),
+        (["--workers", "2", "--batch-size", "34"], 2, 17),
+        (["--batch-size", "512"], 16, 32),
+        (["--workers", "3"], 3, 32),
+    ],
+)
+def test_batch_size_and_workers_alone_keep_the_share_of_a_worker(
+    options: list[str], workers: int, share: int, egtrain_command: Run
+) -> None:
+    result = egtrain_command("train", "--preset", "quickstart", "--dry-run", "--json", *options)
+    plan = json.loads(result.stdout)
+    assert (plan["workers"], plan["worker_batch_size"], plan["batch_size"]) == (workers, share, workers * share)
+
+
+def test_the_ratio_follows_the_workers(egtrain_command: Run, images: Path, tmp_path: Path) -> None:
+    """1/K is the small batch's own rate; at another K it is another."""
+    sizes = []
+    for workers, ratio in (("2", "1/K"), ("2", "0.5"), ("2", "0.25")):
+        output = f"run-{len(sizes)}"
+        options = [*arguments(images, "steps=2", f"extrapolation.ratio={ratio}"), "--workers", workers]
+        assert egtrain_command(*options, "--output", output).code == 0
+        sizes.append(outcome(tmp_path / output)["metrics"][1]["extrapolation_size"])
+    assert sizes[0] == sizes[1] == pytest.approx(2 * sizes[2])
+
+
+def test_a_dry_run_prints_the_plan_and_makes_nothing(
+    egtrain_command: Run, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("egtrain.session.train", pytest.fail)
+    options = [*arguments(images), "--output", "run", "--nproc", "2", "--dry-run"]
+    result = egtrain_command(*options, "--json")
+    assert (result.code, result.stderr) == (0, "")
+    plan = json.loads(result.stdout)
+    expected = {"batch_size": 32, "workers": 4, "worker_batch_size": 8, "ranks": 2, "steps": 12, "steps_per_epoch": 4}
+    assert {name: plan[name] for name in expected} == expected
+    assert plan["learning_rate"] == {"0": 0.1, "4": 0.1, "6": 0.085355, "11": 0.003806}
+    assert plan["extrapolation"] == "local"
+    assert str(images) in plan["data"]
+    assert plan["directory"] == "run"
+
+    text = egtrain_command(*options).stdout
+    for part in ("batch size         32\n", "ranks              2\n", "steps              12\n", "0.1 at step 0, "):
+        assert part in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_without_the_data_says_so(egtrain_command: Run) -> None:
+    result = egtrain_command("train", "--preset", "resnet-eg", "--offline", "--dry-run", "--json")
+    assert result.code == 0
+    plan = json.loads(result.stdout)
+    assert (plan["batch_size"], plan["workers"]) == (2048, 16)
+    assert "missing" in plan["data"]
+
+
+def test_json_stands_alone_on_standard_output(egtrain_command: Run, images: Path, tmp_path: Path) -> None:
+    for command in ([*arguments(images), "--output", "run"], ["train", "--resume", "run"]):
+        result = egtrain_command(*command, "--json")
+        assert result.code == 0
+        printed = json.loads(result.stdout)
+        summary = json.loads((tmp_path / "run/summary.json").read_text())
+        assert printed == {"directory": "run", **summary}
+
+
+def test_json_is_json_where_a_number_is_not(
+    egtrain_command: Run, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing = {"loss": float("nan"), "accuracy": 0.25}
+    monkeypatch.setattr("egtrain.train.evaluate", lambda *_: nothing)
+    monkeypatch.setattr("egtrain.saved_run.evaluate", lambda *_: nothing)
+    for command in ([*arguments(images, "steps=1"), "--output", "run"], ["train", "--resume", "run"]):
+        printed = json.loads(egtrain_command(*command, "--json").stdout, parse_constant=pytest.fail)
+        assert printed["final"] == {"test": {"loss": None, "accuracy": 0.25}}
+    assert "test: accuracy 25.00%, loss nan\n" in egtrain_command("train", "--resume", "run").stdout
+    printed = json.loads(egtrain_command("eval", "run", "--json").stdout, parse_constant=pytest.fail)
+    assert printed["loss"] is None
+
+
+# ---- help
+
+
+def user_seconds(program: str) -> float:
+    """Return the processor time of the quickest of five runs; the clock on the wall tells of other processes."""
+    seconds = []
+    for _ in range(5):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, env=environment(), timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+        assert "Usage: " in done.stdout
+        seconds.append(resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before)
+    return min(seconds)
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["presets"]])
+def test_help_is_quick_and_does_without_torch(command: list[str]) -> None:
+    seconds = user_seconds(
+        "import sys\n"
+        "from egtrain.__main__ import main\n"
+        f"sys.argv = {['egtrain', *command, '--help']}\n"
+        "try:\n    main()\n"
+        "finally:\n    assert not {'torch', 'numpy', 'tensorboard', 'yaml'} & set(sys.modules)\n"
+    )
+    # What Typer alone takes says how slow this machine is just now.
+    least = (
+        "import typer\ndef f(x: str = typer.Option('')): pass\nimport sys\nsys.argv = ['f', '--help']\ntyper.run(f)\n"
+    )
+    assert seconds < 0.3 or seconds < 1.3 * user_seconds(least)
+
+
+def test_the_version_is_printed(egtrain_command: Run) -> None:
+    result = egtrain_command("--version")
+    assert (result.code, result.stdout) == (0, f"egtrain {egtrain.__version__}\n")
+
+
+def test_every_option_of_the_design_is_there(egtrain_command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    text = egtrain_command("train", "--help").stdout
+    options = (
+        "data data-dir offline epochs steps workers batch-size seed nproc device precision compile no-compile "
+        "deterministic checkpoint-every max-restarts output dry-run json set preset resume allow-changes"
+    )
+    for option in options.split():
+        assert f"--{option}" in text

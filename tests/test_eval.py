@@ -1,0 +1,173 @@
+"""`egtrain eval` and `egtrain.load_run`: a run read back is the run that was trained."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import command_line, config_of, metrics_in, newest_checkpoint, run_here
+
+import egtrain
+from egtrain.errors import DataError, UsageError
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture(scope="module")
+def plain(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the directory of a finished run without validation."""
+    return run_here(tmp_path_factory.mktemp("plain") / "run", config_of(images))
+
+
+@pytest.fixture(scope="module")
+def validated(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the directory of a finished run with validation, whose best checkpoint is not the last."""
+    config = config_of(images, "data.validation=20", "optimizer.lr=0.3", "epochs=8")
+    return run_here(tmp_path_factory.mktemp("validated") / "run", config)
+
+
+def final_of(directory: Path) -> dict[str, dict[str, float]]:
+    final: dict[str, dict[str, float]] = json.loads((directory / "summary.json").read_text())["final"]
+    return final
+
+
+def test_eval_finds_the_final_metrics(plain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = command_line(capsys, "eval", str(plain), "--json")
+    assert (result.code, result.stderr) == (0, "")
+    found = json.loads(result.stdout)
+    assert found == {"run": str(plain), "step": 12, "split": "test", **final_of(plain)["test"]}
+
+    result = command_line(capsys, "eval", str(plain))
+    final = final_of(plain)["test"]
+    assert result.stdout == f"test: accuracy {final['accuracy']:.2%}, loss {final['loss']:.4f} after 12 steps\n"
+
+
+def test_eval_of_the_validation_split(validated: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads(command_line(capsys, "eval", str(validated), "--split", "validation", "--json").stdout)
+    assert {name: found[name] for name in ("loss", "accuracy")} == final_of(validated)["validation"]
+
+
+def test_eval_of_the_best_checkpoint(validated: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--checkpoint", "best", "--split", "validation", "--json"]
+    found = json.loads(command_line(capsys, "eval", str(validated), *options).stdout)
+    best = json.loads((validated / "summary.json").read_text())["best"]
+    assert (found["step"], found["accuracy"]) == (best["step"], best["validation"]["accuracy"])
+    (line,) = [m for m in metrics_in(validated) if (m["split"], m["step"]) == ("validation", best["step"])]
+    assert found["loss"] == line["loss"]
+
+
+def test_best_without_validation_is_refused(plain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = command_line(capsys, "eval", str(plain), "--checkpoint", "best")
+    assert result.code == 2
+    assert "there is no best checkpoint" in result.line
+    assert "data.validation" in result.line
+
+
+def test_the_validation_split_of_a_run_without_is_refused(plain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = command_line(capsys, "eval", str(plain), "--split", "validation")
+    assert result.code == 2
+    assert "held out no validation samples" in result.line
+
+
+def test_eval_of_a_file(plain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    by_path = command_line(capsys, "eval", str(plain), "--json", "--checkpoint", str(newest_checkpoint(plain)))
+    by_name = command_line(capsys, "eval", str(plain), "--json", "--checkpoint", "step-00000008.pt")
+    assert [json.loads(result.stdout)["step"] for result in (by_path, by_name)] == [12, 8]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "text", "missing", "folder"])
+def test_a_damaged_checkpoint_that_is_named_is_refused_in_a_line(
+    damage: str, plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = newest_checkpoint(plain).read_bytes()
+    file = tmp_path / "some.pt"
+    middle = len(data) // 2
+    contents = {
+        "truncated": data[: len(data) * 9 // 10],
+        "flipped": data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :],
+        "empty": b"",
+        "text": b"hello",
+    }
+    if damage in contents:
+        file.write_bytes(contents[damage])
+    elif damage == "folder":
+        file.mkdir()
+    result = command_line(capsys, "eval", str(plain), "--checkpoint", str(file))
+    assert (result.code, result.stdout) == (3, "")
+    assert str(file) in result.line
+
+
+def test_a_checkpoint_of_another_net_is_refused_in_a_line(
+    plain: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = run_here(tmp_path / "other", config_of(images, "model.width=6", "steps=1"))
+    capsys.readouterr()
+    result = command_line(capsys, "eval", str(plain), "--checkpoint", str(newest_checkpoint(other)))
+    assert result.code == 2
+    assert "'stem.weight' has shape [6, 3, 3, 3], and the model's [4, 3, 3, 3]" in result.line
+
+
+def test_a_directory_without_a_run_or_checkpoint_is_refused(
+    plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = command_line(capsys, "eval", str(tmp_path / "nowhere"))
+    assert result.code == 2
+    assert f"{tmp_path / 'nowhere'} holds no run" in result.line
+    shutil.copy(plain / "config.yaml", tmp_path)
+    result = command_line(capsys, "eval", str(tmp_path))
+    assert result.code == 3
+    assert "has no checkpoint yet" in result.line
+
+
+def test_data_that_have_gone_are_an_error_and_may_be_elsewhere(
+    plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = shutil.copytree(plain, tmp_path / "run")
+    text = (directory / "config.yaml").read_text()
+    (directory / "config.yaml").write_text(text.replace("images.npz", "gone.npz"))
+    result = command_line(capsys, "eval", str(directory))
+    assert result.code == 3
+    assert "gone.npz: no such file" in result.line
+
+
+def test_a_run_is_evaluated_while_it_is_interrupted(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="interrupted"):
+        run_here(tmp_path / "run", config_of(images), stop_after=5)
+    assert egtrain.load_run(tmp_path / "run").step == 5
+
+
+def test_load_run_gives_model_task_and_config(plain: Path, images: Path) -> None:
+    run = egtrain.load_run(plain)
+    assert run.step == 12
+    assert run.config == config_of(images)
+    assert not run.model.training
+    assert run.evaluate() == run.evaluate("test") == final_of(plain)["test"]
+    found, labels = run.task.batch(0, 0)
+    assert run.model(found).shape == (len(labels), 4)
+
+
+def test_load_run_gives_what_was_saved(plain: Path) -> None:
+    from egtrain.checkpoint import read_checkpoint
+
+    run = egtrain.load_run(str(plain), checkpoint="step-00000008.pt")
+    state: dict[str, Any] = read_checkpoint(plain / "checkpoints/step-00000008.pt")[1]
+    for name, tensor in run.model.state_dict().items():
+        assert torch.equal(tensor, state["model"][name])
+
+
+def test_load_run_raises_what_the_command_line_prints(plain: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="holds no run"):
+        egtrain.load_run(tmp_path)
+    with pytest.raises(UsageError, match="no best checkpoint"):
+        egtrain.load_run(plain, checkpoint="best")
+    with pytest.raises(DataError, match="there is no checkpoint file"):
+        egtrain.load_run(plain, checkpoint="none.pt")
+    with pytest.raises(UsageError, match="held out no validation samples"):
+        egtrain.load_run(plain).evaluate("validation")
+
+
+def test_the_package_has_no_other_names() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'load_model'"):
+        egtrain.load_model  # noqa: B018
