@@ -16,7 +16,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from egtrain.build import build_run, load_data
-from egtrain.config import Config, load_config
+from egtrain.config import Config
+from egtrain.config_files import load_config
 from egtrain.models.resnet import ResNet
 from egtrain.train import Run, take_step
 from egtrain.workers import Ranks

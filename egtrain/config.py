@@ -1,27 +1,16 @@
-"""The configuration of a run: a strict, typed, frozen schema, and how presets, files and overrides become one.
+"""The configuration of a run: a strict, typed, frozen schema.
 
 Nothing here imports torch, so that a wrong option is reported at once.
 """
 
-import difflib
 import math
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
-from egtrain.errors import UsageError
-from egtrain.yaml_reader import (
-    Key,
-    Settings,
-    describe,
-    parse_settings,
-    parse_value,
-    read_settings,
-    write_settings,
-    write_value,
-)
+from egtrain.errors import did_you_mean
+from egtrain.yaml_reader import describe, write_settings, write_value
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -64,7 +53,7 @@ class DataConfig(Section):
         known = ["cifar10", "cifar100", "synthetic"]
         if name in known or (name.startswith("npz:") and name != "npz:"):
             return name
-        hint = _did_you_mean(name, known)
+        hint = did_you_mean(name, known)
         raise _wrong("data.name", f"data.name must be {', '.join(known)} or npz:FILE, not {name!r}{hint}")
 
 
@@ -356,77 +345,8 @@ class Config(Section):
         return self
 
 
-_EXTRAPOLATIONS: dict[str, type[Section]] = {v.model_fields["name"].default: v for v in get_args(Extrapolation)}
-_LENGTHS = ("ratio", "rate", "size")
-_MAX_INHERITANCE = 20
-
-
-def _known_keys() -> dict[str, list[str]]:
-    """Return every dotted key, those of all extrapolations included; a section's keys stand under its name."""
-    known: dict[str, list[str]] = {"": []}
-    for name, info in Config.model_fields.items():
-        known[""].append(name)
-        if name == "extrapolation":
-            keys = [key for variant in _EXTRAPOLATIONS.values() for key in variant.model_fields]
-            known[name] = list(dict.fromkeys(["name", *keys]))
-        elif isinstance(info.annotation, type) and issubclass(info.annotation, Section):
-            known[name] = list(info.annotation.model_fields)
-    return known
-
-
-_KNOWN = _known_keys()
-_DOTTED = [f"{section}.{key}" if section else key for section, keys in _KNOWN.items() for key in keys]
-
-
-def presets_dir() -> Path:
-    """Return the folder of the shipped presets: inside the installed package, or beside it in a checkout.
-
-    Raises:
-        UsageError: there is none.
-    """
-    package = Path(__file__).resolve().parent
-    for folder in (package / "presets", package.parent / "presets"):
-        if (folder / "family").is_dir():
-            return folder
-    raise UsageError(f"the shipped presets are missing from {package}; install egtrain again")
-
-
-def preset_names() -> list[str]:
-    """Return the names of the shipped presets that can be trained."""
-    return sorted(path.stem for path in presets_dir().glob("*.yaml"))
-
-
-def preset_description(name: str) -> str:
-    """Return the leading comment line of a shipped preset."""
-    first = _shipped(name).read_text(encoding="utf-8").partition("\n")[0]
-    return first.removeprefix("#").strip() if first.startswith("#") else ""
-
-
-def load_config(presets: str | Path, overrides: list[str] | None = None) -> Config:
-    """Return the configuration of a shipped preset or a .yaml file, with overrides such as `optimizer.lr=0.2`.
-
-    Raises:
-        UsageError: a name, file, key or value is wrong; the message says where it was set.
-    """
-    if isinstance(presets, Path) or presets.endswith((".yaml", ".yml")):
-        path = Path(presets)
-        label, name = str(presets), path.stem
-    else:
-        path = _shipped(presets)
-        label, name = _label(path), presets.replace("/", "-")
-    settings = _inherited(read_settings(path, label), path, label, {}, {})
-    _merge(settings, _overrides(overrides or []))
-    settings.values.setdefault("preset", name)
-    return _validated(settings)
-
-
-def config_from_yaml_text(text: str, source: str) -> Config:
-    """Return the configuration of YAML text; `source` names it in messages, and `inherits` finds shipped presets.
-
-    Raises:
-        UsageError: a key or value is wrong; the message says in which line.
-    """
-    return _validated(_inherited(parse_settings(text, source), None, source, {}, {}))
+EXTRAPOLATIONS: dict[str, type[Section]] = {v.model_fields["name"].default: v for v in get_args(Extrapolation)}
+"""The sections that `extrapolation` can be, by name."""
 
 
 def config_to_yaml(config: Config) -> str:
@@ -472,254 +392,3 @@ def flat_settings(config: Config) -> dict[str, str]:
         else:
             flat[name] = write_value(value)
     return flat
-
-
-def _did_you_mean(word: str, known: list[str]) -> str:
-    # Matching takes quadratic time, and nobody mistypes a long text.
-    if len(word) > 100:
-        return ""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"; did you mean '{close[0]}'?" if close else ""
-
-
-def _label(path: Path) -> str:
-    """Return how a file is called in messages: a shipped preset by its place among the presets."""
-    folder = presets_dir()
-    return str(Path("presets", path.relative_to(folder))) if path.is_relative_to(folder) else str(path)
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # such as a name that is too long
-        return False
-
-
-def _shipped(name: str) -> Path:
-    folder = presets_dir()
-    known = {str(path.relative_to(folder).with_suffix("")): path for path in folder.rglob("*.yaml")}
-    if name in known:
-        return known[name]
-    hint = _did_you_mean(name, [*preset_names(), *known]) or "; `egtrain presets` lists them"
-    if _is_file(Path(f"{name}.yaml")):
-        hint = f"; did you mean the file '{name}.yaml'?"
-    raise UsageError(f"unknown preset {describe(name)}{hint}")
-
-
-def _find_parent(name: str, child: Path | None, place: str) -> tuple[Path, str]:
-    """Return the file that `inherits` names, and what to call it: a shipped preset, else a file beside the child."""
-    if not name.endswith((".yaml", ".yml")):
-        try:
-            path = _shipped(name)
-        except UsageError as error:
-            beside = None if child is None else child.parent / f"{name}.yaml"
-            if beside is None or not _is_file(beside):
-                raise UsageError(f"{place}: {error}") from None
-            return beside, _label(beside)
-        return path, _label(path)
-    path = Path(name) if child is None else child.parent / name
-    if not _is_file(path):
-        raise UsageError(f"{place}: the inherited file '{path}' does not exist; paths are relative to this file")
-    return path, _label(path)
-
-
-def _inherited(
-    settings: Settings, path: Path | None, label: str, children: dict[Path, str], done: dict[Path, Settings]
-) -> Settings:
-    """Return the settings on top of all that they inherit."""
-    place = settings.place(("inherits",))
-    parents = settings.values.pop("inherits", [])
-    if isinstance(parents, str):
-        parents = [parents]
-    if not isinstance(parents, list) or not all(isinstance(parent, str) and parent for parent in parents):
-        raise UsageError(f"{place}: inherits must be a list of presets, such as [family/resnet, variant/eg]")
-    if path is not None:
-        children = {**children, path.resolve(): label}
-    result = Settings()
-    for number, parent in enumerate(parents):
-        place = settings.place(("inherits", str(number)))
-        parent_path, parent_label = _find_parent(parent, path, place)
-        resolved = parent_path.resolve()
-        if resolved in children:
-            circle = list(children)[list(children).index(resolved) :]
-            chain = " -> ".join([*(children[file] for file in circle), parent_label])
-            raise UsageError(f"{place}: inherits goes in a circle ({chain}); remove one of them")
-        if len(children) >= _MAX_INHERITANCE:
-            raise UsageError(f"{place}: inherits is more than {_MAX_INHERITANCE} files deep; shorten the chain")
-        if resolved not in done:
-            read = read_settings(parent_path, parent_label)
-            done[resolved] = _inherited(read, parent_path, parent_label, children, done)
-        _merge(result, done[resolved])
-    settings.places = {key: at for key, at in settings.places.items() if key[:1] != ("inherits",)}
-    _merge(result, settings)
-    return result
-
-
-def _overrides(overrides: list[str]) -> Settings:
-    """Return KEY=VALUE overrides as one layer of settings, so that their order matters for equal keys only."""
-    settings = Settings()
-    for override in overrides:
-        source = "--set " + " ".join(override.split())[:200]
-        dotted, equals, text = override.partition("=")
-        dotted = dotted.strip()
-        if not equals or not dotted:
-            raise UsageError(f"{source}: write KEY=VALUE, such as optimizer.lr=0.2")
-        if dotted == "inherits":
-            raise UsageError(f"{source}: inherits belongs in a file; name the preset with --preset instead")
-        if dotted in _KNOWN:
-            example = f"{dotted}.{_KNOWN[dotted][0]}"
-            raise UsageError(f"{source}: '{dotted}' is a group; set one of its keys, such as {example}")
-        if dotted not in _DOTTED:
-            raise UsageError(f"{source}: {_unknown(dotted)}")
-        key = tuple(dotted.split("."))
-        target = settings.values
-        for part in key[:-1]:
-            target = target.setdefault(part, {})
-        target[key[-1]] = parse_value(text, source)
-        settings.places[key] = source
-    return settings
-
-
-def _merge(base: Settings, layer: Settings) -> None:
-    """Lay settings over others: groups are merged, other values replaced.
-
-    A changed extrapolation.name drops what was set for the old one, and one of ratio, rate and size drops the others,
-    so that a variant can be laid over another without undoing it key by key.
-    """
-    old, new = base.values.get("extrapolation"), layer.values.get("extrapolation")
-    if isinstance(old, dict) and isinstance(new, dict):
-        if "name" in new and new["name"] != old.get("name", "none"):
-            _drop(base, [key for key in old if key != "name"])
-        elif any(new.get(length) is not None for length in _LENGTHS):
-            _drop(base, [length for length in _LENGTHS if length in old])
-    gone: set[Key] = set()
-    for name, value in layer.values.items():
-        replaced = base.values.get(name)
-        if isinstance(value, dict) and isinstance(replaced, dict):
-            base.values[name] = {**replaced, **value}
-            gone |= {(name, key) for key in value}
-        else:
-            base.values[name] = dict(value) if isinstance(value, dict) else value
-            gone.add((name,))
-    base.places = {key: at for key, at in base.places.items() if not gone & {key[:1], key[:2]}} | layer.places
-
-
-def _drop(settings: Settings, keys: list[str]) -> None:
-    for key in keys:
-        del settings.values["extrapolation"][key]
-        settings.places = {at: p for at, p in settings.places.items() if at[:2] != ("extrapolation", key)}
-
-
-def _validated(settings: Settings) -> Config:
-    """Return the configuration, with every complaint as one sentence about the first wrong setting."""
-    _check_keys(settings)
-    values = dict(settings.values)
-    if "extrapolation" in values:
-        values["extrapolation"] = {"name": "none", **values["extrapolation"]}
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        raise UsageError(_translated(error, settings)) from None
-
-
-def _check_keys(settings: Settings) -> None:
-    for name, value in settings.values.items():
-        at = settings.place((name,))
-        if name == "inherits" or name not in _KNOWN[""]:
-            key = (name, next(iter(value))) if isinstance(value, dict) and value else (name,)
-            raise UsageError(f"{at}: {_unknown('.'.join(key))}")
-        if name not in _KNOWN:
-            continue
-        if not isinstance(value, dict):
-            raise UsageError(f"{at}: {name} must be a group of keys, such as {_KNOWN[name][0]}, not {describe(value)}")
-        allowed = _KNOWN[name]
-        if name == "extrapolation":
-            variant = value.get("name", "none")
-            if not isinstance(variant, str) or variant not in _EXTRAPOLATIONS:
-                hint = _did_you_mean(variant, list(_EXTRAPOLATIONS)) if isinstance(variant, str) else ""
-                raise UsageError(
-                    f"{settings.place((name, 'name'))}: extrapolation.name must be one of "
-                    f"{', '.join(_EXTRAPOLATIONS)}, not {describe(variant)}{hint}"
-                )
-            allowed = list(_EXTRAPOLATIONS[variant].model_fields)
-        for key in value:
-            if key in allowed:
-                continue
-            at = settings.place((name, key))
-            if key in _KNOWN[name]:
-                owners = [other for other, model in _EXTRAPOLATIONS.items() if key in model.model_fields]
-                raise UsageError(
-                    f"{at}: extrapolation '{variant}' has no key '{name}.{key}'; remove it, or set extrapolation.name "
-                    f"to {' or '.join(owners)}"
-                )
-            raise UsageError(f"{at}: {_unknown(f'{name}.{key}')}")
-
-
-def _unknown(dotted: str) -> str:
-    """Return the complaint about a key that does not exist."""
-    section, _, key = dotted.rpartition(".")
-    if dotted in _DOTTED:
-        return f"'{dotted}' must be nested; write '{section}:' and, indented in the next line, '{key}:'"
-    namesakes = [known for known in _DOTTED if known.rpartition(".")[2] == key and "." in known]
-    hint = _did_you_mean(dotted, _DOTTED)
-    if not section and namesakes:
-        hint = f"; did you mean '{namesakes[0]}'?"
-    return f"unknown key {describe(dotted)}{hint or '; `egtrain presets --schema` lists all keys'}"
-
-
-def _translated(error: ValidationError, settings: Settings) -> str:
-    errors = error.errors(include_url=False)
-    first = errors[0]
-    if first["type"] == "setting":
-        context = first["ctx"]
-        return _placed(settings, tuple(context["key"].split(".")), context["problem"])
-    key = _error_key(first)
-    if first["type"] == "missing":
-        # Only an extrapolation has a required key, and it became required where its name was set.
-        name = first["loc"][1]
-        problem = f"extrapolation '{name}' needs {'.'.join(key)}; set it, such as 0.05"
-        return _placed(settings, ("extrapolation", "name"), problem)
-    wishes = dict.fromkeys(_wish(e) for e in errors if _error_key(e) == key)
-    return _placed(settings, key, f"{'.'.join(key)} must be {' or '.join(wishes)}, not {describe(first['input'])}")
-
-
-def _placed(settings: Settings, key: Key, problem: str) -> str:
-    place = settings.place(key)
-    return f"{place}: {problem}" if place else problem
-
-
-def _error_key(error: ErrorDetails) -> Key:
-    """Return the key of an error, without pydantic's names of union members."""
-    location = [str(part) for part in error["loc"]]
-    if location[0] == "extrapolation":
-        del location[1:2]
-    length = 2 if location[0] in _KNOWN else 1
-    return (*location[:length], *(part for part in location[length:] if part.isdecimal()))
-
-
-def _wish(error: ErrorDetails) -> str:
-    context = error.get("ctx", {})
-    match error["type"]:
-        case "int_type" | "int_from_float" | "int_parsing":
-            return "a whole number"
-        case "float_type" | "float_parsing":
-            return "a number"
-        case "bool_type" | "bool_parsing":
-            return "true or false"
-        case "string_type":
-            return "text (write it in quotes)"
-        case "tuple_type":
-            return "a list"
-        case "finite_number":
-            return "a finite number"
-        case "greater_than_equal":
-            return f"at least {context['ge']:g}"
-        case "greater_than":
-            return f"greater than {context['gt']:g}"
-        case "less_than_equal":
-            return f"at most {context['le']:,}"
-        case "less_than":
-            return f"less than {context['lt']:g}"
-        case "literal_error":
-            return str(context["expected"]).replace("'", "")
-    return f"valid ({error['msg']})"

@@ -1,5 +1,7 @@
 """What a user can do wrong, or what can happen to a run, each with the exit code that the command line returns."""
 
+import difflib
+
 
 class EgtrainError(Exception):
     """A failure that is reported in one line, without a traceback; the message names the fix."""
@@ -29,3 +31,12 @@ class InterruptedRun(EgtrainError):
     """A signal ended the run after a checkpoint was saved; it can be resumed."""
 
     exit_code = 75
+
+
+def did_you_mean(word: str, known: list[str]) -> str:
+    """Return the hint at the nearest valid name, to be put behind a message; empty where none is near."""
+    # Matching takes quadratic time, and nobody mistypes a long text.
+    if len(word) > 100:
+        return ""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"; did you mean '{close[0]}'?" if close else ""

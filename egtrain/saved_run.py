@@ -9,7 +9,8 @@ from torch import nn
 
 from egtrain.build import build_model, build_task, load_data, native_precision
 from egtrain.checkpoint import CheckpointStore
-from egtrain.config import Config, load_config
+from egtrain.config import Config
+from egtrain.config_files import load_config
 from egtrain.errors import DataError, UsageError
 from egtrain.evaluate import evaluate
 from egtrain.models.loading import load_weights

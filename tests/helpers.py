@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from egtrain import build, launch, session
 from egtrain.__main__ import main
 from egtrain.checkpoint import read_checkpoint
-from egtrain.config import Config, load_config
+from egtrain.config import Config
+from egtrain.config_files import load_config
 from egtrain.tasks import Split
 from egtrain.tasks.image import ImageTask
 

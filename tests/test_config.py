@@ -13,15 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from egtrain.config import (
-    Config,
-    OptimizerConfig,
-    config_from_yaml_text,
-    config_to_yaml,
-    differences,
-    json_schema,
-    load_config,
-)
+from egtrain.config import Config, OptimizerConfig, config_to_yaml, differences, json_schema
+from egtrain.config_files import config_from_yaml_text, load_config
 from egtrain.errors import UsageError
 from egtrain.yaml_reader import parse_settings, parse_value, write_settings
 
@@ -118,7 +111,7 @@ def test_differences_name_each_changed_key_once() -> None:
 
 
 def test_importing_the_configuration_does_not_import_torch() -> None:
-    code = "import sys, egtrain.config as c; c.load_config('resnet-eg'); sys.exit('torch' in sys.modules)"
+    code = "import sys, egtrain.config_files as c; c.load_config('resnet-eg'); sys.exit('torch' in sys.modules)"
     root = Path(__file__).parents[1]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, timeout=60, check=False).returncode == 0
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from egtrain.build import build_run
-from egtrain.config import load_config
+from egtrain.config_files import load_config
 from egtrain.train import Run, take_step
 from egtrain.workers import Ranks
 

@@ -22,6 +22,8 @@ LAYERS = [
     {"launch", "runlog"},
     {"workers", "checkpoint", "progress", "tasks"},
     {"models", "data", "optim"},
+    {"config_files"},
+    {"config_checks"},
     {"config"},
     {"yaml_reader"},
     {"errors", "__init__"},
@@ -34,7 +36,8 @@ LAZY_UPWARD = {("__init__", "saved_run")}
 TALKS_TO_RANKS = {"workers.py", "launch.py", "evaluate.py", "optim/ddp.py"}
 """Files that may import torch.distributed: a worker is never a rank, and only these know ranks."""
 
-KNOWS_CONFIG = {"config", "build", "session", "saved_run", "sweep", "bench", "sharpness", "cli", "__main__"}
+CONFIG = {"config", "config_checks", "config_files"}
+KNOWS_CONFIG = CONFIG | {"build", "session", "saved_run", "sweep", "bench", "sharpness", "cli", "__main__"}
 """Rooms that may see a configuration; below `build` objects are made of plain values."""
 
 
@@ -138,12 +141,12 @@ def test_only_these_files_talk_to_other_ranks() -> None:
 
 
 def test_nothing_below_the_builder_sees_a_configuration() -> None:
-    users = {room_of(p) for p in sources() if any(imported_room(i.module) == "config" for i in imports_of(p))}
+    users = {room_of(p) for p in sources() if any(imported_room(i.module) in CONFIG for i in imports_of(p))}
     assert users <= KNOWS_CONFIG
     assert "build" in users
 
 
-@pytest.mark.parametrize("start", ["__main__.py", "config.py", *(name_of(p) for p in sources("cli"))])
+@pytest.mark.parametrize("start", ["__main__.py", "config_files.py", *(name_of(p) for p in sources("cli"))])
 def test_help_presets_and_config_errors_do_without_torch(start: str) -> None:
     waiting, seen = [PACKAGE / start], set()
     while waiting:

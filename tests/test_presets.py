@@ -11,17 +11,8 @@ import yaml
 from typer.testing import CliRunner
 
 from egtrain.cli.presets import presets
-from egtrain.config import (
-    Config,
-    config_from_yaml_text,
-    config_to_yaml,
-    differences,
-    json_schema,
-    load_config,
-    preset_description,
-    preset_names,
-    presets_dir,
-)
+from egtrain.config import Config, config_to_yaml, differences, json_schema
+from egtrain.config_files import config_from_yaml_text, load_config, preset_description, preset_names, presets_dir
 from egtrain.errors import UsageError
 
 FAMILIES = {"resnet": "cifar10", "resnet-cifar100": "cifar100"}
@@ -132,7 +123,7 @@ def test_a_mistake_in_a_shipped_preset_is_reported_by_its_place_among_them(
     (tmp_path / "family").mkdir()
     (tmp_path / "family" / "x.yaml").write_text("# x\n\noptimizer:\n  momentum: 2\n")
     (tmp_path / "x-sgd.yaml").write_text("inherits: [family/x]\n")
-    monkeypatch.setattr("egtrain.config.presets_dir", lambda: tmp_path)
+    monkeypatch.setattr("egtrain.config_files.presets_dir", lambda: tmp_path)
     with pytest.raises(UsageError) as error:
         load_config("x-sgd")
     assert str(error.value) == "presets/family/x.yaml:4: optimizer.momentum must be less than 1, not 2"
@@ -140,7 +131,7 @@ def test_a_mistake_in_a_shipped_preset_is_reported_by_its_place_among_them(
 
 def test_presets_inside_an_installed_package_are_found_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "site" / "egtrain"
-    monkeypatch.setattr("egtrain.config.__file__", str(package / "config.py"))
+    monkeypatch.setattr("egtrain.config_files.__file__", str(package / "config_files.py"))
     with pytest.raises(UsageError, match="install egtrain again"):
         presets_dir()
     (tmp_path / "site" / "presets" / "family").mkdir(parents=True)

@@ -22,7 +22,12 @@ def test_an_installed_wheel_finds_its_presets(tmp_path: Path) -> None:
     assert "egtrain/py.typed" in names
     assert not [name for name in names if name.startswith(("tests/", "docs/"))]
     listed = subprocess.run(
-        [sys.executable, "-P", "-c", "import egtrain.config as c; print(c.__file__, *c.preset_names(), sep='\\n')"],
+        [
+            sys.executable,
+            "-P",
+            "-c",
+            "import egtrain.config_files as c; print(c.__file__, *c.preset_names(), sep='\\n')",
+        ],
         check=True,
         capture_output=True,
         text=True,

@@ -28,7 +28,7 @@ def presets(
 ) -> None:
     """List the presets, or show one fully resolved, for example: egtrain presets resnet-eg > my.yaml"""
     # Imported here, because --help needs none of it.
-    from egtrain import config
+    from egtrain import config, config_files
     from egtrain.errors import UsageError
 
     if schema:
@@ -36,13 +36,13 @@ def presets(
             raise UsageError(f"--schema describes every preset; leave out {name!r}")
         _print_json(config.json_schema())
     elif name is not None:
-        resolved = config.load_config(name)
+        resolved = config_files.load_config(name)
         if json:
             _print_json(resolved.model_dump(mode="json"))
         else:
             typer.echo(config.config_to_yaml(resolved), nl=False)
     else:
-        descriptions = {preset: config.preset_description(preset) for preset in config.preset_names()}
+        descriptions = {preset: config_files.preset_description(preset) for preset in config_files.preset_names()}
         if json:
             _print_json([{"name": preset, "description": text} for preset, text in descriptions.items()])
         elif sys.stdout.isatty():

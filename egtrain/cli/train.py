@@ -55,7 +55,7 @@ def train(
     Example: egtrain train --preset quickstart --seed 1 --set optimizer.lr=0.2
     """
     # Imported here, like torch below, so that --help does not wait for it.
-    from egtrain.config import load_config
+    from egtrain.config_files import load_config
 
     overrides = [
         f"{key}={json.dumps(value)}"
@@ -148,7 +148,8 @@ def resumed_config(
     Raises:
         UsageError: there is no run, or settings differ and `allow_changes` was not given.
     """
-    from egtrain.config import differences, load_config
+    from egtrain.config import differences
+    from egtrain.config_files import load_config
 
     file = directory / "config.yaml"
     if not file.is_file():

@@ -1,0 +1,143 @@
+"""From settings to a configuration, with every complaint as one sentence that names the place and the fix."""
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from egtrain.config import EXTRAPOLATIONS, Config, Section
+from egtrain.errors import UsageError, did_you_mean
+from egtrain.yaml_reader import Key, Settings, describe
+
+
+def _known_keys() -> dict[str, list[str]]:
+    """Return every dotted key, those of all extrapolations included; a section's keys stand under its name."""
+    known: dict[str, list[str]] = {"": []}
+    for name, info in Config.model_fields.items():
+        known[""].append(name)
+        if name == "extrapolation":
+            keys = [key for variant in EXTRAPOLATIONS.values() for key in variant.model_fields]
+            known[name] = list(dict.fromkeys(["name", *keys]))
+        elif isinstance(info.annotation, type) and issubclass(info.annotation, Section):
+            known[name] = list(info.annotation.model_fields)
+    return known
+
+
+KNOWN_KEYS = _known_keys()
+"""The keys of each section; those of the top level stand under an empty name."""
+DOTTED_KEYS = [f"{section}.{key}" if section else key for section, keys in KNOWN_KEYS.items() for key in keys]
+
+
+def validated(settings: Settings) -> Config:
+    """Return the configuration, with every complaint as one sentence about the first wrong setting."""
+    _check_keys(settings)
+    values = dict(settings.values)
+    if "extrapolation" in values:
+        values["extrapolation"] = {"name": "none", **values["extrapolation"]}
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(_translated(error, settings)) from None
+
+
+def _check_keys(settings: Settings) -> None:
+    for name, value in settings.values.items():
+        at = settings.place((name,))
+        if name == "inherits" or name not in KNOWN_KEYS[""]:
+            key = (name, next(iter(value))) if isinstance(value, dict) and value else (name,)
+            raise UsageError(f"{at}: {unknown_key('.'.join(key))}")
+        if name not in KNOWN_KEYS:
+            continue
+        if not isinstance(value, dict):
+            raise UsageError(
+                f"{at}: {name} must be a group of keys, such as {KNOWN_KEYS[name][0]}, not {describe(value)}"
+            )
+        allowed = KNOWN_KEYS[name]
+        if name == "extrapolation":
+            variant = value.get("name", "none")
+            if not isinstance(variant, str) or variant not in EXTRAPOLATIONS:
+                hint = did_you_mean(variant, list(EXTRAPOLATIONS)) if isinstance(variant, str) else ""
+                raise UsageError(
+                    f"{settings.place((name, 'name'))}: extrapolation.name must be one of "
+                    f"{', '.join(EXTRAPOLATIONS)}, not {describe(variant)}{hint}"
+                )
+            allowed = list(EXTRAPOLATIONS[variant].model_fields)
+        for key in value:
+            if key in allowed:
+                continue
+            at = settings.place((name, key))
+            if key in KNOWN_KEYS[name]:
+                owners = [other for other, model in EXTRAPOLATIONS.items() if key in model.model_fields]
+                raise UsageError(
+                    f"{at}: extrapolation '{variant}' has no key '{name}.{key}'; remove it, or set extrapolation.name "
+                    f"to {' or '.join(owners)}"
+                )
+            raise UsageError(f"{at}: {unknown_key(f'{name}.{key}')}")
+
+
+def unknown_key(dotted: str) -> str:
+    """Return the complaint about a key that does not exist."""
+    section, _, key = dotted.rpartition(".")
+    if dotted in DOTTED_KEYS:
+        return f"'{dotted}' must be nested; write '{section}:' and, indented in the next line, '{key}:'"
+    namesakes = [known for known in DOTTED_KEYS if known.rpartition(".")[2] == key and "." in known]
+    hint = did_you_mean(dotted, DOTTED_KEYS)
+    if not section and namesakes:
+        hint = f"; did you mean '{namesakes[0]}'?"
+    return f"unknown key {describe(dotted)}{hint or '; `egtrain presets --schema` lists all keys'}"
+
+
+def _translated(error: ValidationError, settings: Settings) -> str:
+    errors = error.errors(include_url=False)
+    first = errors[0]
+    if first["type"] == "setting":
+        context = first["ctx"]
+        return _placed(settings, tuple(context["key"].split(".")), context["problem"])
+    key = _error_key(first)
+    if first["type"] == "missing":
+        # Only an extrapolation has a required key, and it became required where its name was set.
+        name = first["loc"][1]
+        problem = f"extrapolation '{name}' needs {'.'.join(key)}; set it, such as 0.05"
+        return _placed(settings, ("extrapolation", "name"), problem)
+    wishes = dict.fromkeys(_wish(e) for e in errors if _error_key(e) == key)
+    return _placed(settings, key, f"{'.'.join(key)} must be {' or '.join(wishes)}, not {describe(first['input'])}")
+
+
+def _placed(settings: Settings, key: Key, problem: str) -> str:
+    place = settings.place(key)
+    return f"{place}: {problem}" if place else problem
+
+
+def _error_key(error: ErrorDetails) -> Key:
+    """Return the key of an error, without pydantic's names of union members."""
+    location = [str(part) for part in error["loc"]]
+    if location[0] == "extrapolation":
+        del location[1:2]
+    length = 2 if location[0] in KNOWN_KEYS else 1
+    return (*location[:length], *(part for part in location[length:] if part.isdecimal()))
+
+
+def _wish(error: ErrorDetails) -> str:
+    context = error.get("ctx", {})
+    match error["type"]:
+        case "int_type" | "int_from_float" | "int_parsing":
+            return "a whole number"
+        case "float_type" | "float_parsing":
+            return "a number"
+        case "bool_type" | "bool_parsing":
+            return "true or false"
+        case "string_type":
+            return "text (write it in quotes)"
+        case "tuple_type":
+            return "a list"
+        case "finite_number":
+            return "a finite number"
+        case "greater_than_equal":
+            return f"at least {context['ge']:g}"
+        case "greater_than":
+            return f"greater than {context['gt']:g}"
+        case "less_than_equal":
+            return f"at most {context['le']:,}"
+        case "less_than":
+            return f"less than {context['lt']:g}"
+        case "literal_error":
+            return str(context["expected"]).replace("'", "")
+    return f"valid ({error['msg']})"

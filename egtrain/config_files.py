@@ -1,0 +1,190 @@
+"""How presets, files and overrides become one configuration: inheritance, and `a.b=c` on top."""
+
+from pathlib import Path
+
+from egtrain.config import Config
+from egtrain.config_checks import DOTTED_KEYS, KNOWN_KEYS, unknown_key, validated
+from egtrain.errors import UsageError, did_you_mean
+from egtrain.yaml_reader import Key, Settings, describe, parse_settings, parse_value, read_settings
+
+_LENGTHS = ("ratio", "rate", "size")
+_MAX_INHERITANCE = 20
+
+
+def presets_dir() -> Path:
+    """Return the folder of the shipped presets: inside the installed package, or beside it in a checkout.
+
+    Raises:
+        UsageError: there is none.
+    """
+    package = Path(__file__).resolve().parent
+    for folder in (package / "presets", package.parent / "presets"):
+        if (folder / "family").is_dir():
+            return folder
+    raise UsageError(f"the shipped presets are missing from {package}; install egtrain again")
+
+
+def preset_names() -> list[str]:
+    """Return the names of the shipped presets that can be trained."""
+    return sorted(path.stem for path in presets_dir().glob("*.yaml"))
+
+
+def preset_description(name: str) -> str:
+    """Return the leading comment line of a shipped preset."""
+    first = _shipped(name).read_text(encoding="utf-8").partition("\n")[0]
+    return first.removeprefix("#").strip() if first.startswith("#") else ""
+
+
+def load_config(presets: str | Path, overrides: list[str] | None = None) -> Config:
+    """Return the configuration of a shipped preset or a .yaml file, with overrides such as `optimizer.lr=0.2`.
+
+    Raises:
+        UsageError: a name, file, key or value is wrong; the message says where it was set.
+    """
+    if isinstance(presets, Path) or presets.endswith((".yaml", ".yml")):
+        path = Path(presets)
+        label, name = str(presets), path.stem
+    else:
+        path = _shipped(presets)
+        label, name = _label(path), presets.replace("/", "-")
+    settings = _inherited(read_settings(path, label), path, label, {}, {})
+    _merge(settings, _overrides(overrides or []))
+    settings.values.setdefault("preset", name)
+    return validated(settings)
+
+
+def config_from_yaml_text(text: str, source: str) -> Config:
+    """Return the configuration of YAML text; `source` names it in messages, and `inherits` finds shipped presets.
+
+    Raises:
+        UsageError: a key or value is wrong; the message says in which line.
+    """
+    return validated(_inherited(parse_settings(text, source), None, source, {}, {}))
+
+
+def _label(path: Path) -> str:
+    """Return how a file is called in messages: a shipped preset by its place among the presets."""
+    folder = presets_dir()
+    return str(Path("presets", path.relative_to(folder))) if path.is_relative_to(folder) else str(path)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # such as a name that is too long
+        return False
+
+
+def _shipped(name: str) -> Path:
+    folder = presets_dir()
+    known = {str(path.relative_to(folder).with_suffix("")): path for path in folder.rglob("*.yaml")}
+    if name in known:
+        return known[name]
+    hint = did_you_mean(name, [*preset_names(), *known]) or "; `egtrain presets` lists them"
+    if _is_file(Path(f"{name}.yaml")):
+        hint = f"; did you mean the file '{name}.yaml'?"
+    raise UsageError(f"unknown preset {describe(name)}{hint}")
+
+
+def _find_parent(name: str, child: Path | None, place: str) -> tuple[Path, str]:
+    """Return the file that `inherits` names, and what to call it: a shipped preset, else a file beside the child."""
+    if not name.endswith((".yaml", ".yml")):
+        try:
+            path = _shipped(name)
+        except UsageError as error:
+            beside = None if child is None else child.parent / f"{name}.yaml"
+            if beside is None or not _is_file(beside):
+                raise UsageError(f"{place}: {error}") from None
+            return beside, _label(beside)
+        return path, _label(path)
+    path = Path(name) if child is None else child.parent / name
+    if not _is_file(path):
+        raise UsageError(f"{place}: the inherited file '{path}' does not exist; paths are relative to this file")
+    return path, _label(path)
+
+
+def _inherited(
+    settings: Settings, path: Path | None, label: str, children: dict[Path, str], done: dict[Path, Settings]
+) -> Settings:
+    """Return the settings on top of all that they inherit."""
+    place = settings.place(("inherits",))
+    parents = settings.values.pop("inherits", [])
+    if isinstance(parents, str):
+        parents = [parents]
+    if not isinstance(parents, list) or not all(isinstance(parent, str) and parent for parent in parents):
+        raise UsageError(f"{place}: inherits must be a list of presets, such as [family/resnet, variant/eg]")
+    if path is not None:
+        children = {**children, path.resolve(): label}
+    result = Settings()
+    for number, parent in enumerate(parents):
+        place = settings.place(("inherits", str(number)))
+        parent_path, parent_label = _find_parent(parent, path, place)
+        resolved = parent_path.resolve()
+        if resolved in children:
+            circle = list(children)[list(children).index(resolved) :]
+            chain = " -> ".join([*(children[file] for file in circle), parent_label])
+            raise UsageError(f"{place}: inherits goes in a circle ({chain}); remove one of them")
+        if len(children) >= _MAX_INHERITANCE:
+            raise UsageError(f"{place}: inherits is more than {_MAX_INHERITANCE} files deep; shorten the chain")
+        if resolved not in done:
+            read = read_settings(parent_path, parent_label)
+            done[resolved] = _inherited(read, parent_path, parent_label, children, done)
+        _merge(result, done[resolved])
+    settings.places = {key: at for key, at in settings.places.items() if key[:1] != ("inherits",)}
+    _merge(result, settings)
+    return result
+
+
+def _overrides(overrides: list[str]) -> Settings:
+    """Return KEY=VALUE overrides as one layer of settings, so that their order matters for equal keys only."""
+    settings = Settings()
+    for override in overrides:
+        source = "--set " + " ".join(override.split())[:200]
+        dotted, equals, text = override.partition("=")
+        dotted = dotted.strip()
+        if not equals or not dotted:
+            raise UsageError(f"{source}: write KEY=VALUE, such as optimizer.lr=0.2")
+        if dotted == "inherits":
+            raise UsageError(f"{source}: inherits belongs in a file; name the preset with --preset instead")
+        if dotted in KNOWN_KEYS:
+            example = f"{dotted}.{KNOWN_KEYS[dotted][0]}"
+            raise UsageError(f"{source}: '{dotted}' is a group; set one of its keys, such as {example}")
+        if dotted not in DOTTED_KEYS:
+            raise UsageError(f"{source}: {unknown_key(dotted)}")
+        key = tuple(dotted.split("."))
+        target = settings.values
+        for part in key[:-1]:
+            target = target.setdefault(part, {})
+        target[key[-1]] = parse_value(text, source)
+        settings.places[key] = source
+    return settings
+
+
+def _merge(base: Settings, layer: Settings) -> None:
+    """Lay settings over others: groups are merged, other values replaced.
+
+    A changed extrapolation.name drops what was set for the old one, and one of ratio, rate and size drops the others,
+    so that a variant can be laid over another without undoing it key by key.
+    """
+    old, new = base.values.get("extrapolation"), layer.values.get("extrapolation")
+    if isinstance(old, dict) and isinstance(new, dict):
+        if "name" in new and new["name"] != old.get("name", "none"):
+            _drop(base, [key for key in old if key != "name"])
+        elif any(new.get(length) is not None for length in _LENGTHS):
+            _drop(base, [length for length in _LENGTHS if length in old])
+    gone: set[Key] = set()
+    for name, value in layer.values.items():
+        replaced = base.values.get(name)
+        if isinstance(value, dict) and isinstance(replaced, dict):
+            base.values[name] = {**replaced, **value}
+            gone |= {(name, key) for key in value}
+        else:
+            base.values[name] = dict(value) if isinstance(value, dict) else value
+            gone.add((name,))
+    base.places = {key: at for key, at in base.places.items() if not gone & {key[:1], key[:2]}} | layer.places
+
+
+def _drop(settings: Settings, keys: list[str]) -> None:
+    for key in keys:
+        del settings.values["extrapolation"][key]
+        settings.places = {at: p for at, p in settings.places.items() if at[:2] != ("extrapolation", key)}
