@@ -152,12 +152,19 @@ def _store() -> TCPStore:
     return TCPStore(*_store_address(), is_master=False, timeout=timedelta(seconds=60))
 
 
+class StoppedEarly(BaseException):
+    """A signal before the training; not an Exception, since many an import catches those.
+
+    Nor KeyboardInterrupt: Python ends by a signal, whatever its exit code, if one has passed through `exec`.
+    """
+
+
 class StopSignal:
     """Turns SIGTERM and Ctrl-C into a request that the loop sees after the step; a second one ends the process.
 
     Signals within two seconds count as one, since a terminal and a launcher both deliver Ctrl-C. A rank whose
     torchrun or launcher has died asks to stop as well. Before `training` is set, a process that is a run by itself
-    stops at once, with KeyboardInterrupt; ranks go on to their first step, so that they stop together.
+    stops at once, with StoppedEarly; ranks go on to their first step, so that they stop together.
     """
 
     def __init__(self) -> None:
@@ -197,7 +204,7 @@ class StopSignal:
         if self._first is None:
             self._first = now
             if not self.training:
-                raise KeyboardInterrupt
+                raise StoppedEarly
         elif now - self._first > 2:
             os._exit(128 + number)
 

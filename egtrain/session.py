@@ -42,7 +42,7 @@ def train_in(directory: Path, config: Config, *, resume: bool, as_json: bool = F
         # Before the ranks meet, so that a signal during the start-up is not lost either.
         with launch.StopSignal() as stop:
             _train_until(stop, directory, config, resume, as_json)
-    except KeyboardInterrupt:
+    except launch.StoppedEarly:
         raise InterruptedRun(f"interrupted before the training; go on with --resume {directory}") from None
 
 

@@ -141,7 +141,7 @@ def train(run: Run, observer: Observer, stop_requested: Callable[[], bool]) -> d
 
     while run.step < run.steps:
         learning_rate = run.schedule(run.step)
-        statistics = take_step(run, learning_rate, stop_requested())
+        statistics = take_step(run, learning_rate, stop_requested)
         unread.append((run.step, learning_rate, OnItsWay(statistics)))
 
         last = run.step == run.steps
@@ -168,14 +168,17 @@ def train(run: Run, observer: Observer, stop_requested: Callable[[], bool]) -> d
     return final
 
 
-def take_step(run: Run, learning_rate: float, stop: bool = False) -> Tensor:
-    """Make one update of the weights and return what the workers reported, still on the device."""
+def take_step(run: Run, learning_rate: float, stop_requested: Callable[[], bool] = lambda: False) -> Tensor:
+    """Make one update of the weights and return what the workers reported, still on the device.
+
+    A request to stop is asked for after the gradients, which take the time: it need not wait for a further step.
+    """
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate
     run.workers.begin_step()
     for worker in run.workers.mine:
         take_local_gradient(run, worker)
-    statistics = run.workers.average(stop)
+    statistics = run.workers.average(stop_requested())
     if run.clip_norm is not None:
         factor = run.workers.clip(run.clip_norm)
         if run.extrapolation is not None:
