@@ -36,15 +36,15 @@ def median_interval(values: list[float]) -> tuple[float, float, float]:
     return statistics.median(values), float(low), float(high)
 
 
-def run_for(preset: str, data_dir: str, workers: int, precision: str) -> Run:
-    config = load_config(preset, [f"data.dir={data_dir}", f"workers={workers}", f"precision={precision}"])
+def run_for(preset: str, data_dir: str, workers: int, *settings: str) -> Run:
+    config = load_config(preset, [f"data.dir={data_dir}", f"workers={workers}", *settings])
     run = build_run(config, Ranks())
     run.model.train()
     return run
 
 
 def measure_ratio(data_dir: str, workers: int, steps: int) -> None:
-    runs = [run_for(preset, data_dir, workers, "fp32") for preset in ("resnet-sgd", "resnet-eg")]
+    runs = [run_for(preset, data_dir, workers, "precision=fp32") for preset in ("resnet-sgd", "resnet-eg")]
     for run in runs:
         take_step(run, 0.1)
     ratios = []
@@ -78,8 +78,8 @@ class Images(Dataset[tuple[torch.Tensor, int]]):
         return (image.float() / 255 - self.mean) / self.std, int(self.labels[index])
 
 
-def measure_plain(data_dir: str, workers: int, steps: int, precision: str) -> None:
-    run = run_for("resnet-sgd", data_dir, workers, precision)
+def measure_plain(data_dir: str, workers: int, steps: int, settings: list[str]) -> None:
+    run = run_for("resnet-sgd", data_dir, workers, *settings)
     config = load_config("resnet-sgd", [f"data.dir={data_dir}"])
     model = ResNet(20, 16, 10)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
@@ -97,7 +97,7 @@ def measure_plain(data_dir: str, workers: int, steps: int, precision: str) -> No
         sum(seconds(plain_step) for _ in range(workers)) / seconds(lambda: take_step(run, 0.1)) for _ in range(steps)
     ]
     median, low, high = median_interval(ratios)
-    print(f"samples/s of resnet-sgd ({precision}) / plain fp32 loop: {median:.3f} [{low:.3f}, {high:.3f}]")
+    print(f"samples/s of resnet-sgd ({' '.join(settings)}) / plain fp32 loop: {median:.3f} [{low:.3f}, {high:.3f}]")
 
 
 if __name__ == "__main__":
@@ -106,9 +106,9 @@ if __name__ == "__main__":
     parser.add_argument("--data-dir", required=True, type=lambda path: str(Path(path).absolute()))
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--set", action="append", default=[], dest="settings", help="for `plain`, as in egtrain train")
     arguments = parser.parse_args()
     if arguments.what == "ratio":
         measure_ratio(arguments.data_dir, arguments.workers, arguments.steps)
     else:
-        measure_plain(arguments.data_dir, arguments.workers, arguments.steps, arguments.precision)
+        measure_plain(arguments.data_dir, arguments.workers, arguments.steps, arguments.settings)

@@ -18,10 +18,12 @@ def main() -> None:
             print(f"egtrain: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         code = 130
-    if code and "LOCAL_RANK" in os.environ:
-        from egtrain.launch import exit_code_of_rank
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+    if "LOCAL_RANK" in os.environ:
+        from egtrain.launch import leave_rank
 
-        code = exit_code_of_rank(code)
+        leave_rank(code)
     sys.exit(code)
 
 

@@ -363,7 +363,7 @@ def started(command: list[str], folder: Path, **further: str) -> Iterator["subpr
     process = subprocess.Popen(
         command,
         cwd=folder,
-        env=environment(TMPDIR=str(folder), **further),
+        env=environment() | {"TMPDIR": str(folder), **further},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +12,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import Result, arguments, command_line, config_of, environment, outcome, run_here, write_images
+from helpers import (
+    Forked,
+    Result,
+    arguments,
+    command_line,
+    config_of,
+    environment,
+    outcome,
+    run_here,
+    started,
+    wait_until,
+    write_images,
+)
 
 import egtrain
 from egtrain.checkpoint import RunLock
@@ -94,12 +107,11 @@ def test_a_device_that_is_not_there_is_refused(egtrain_command: Run, monkeypatch
     assert "no CUDA device was found: use --device cpu" in result.line
 
 
-def test_nproc_inside_of_torchrun_is_refused(egtrain_command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        monkeypatch.setenv(name, "0")
-    result = egtrain_command("train", "--preset", "quickstart", "--nproc", "2")
-    assert result.code == 2
-    assert "leave --nproc away" in result.line
+def test_nproc_inside_of_torchrun_is_refused(tmp_path: Path) -> None:
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+    with Forked(["train", "--preset", "quickstart", "--nproc", "2"], tmp_path, rank) as process:
+        assert process.wait() == 2
+    assert process.stderr == "egtrain: torchrun has started the processes already: leave --nproc away\n"
 
 
 def test_an_unknown_option_is_refused_without_a_traceback(egtrain_command: Run) -> None:
@@ -306,6 +318,22 @@ def test_help_is_quick_and_does_without_torch(command: list[str]) -> None:
         "import typer\ndef f(x: str = typer.Option('')): pass\nimport sys\nsys.argv = ['f', '--help']\ntyper.run(f)\n"
     )
     assert seconds < 0.3 or seconds < 1.3 * user_seconds(least)
+
+
+def test_ctrl_c_during_the_import_of_torch_ends_the_command(tmp_path: Path) -> None:
+    """Parts of torch and NumPy take any exception for one of their own."""
+    (tmp_path / "torch.py").write_text(
+        "import pathlib, time\n"
+        "try:\n    pathlib.Path('importing').touch()\n    time.sleep(30)\n"
+        "except BaseException:\n    time.sleep(30)\n"
+    )
+    path = os.pathsep.join([str(tmp_path), environment()["PYTHONPATH"]])
+    for command in (["train", "--preset", "quickstart"], ["eval", "runs/some"]):
+        with started([sys.executable, "-m", "egtrain", *command], tmp_path, PYTHONPATH=path) as process:
+            wait_until((tmp_path / "importing").exists)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(10) == 130
+        (tmp_path / "importing").unlink()
 
 
 def test_the_version_is_printed(egtrain_command: Run) -> None:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from egtrain.cli.importing import ending_at_interrupt
+
 
 class SplitName(StrEnum):
     """The splits that can be evaluated."""
@@ -28,9 +30,10 @@ def evaluate_run(
 
     Example: egtrain eval runs/quickstart-20260101-120000 --json
     """
-    from egtrain.launch import pick_device
-    from egtrain.runlog import finite
-    from egtrain.saved_run import load_run
+    with ending_at_interrupt():
+        from egtrain.launch import pick_device
+        from egtrain.runlog import finite
+        from egtrain.saved_run import load_run
 
     saved = load_run(run, checkpoint=checkpoint, data_dir=data_dir, offline=offline, device=str(pick_device(device)))
     metrics = saved.evaluate(split.value)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from egtrain.cli.importing import ending_at_interrupt
 from egtrain.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -87,7 +88,8 @@ def train(
         raise UsageError("name what to train: --preset NAME (see `egtrain presets`), or --resume DIR")
 
     # Everything above needs no torch, so a wrong option is reported at once.
-    from egtrain import launch, session
+    with ending_at_interrupt():
+        from egtrain import launch, session
 
     if dry_run:
         session.print_plan(config, directory, nproc, as_json)
