@@ -317,7 +317,9 @@ def test_help_is_quick_and_does_without_torch(command: list[str]) -> None:
     least = (
         "import typer\ndef f(x: str = typer.Option('')): pass\nimport sys\nsys.argv = ['f', '--help']\ntyper.run(f)\n"
     )
-    assert seconds < 0.3 or seconds < 1.6 * user_seconds(least)
+    # Typer loads pydantic for the options of a subcommand, if it is installed.
+    allowance, factor = (0.6, 3) if command else (0.3, 1.6)
+    assert seconds < allowance or seconds < factor * user_seconds(least)
 
 
 def test_ctrl_c_during_the_import_of_torch_ends_the_command(tmp_path: Path) -> None:
