@@ -66,7 +66,10 @@ def write_images(path: Path, *, train: int = 150, test: int = 1100, size: int = 
 
 
 def settings(data: Path, *further: str, deterministic: bool = True) -> list[str]:
-    """Return settings, for `--set` or `load_config`, of a run of a second: K = 4, b = 8, 12 steps, 4 an epoch."""
+    """Return settings, for `--set` or `load_config`, of a run of a second: K = 4, b = 8, 12 steps, 4 an epoch.
+
+    Whatever the tests count on is here, so that a preset can change.
+    """
     return [
         f'data.name="npz:{data}"',
         "workers=4",
@@ -74,8 +77,12 @@ def settings(data: Path, *further: str, deterministic: bool = True) -> list[str]
         "model.depth=8",
         "model.width=4",
         "epochs=3",
+        "evaluate_every=1",
         "schedule.warmup_epochs=1",
+        "schedule.warmup_from=0.1",
+        "schedule.decay=cosine",
         "optimizer.lr=0.1",
+        "optimizer.base_batch_size=null",
         "precision=fp32",
         "device=cpu",
         "threads=1",

@@ -181,7 +181,7 @@ def test_a_run_that_was_killed_again_and_again_ends_as_if_it_was_not(
 def test_a_signal_lets_the_step_end_saves_and_returns_75(
     number: int, images: Path, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
-    fault = Fault(partial(time.sleep, 1), step=5)
+    fault = Fault(partial(time.sleep, 2.5), step=5)
     with Forked([*arguments(images), "--output", "run"], tmp_path, before=fault) as process:
         wait_until(lambda: steps_logged(tmp_path / "run") == 5)
         time.sleep(0.2)
@@ -207,7 +207,7 @@ def test_a_second_signal_ends_the_process_at_once_and_harms_nothing(
         process.send(signal.SIGINT)
         time.sleep(2.2)
         process.send(signal.SIGTERM)
-        assert process.wait(2) == 128 + signal.SIGTERM
+        assert process.wait(10) == 128 + signal.SIGTERM
     assert outcome(tmp_path / "run")["step"] == 4
     run_here(tmp_path / "run", config_of(images, *further), resume=True)
     assert outcome(tmp_path / "run") == undisturbed(*further)
