@@ -9,7 +9,6 @@ from torch import nn
 
 from egtrain.config import Config, OptimizerConfig
 from egtrain.data.images import ImageData, load_images, locate_images
-from egtrain.errors import UsageError
 from egtrain.launch import first_rank_first
 from egtrain.models.resnet import ResNet
 from egtrain.optim import schedules
@@ -18,7 +17,7 @@ from egtrain.optim.extrapolation import Direction, Extrapolation
 from egtrain.optim.noise import Noise
 from egtrain.optim.past_gradients import GlobalGradient, GradientNoise, LocalGradient
 from egtrain.optim.randomness import seed_for
-from egtrain.tasks.image import ImageTask
+from egtrain.tasks.image import ImageTask, steps_in_epoch
 from egtrain.train import Run
 from egtrain.workers import Ranks, Workers
 
@@ -41,12 +40,7 @@ def build_plan(config: Config, samples: int) -> Plan:
     Raises:
         UsageError: the batch is larger than the data.
     """
-    steps_per_epoch = samples // config.batch_size
-    if steps_per_epoch == 0:
-        raise UsageError(
-            f"a batch of {config.workers} x {config.worker_batch_size} = {config.batch_size} is larger than the "
-            f"{samples} training samples: lower --workers or --batch-size"
-        )
+    steps_per_epoch = steps_in_epoch(samples, config.workers, config.worker_batch_size)
     steps = config.steps if config.steps is not None else config.epochs * steps_per_epoch
     return Plan(
         samples=samples,

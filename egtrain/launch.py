@@ -43,11 +43,6 @@ def restart_count() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
-def is_first_rank() -> bool:
-    """Return whether this process is rank 0, before any group is joined."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 def pick_device(name: str) -> torch.device:
     """Return the device of this rank for `auto`, `cpu` or `cuda`.
 

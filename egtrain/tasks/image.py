@@ -15,6 +15,21 @@ Batch = tuple[Tensor, Tensor]
 EVALUATION_BATCH = 500
 
 
+def steps_in_epoch(samples: int, workers: int, worker_batch_size: int) -> int:
+    """Return the number of whole batches of K·b in N samples.
+
+    Raises:
+        UsageError: there is none.
+    """
+    steps = samples // (workers * worker_batch_size)
+    if steps == 0:
+        raise UsageError(
+            f"a batch of {workers} x {worker_batch_size} = {workers * worker_batch_size} is larger than the "
+            f"{samples} training samples: lower --workers or --batch-size"
+        )
+    return steps
+
+
 class ImageTask:
     """Batches, loss and metric of an image classifier; every batch is a function of (seed, worker, step).
 
@@ -45,12 +60,7 @@ class ImageTask:
         device: torch.device,
     ) -> None:
         self.samples = len(data.y_train)
-        self.steps_per_epoch = self.samples // (workers * worker_batch_size)
-        if self.steps_per_epoch == 0:
-            raise UsageError(
-                f"a batch of {workers} x {worker_batch_size} = {workers * worker_batch_size} is larger than the "
-                f"{self.samples} training samples: lower --workers or --batch-size"
-            )
+        self.steps_per_epoch = steps_in_epoch(self.samples, workers, worker_batch_size)
         self.worker_batch_size = worker_batch_size
         self.batch_size = workers * worker_batch_size
         self.seed = seed
