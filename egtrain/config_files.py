@@ -53,6 +53,18 @@ def load_config(presets: str | Path, overrides: list[str] | None = None) -> Conf
     return validated(settings)
 
 
+def config_file_of(directory: Path) -> Path:
+    """Return the configuration file of a run directory.
+
+    Raises:
+        UsageError: the directory holds no run.
+    """
+    file = directory / "config.yaml"
+    if not file.is_file():
+        raise UsageError(f"{directory} holds no run: there is no config.yaml; name a directory that `train` made")
+    return file
+
+
 def config_from_yaml_text(text: str, source: str) -> Config:
     """Return the configuration of YAML text; `source` names it in messages, and `inherits` finds shipped presets.
 

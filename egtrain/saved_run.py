@@ -10,7 +10,7 @@ from torch import nn
 from egtrain.build import build_model, build_task, load_data, native_precision
 from egtrain.checkpoint import CheckpointStore
 from egtrain.config import Config
-from egtrain.config_files import load_config
+from egtrain.config_files import config_file_of, load_config
 from egtrain.errors import DataError, UsageError
 from egtrain.evaluate import evaluate
 from egtrain.models.loading import load_weights
@@ -64,10 +64,9 @@ def load_run(
         DataError: the checkpoint or the data are missing or damaged.
     """
     directory = Path(path)
-    if not (directory / "config.yaml").is_file():
-        raise UsageError(f"{directory} holds no run: there is no config.yaml; name a directory that `train` made")
+    file = config_file_of(directory)
     overrides = [] if data_dir is None else [f"data.dir={json.dumps(str(Path(data_dir).absolute()))}"]
-    config = load_config(directory / "config.yaml", overrides)
+    config = load_config(file, overrides)
     store = CheckpointStore(directory / "checkpoints")
     if checkpoint == "last":
         newest = store.load_newest()

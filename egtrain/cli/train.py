@@ -151,11 +151,9 @@ def resumed_config(
         UsageError: there is no run, or settings differ and `allow_changes` was not given.
     """
     from egtrain.config import differences
-    from egtrain.config_files import load_config
+    from egtrain.config_files import config_file_of, load_config
 
-    file = directory / "config.yaml"
-    if not file.is_file():
-        raise UsageError(f"{directory} holds no run: there is no config.yaml; name a directory that `train` made")
+    file = config_file_of(directory)
     saved = load_config(file)
     config = with_batch(load_config(file, overrides), workers, batch_size)
     changes = differences(saved, config)
