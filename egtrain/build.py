@@ -7,10 +7,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from egtrain.config import Config, Optimizer
+from egtrain.config import Config
+from egtrain.config_sections import LanguageSettings, Optimizer, TranslationSettings
 from egtrain.data.images import ImageData, load_images, locate_images
+from egtrain.data.pairs import PairData, load_pairs, locate_pairs
+from egtrain.data.text import TextData, load_text, locate_text
 from egtrain.launch import first_rank_first
+from egtrain.models.lstm import LSTMLanguageModel
 from egtrain.models.resnet import ResNet
+from egtrain.models.transformer import Transformer
 from egtrain.models.vgg import VGG
 from egtrain.optim import schedules
 from egtrain.optim.extra_gradients import FreshGradient, SharpnessAware
@@ -22,16 +27,27 @@ from egtrain.optim.noise import Noise
 from egtrain.optim.past_gradients import GlobalGradient, GradientNoise, LocalGradient
 from egtrain.optim.post_local import PostLocal
 from egtrain.optim.randomness import seed_for
-from egtrain.tasks.image import ImageTask, steps_in_epoch
+from egtrain.tasks import Task
+from egtrain.tasks.image import ImageTask
+from egtrain.tasks.language import LanguageTask
+from egtrain.tasks.translation import TranslationTask
 from egtrain.train import Run
 from egtrain.workers import Ranks, Workers
+
+Data = ImageData | TextData | PairData
+
+TASKS: dict[str, type[ImageTask | LanguageTask | TranslationTask]] = {
+    "image": ImageTask,
+    "language": LanguageTask,
+    "translation": TranslationTask,
+}
+"""The tasks by name."""
 
 
 @dataclass(frozen=True)
 class Plan:
     """What a configuration comes to on given data, in steps and rates."""
 
-    samples: int
     steps_per_epoch: int
     steps: int
     warmup_steps: int
@@ -43,13 +59,8 @@ class Plan:
     """The steps that shift the weights; empty without extrapolation."""
 
 
-def build_plan(config: Config, samples: int) -> Plan:
-    """Return the numbers of steps and rates for N training samples.
-
-    Raises:
-        UsageError: the batch is larger than the data.
-    """
-    steps_per_epoch = steps_in_epoch(samples, config.workers, config.worker_batch_size)
+def build_plan(config: Config, steps_per_epoch: int) -> Plan:
+    """Return the numbers of steps and rates where an epoch has so many updates."""
     steps = config.steps if config.steps is not None else config.epochs * steps_per_epoch
     warmup_steps = round(config.schedule.warmup_epochs * steps_per_epoch)
     local_start = config.local_start_fraction()
@@ -61,7 +72,6 @@ def build_plan(config: Config, samples: int) -> Plan:
         every = extrapolation.every if extrapolation.name in ("fresh", "sam") else 1
         extrapolated_steps = range(first, round(until * steps), every)
     return Plan(
-        samples=samples,
         steps_per_epoch=steps_per_epoch,
         steps=steps,
         warmup_steps=warmup_steps,
@@ -80,19 +90,44 @@ def build_schedule(config: Config, plan: Plan) -> schedules.Schedule:
         schedule = schedules.step_decay(plan.peak_rate, plan.milestones, config.schedule.factor)
     elif config.schedule.decay == "cosine":
         schedule = schedules.cosine_decay(plan.peak_rate, plan.warmup_steps, plan.steps)
+    elif config.schedule.decay == "inverse-sqrt":
+        schedule = schedules.inverse_sqrt(plan.peak_rate, plan.warmup_steps)
     else:
         schedule = schedules.constant(plan.peak_rate)
     return schedules.with_warmup(schedule, plan.warmup_steps, config.schedule.warmup_from)
 
 
-def load_data(config: Config, offline: bool = False) -> ImageData:
-    """Load the data of a configuration, without a download where it or `offline` says so."""
+def load_data(config: Config, offline: bool = False) -> Data:
+    """Load the data of a configuration, without a download where it or `offline` says so.
+
+    Raises:
+        DataError: they are missing or damaged.
+    """
+    name, folder = config.data.name, Path(config.data.dir) if config.data.dir else None
+    offline = config.data.offline or offline
+    limit, task = config.data.train_samples, config.task
+    if isinstance(task, LanguageSettings):
+        tokens = None if limit is None else limit * task.bptt
+        return load_text(
+            name, data_dir=folder, offline=offline, max_vocabulary=task.max_vocabulary, train_tokens=tokens
+        )
+    if isinstance(task, TranslationSettings):
+        return load_pairs(
+            name,
+            data_dir=folder,
+            offline=offline,
+            source=task.source,
+            target=task.target,
+            subwords=task.subwords,
+            max_length=task.max_length,
+            train_samples=limit,
+        )
     return load_images(
-        config.data.name,
-        data_dir=Path(config.data.dir) if config.data.dir else None,
-        offline=config.data.offline or offline,
+        name,
+        data_dir=folder,
+        offline=offline,
         seed=config.seed,
-        train_samples=config.data.train_samples,
+        train_samples=limit,
         validation=config.data.validation,
     )
 
@@ -100,31 +135,77 @@ def load_data(config: Config, offline: bool = False) -> ImageData:
 def locate_data(config: Config) -> str:
     """Say in a few words where the data of a configuration are, or would come from."""
     folder = Path(config.data.dir) if config.data.dir else None
-    return locate_images(config.data.name, data_dir=folder, offline=config.data.offline)
+    locate = {"image": locate_images, "language": locate_text, "translation": locate_pairs}[config.task.name]
+    return locate(config.data.name, data_dir=folder, offline=config.data.offline)
 
 
-def build_task(config: Config, data: ImageData, device: torch.device) -> ImageTask:
-    """Return the task of a configuration, with its data on the device."""
+def build_task(config: Config, data: Data, device: torch.device) -> Task:
+    """Return the task of a configuration, with its data on the device.
+
+    Raises:
+        UsageError: the batch is larger than the data.
+    """
+    workers, share, seed, task = config.workers, config.worker_batch_size, config.seed, config.task
+    if isinstance(task, LanguageSettings):
+        assert isinstance(data, TextData)
+        return LanguageTask(data, workers=workers, worker_batch_size=share, seed=seed, bptt=task.bptt, device=device)
+    if isinstance(task, TranslationSettings):
+        assert isinstance(data, PairData)
+        return TranslationTask(
+            data,
+            workers=workers,
+            worker_batch_size=share,
+            seed=seed,
+            label_smoothing=task.label_smoothing,
+            device=device,
+        )
+    assert isinstance(data, ImageData)
     return ImageTask(
         data,
-        workers=config.workers,
-        worker_batch_size=config.worker_batch_size,
-        seed=config.seed,
-        augment=config.data.augment,
+        workers=workers,
+        worker_batch_size=share,
+        seed=seed,
+        augment=task.augment,
         channels_last=config.channels_last,
         device=device,
     )
 
 
-def build_model(config: Config, classes: int, device: torch.device) -> nn.Module:
+def outputs_of(data: Data) -> int:
+    """Return how many answers a model has to choose from: classes, words or subwords."""
+    if isinstance(data, TextData):
+        return len(data.vocabulary)
+    return data.subwords.size if isinstance(data, PairData) else data.classes
+
+
+def build_model(config: Config, outputs: int, device: torch.device) -> nn.Module:
     """Return the model with the initial weights of the seed; they are drawn on the CPU, the same for every device."""
     torch.manual_seed(seed_for(config.seed, "weights"))
     model: nn.Module
-    if config.model.name == "vgg":
-        model = VGG(config.model.depth, config.model.width, classes)
-    else:
-        model = ResNet(config.model.depth, config.model.width, classes, config.model.shortcut)
-    if config.channels_last:
+    shape = config.model
+    match shape.name:
+        case "lstm":
+            model = LSTMLanguageModel(
+                outputs,
+                width=shape.width,
+                layers=shape.layers,
+                dropout=shape.dropout,
+                columns=config.worker_batch_size,
+            )
+        case "transformer":
+            model = Transformer(
+                outputs,
+                width=shape.width,
+                heads=shape.heads,
+                layers=shape.layers,
+                feedforward=shape.feedforward,
+                dropout=shape.dropout,
+            )
+        case "vgg":
+            model = VGG(shape.depth, shape.width, outputs)
+        case "resnet":
+            model = ResNet(shape.depth, shape.width, outputs, shape.shortcut)
+    if config.channels_last and config.task.name == "image":
         return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
     return model.to(device)
 
@@ -204,9 +285,9 @@ def build_direction(config: Config) -> Direction | None:
     )
 
 
-def worker_state_bytes(config: Config, classes: int) -> int:
-    """Return the memory that one worker's own state takes: past gradient, BatchNorm statistics, local phase."""
-    model = build_model(config, classes, torch.device("cpu"))
+def worker_state_bytes(config: Config, outputs: int) -> int:
+    """Return the memory that one worker's own state takes: past gradient, statistics or hidden state, local phase."""
+    model = build_model(config, outputs, torch.device("cpu"))
     direction = build_direction(config)
     own = list(model.buffers())
     if direction is not None and "own" in direction.needs:
@@ -219,7 +300,7 @@ def worker_state_bytes(config: Config, classes: int) -> int:
     return sum(t.numel() * t.element_size() for t in own)
 
 
-def build_run(config: Config, ranks: Ranks, data: ImageData | None = None) -> Run:
+def build_run(config: Config, ranks: Ranks, data: Data | None = None) -> Run:
     """Return a run at step 0; its data are loaded unless they are given.
 
     Raises:
@@ -229,9 +310,9 @@ def build_run(config: Config, ranks: Ranks, data: ImageData | None = None) -> Ru
     set_numerics(config, ranks)
     if data is None:
         data = first_rank_first(ranks, lambda: load_data(config))
-    plan = build_plan(config, len(data.y_train))
     task = build_task(config, data, ranks.device)
-    model = build_model(config, data.classes, ranks.device)
+    plan = build_plan(config, task.steps_per_epoch)
+    model = build_model(config, outputs_of(data), ranks.device)
     optimizer = build_optimizer(config.optimizer, model)
     workers = Workers(model, config.workers, ranks, config.deterministic)
     direction = build_direction(config)

@@ -3,7 +3,8 @@
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from egtrain.config import DEFAULT_NAMES, UNIONS, Config, Section
+from egtrain.config import DEFAULT_NAMES, UNIONS, Config
+from egtrain.config_sections import Section
 from egtrain.errors import UsageError, did_you_mean
 from egtrain.yaml_reader import Key, Settings, describe
 

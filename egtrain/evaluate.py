@@ -14,7 +14,7 @@ def evaluate(task: Task, model: nn.Module, split: Split, ranks: Ranks, precision
     Each evaluation batch is a slot of its own in the sum over ranks, so the result does not depend on who computed it.
     The model's buffers are used as they are; its training mode is restored.
     """
-    sums = torch.zeros(task.evaluation_batches(split), 2, dtype=torch.float64)
+    sums = torch.zeros(task.evaluation_batches(split), len(task.sums), dtype=torch.float64)
     training = model.training
     model.eval()
     with torch.inference_mode(), torch.autocast(ranks.device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -25,5 +25,4 @@ def evaluate(task: Task, model: nn.Module, split: Split, ranks: Ranks, precision
         on_device = sums.to(ranks.device)
         dist.all_reduce(on_device)
         sums = on_device.cpu()
-    loss, metric = (sums.sum(dim=0) / task.evaluation_size(split)).tolist()
-    return {"loss": loss, task.metric: metric}
+    return task.metrics_of(sums.sum(dim=0).tolist(), split)

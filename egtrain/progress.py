@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 REFRESHES_PER_SECOND = 4
-FRACTIONS = {"accuracy"}
+FRACTIONS = {"accuracy", "token_accuracy"}
 """Metrics that are shown in percent."""
 
 
@@ -163,6 +163,15 @@ def _described(metrics: Mapping[str, float]) -> str:
         for name, value in metrics.items()
     ]
     return "  ".join(parts)
+
+
+def headline(metrics: Mapping[str, float | None]) -> str:
+    """Return final metrics in words, the loss last."""
+    parts = []
+    for name, value in sorted(metrics.items(), key=lambda item: item[0] == "loss"):
+        number = math.nan if value is None else value
+        parts.append(f"{name} {number:.2%}" if name in FRACTIONS else f"{name} {number:.{4 if name == 'loss' else 2}f}")
+    return ", ".join(parts)
 
 
 def duration(seconds: float) -> str:

@@ -7,15 +7,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from egtrain.build import build_model, build_task, load_data, native_precision
+from egtrain.build import TASKS, build_model, build_task, load_data, native_precision, outputs_of
 from egtrain.checkpoint import CheckpointStore
 from egtrain.config import Config
 from egtrain.config_files import config_file_of, load_config
+from egtrain.config_sections import TranslationSettings
 from egtrain.errors import DataError, UsageError
 from egtrain.evaluate import evaluate
 from egtrain.models.loading import load_weights
-from egtrain.tasks import Split
-from egtrain.tasks.image import ImageTask
+from egtrain.tasks import Split, Task
+from egtrain.tasks.translation import TranslationTask
 from egtrain.workers import Ranks
 
 
@@ -26,7 +27,7 @@ class SavedRun:
     config: Config
     model: nn.Module
     """In evaluation mode, with the mean of the workers' BatchNorm statistics."""
-    task: ImageTask
+    task: Task
     step: int
     """Completed updates."""
 
@@ -40,6 +41,39 @@ class SavedRun:
             raise UsageError(f"this run held out no {split} samples: evaluate the test split instead")
         device = next(self.model.parameters()).device
         return evaluate(self.task, self.model, split, Ranks(device=device), self.config.precision)
+
+    def translate(self, split: Split = "test", beam: int | None = None) -> "Translations":
+        """Return the translations of a split by beam search.
+
+        Args:
+            split: `test` or `validation`.
+            beam: hypotheses kept for a sentence, 1 for greedy; None: the configuration's.
+
+        Raises:
+            UsageError: the run does not translate.
+        """
+        settings = self.config.task
+        if not isinstance(self.task, TranslationTask) or not isinstance(settings, TranslationSettings):
+            raise UsageError("beam search is for runs that translate: leave --beam out")
+        beam = settings.beam if beam is None else beam
+        hypotheses = self.task.translate(self.model, split, beam=beam, length_penalty=settings.length_penalty)
+        bleu, signature = self.task.score(hypotheses, split)
+        sentences = self.task.sentences(split)
+        return Translations(beam, sentences.source_text, sentences.target_text, tuple(hypotheses), bleu, signature)
+
+
+@dataclass(frozen=True)
+class Translations:
+    """A split in another language, sentence by sentence."""
+
+    beam: int
+    sources: tuple[str, ...]
+    references: tuple[str, ...]
+    hypotheses: tuple[str, ...]
+    bleu: float
+    """sacreBLEU, 0 to 100."""
+    signature: str
+    """What sacreBLEU says of its settings."""
 
 
 def load_run(
@@ -67,7 +101,7 @@ def load_run(
     file = config_file_of(directory)
     overrides = [] if data_dir is None else [f"data.dir={json.dumps(str(Path(data_dir).absolute()))}"]
     config = load_config(file, overrides)
-    store = CheckpointStore(directory / "checkpoints")
+    store = CheckpointStore(directory / "checkpoints", higher_is_better=TASKS[config.task.name].higher_is_better)
     if checkpoint == "last":
         newest = store.load_newest()
         if newest is None:
@@ -77,7 +111,7 @@ def load_run(
         step, state = store.load(checkpoint)
     place = torch.device(device)
     data = load_data(config, offline)
-    model = build_model(config, data.classes, place)
+    model = build_model(config, outputs_of(data), place)
     load_weights(model, state["model"])
     config = config.model_copy(update={"precision": native_precision(config.precision, place)})
     return SavedRun(config, model.eval(), build_task(config, data, place), step)

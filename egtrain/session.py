@@ -1,7 +1,6 @@
 """One run from its directory to its summary: what `egtrain train` does around the training loop."""
 
 import json
-import math
 import sys
 import time
 from contextlib import ExitStack
@@ -15,15 +14,17 @@ from egtrain.build import (
     build_plan,
     build_run,
     build_schedule,
+    build_task,
     load_data,
     locate_data,
     native_precision,
+    outputs_of,
     worker_state_bytes,
 )
 from egtrain.checkpoint import CheckpointStore, RunLock, write_atomically
 from egtrain.config import Config, config_to_yaml, flat_settings
 from egtrain.errors import DataError, InterruptedRun, UsageError
-from egtrain.progress import Display
+from egtrain.progress import Display, headline
 from egtrain.runlog import RunLog, finite, git_commit, hardware, versions, write_summary
 from egtrain.tasks import Split
 from egtrain.train import Run, train
@@ -67,7 +68,10 @@ def _train_until(stop: launch.StopSignal, directory: Path, config: Config, resum
                 withdraw(directory)
             raise
         store = CheckpointStore(
-            directory / CHECKPOINTS, keep=config.checkpoint.keep, warn=None if first else lambda message: None
+            directory / CHECKPOINTS,
+            keep=config.checkpoint.keep,
+            higher_is_better=run.task.higher_is_better,
+            warn=None if first else lambda message: None,
         )
         newest = launch.first_rank_first(ranks, store.load_newest) if going_on else None
         if newest is not None:
@@ -183,7 +187,7 @@ class Recorder:
                 epochs=run.steps / run.task.steps_per_epoch,
                 steps=run.steps,
                 start_step=run.step,
-                shown=("loss", run.task.metric),
+                shown=("loss", run.task.training_metric),
                 stream=sys.stderr if as_json else None,
             )
         )
@@ -253,9 +257,7 @@ def print_result(summary: dict[str, Any], directory: Path, as_json: bool) -> Non
         print(json.dumps(finite({"directory": str(directory), **summary})))
         return
     for split, metrics in summary["final"].items():
-        accuracy = f"accuracy {metrics['accuracy']:.2%}, " if "accuracy" in metrics else ""
-        loss = math.nan if metrics["loss"] is None else metrics["loss"]
-        print(f"{split}: {accuracy}loss {loss:.4f}")
+        print(f"{split}: {headline(metrics)}")
     print(f"{summary['gradient_evaluations']:,} gradient evaluations in {summary['steps']:,} steps; see {directory}")
 
 
@@ -284,17 +286,18 @@ def print_plan(config: Config, directory: Path, nproc: int | None, as_json: bool
         "extrapolation": config.extrapolation.name,
     }
     if data is not None:
-        steps = build_plan(config, len(data.y_train))
+        task = build_task(config, data, torch.device("cpu"))
+        steps = build_plan(config, task.steps_per_epoch)
         schedule = build_schedule(config, steps)
         phases = {0, steps.warmup_steps, *steps.milestones, steps.steps // 2, steps.steps - 1}
         plan |= {
-            "samples": steps.samples,
+            "samples": task.samples,
             "steps_per_epoch": steps.steps_per_epoch,
             "steps": steps.steps,
             "local_phase": None
             if steps.local_start is None
             else f"from step {steps.local_start:,}, weights averaged every {config.post_local.period} steps",
-            "worker_state_bytes": worker_state_bytes(config, data.classes),
+            "worker_state_bytes": worker_state_bytes(config, outputs_of(data)),
             "learning_rate": {s: round(schedule(s), 6) for s in sorted(phases) if 0 <= s < steps.steps},
         }
     if as_json:

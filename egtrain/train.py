@@ -285,7 +285,7 @@ def report(run: Run, observer: Observer, step: int, learning_rate: float, statis
     mean_squared_norm = sum(squared_norms) / len(squared_norms)
     values = {
         "loss": sum(losses) / len(losses),
-        run.task.metric: sum(metrics) / len(metrics),
+        run.task.training_metric: sum(metrics) / len(metrics),
         "learning_rate": learning_rate,
         "local_gradient_norm": mean_squared_norm**0.5,
         "gradient_alignment": alignments[0],

@@ -1,3 +1,4 @@
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,15 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from helpers import write_images
 
     return write_images(tmp_path_factory.mktemp("data") / "images.npz")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Return the folder that holds multi30k and wikitext2-small, or skip, loudly."""
+    home = os.environ.get("EGTRAIN_DATA")
+    if home is None or not (Path(home) / "wikitext2-small").is_dir():
+        pytest.skip("NOT TESTED ON REAL DATA: set EGTRAIN_DATA to the folder that holds multi30k and wikitext2-small")
+    return Path(home)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import json
 import math
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -182,6 +183,18 @@ def metrics_in(directory: Path) -> list[dict[str, Any]]:
     """Return the lines of metrics.jsonl without what depends on the clock."""
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key != "wall"} for line in lines]
+
+
+def write_texts(folder: Path, words: int, pairs: int) -> None:
+    """Write train.txt, valid.txt and test.txt, and the same for pairs of sentences in `en` and `de`."""
+    drawn = random.Random(0)
+    say = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta"]
+    for part, share in (("train", 1.0), ("valid", 0.3), ("test", 0.3)):
+        line = [drawn.choice(say) for _ in range(round(words * share))]
+        (folder / f"{part}.txt").write_text("".join(" ".join(line[i : i + 9]) + "\n" for i in range(0, len(line), 9)))
+        sentences = [drawn.choices(say, k=drawn.randint(2, 7)) for _ in range(round(pairs * share))]
+        (folder / f"{part}.en").write_text("".join(" ".join(words) + ".\n" for words in sentences))
+        (folder / f"{part}.de").write_text("".join(" ".join(reversed(words)).upper() + ".\n" for words in sentences))
 
 
 def newest_checkpoint(directory: Path) -> Path:

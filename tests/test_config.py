@@ -3,9 +3,11 @@
 import contextlib
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +18,9 @@ from pydantic import ValidationError
 from torch import nn
 
 from egtrain.build import build_direction, build_model, build_optimizer, build_plan, worker_state_bytes
-from egtrain.config import UNIONS, Config, SgdOptimizer, config_to_yaml, differences, json_schema
+from egtrain.config import UNIONS, Config, config_to_yaml, differences, json_schema
 from egtrain.config_files import config_from_yaml_text, load_config
+from egtrain.config_sections import SgdOptimizer
 from egtrain.errors import UsageError
 from egtrain.optim import Momentum
 from egtrain.yaml_reader import parse_settings, parse_value, write_settings
@@ -355,7 +358,7 @@ def test_an_unknown_key_is_named_with_its_line_and_a_suggestion(text: str, messa
         ("seed=-1", "seed must be at least 0, not -1"),
         ("compile=yes", "compile must be true or false, not 'yes'"),
         ("compile=1", "compile must be true or false, not 1"),
-        ("schedule.decay=linear", "schedule.decay must be step, cosine or constant, not 'linear'"),
+        ("schedule.decay=linear", "schedule.decay must be step, cosine, inverse-sqrt or constant, not 'linear'"),
         ("data.dir=5", "data.dir must be text (write it in quotes), not 5"),
         (
             "data.name=cifar-10",
@@ -626,8 +629,11 @@ def test_a_local_phase_that_never_comes_asks_for_nothing() -> None:
             "model 'vgg' has no key 'model.shortcut'; remove it, or set model.name to resnet",
         ),
         ("optimizer: {name: lamp}", "optimizer.name must be one of sgd, lars, lamb, adam, adamw, not 'lamp'; did you"),
-        ("model: {name: vg}", "model.name must be one of resnet, vgg, not 'vg'; did you mean 'vgg'?"),
-        ("model: {name: 11}", "model.name must be one of resnet, vgg, not 11"),
+        (
+            "model: {name: vg}",
+            "model.name must be one of resnet, vgg, lstm, transformer, not 'vg'; did you mean 'vgg'?",
+        ),
+        ("model: {name: 11}", "model.name must be one of resnet, vgg, lstm, transformer, not 11"),
         ("model: {name: vgg, depth: 16}", "model.depth must be 11, not 16"),
         ("model: {name: vgg, widht: 8}", "unknown key 'model.widht'; did you mean 'model.width'?"),
         ("optimizer: {name: lars, trust_coefficient: 0}", "optimizer.trust_coefficient must be greater than 0, not 0"),
@@ -653,11 +659,22 @@ def test_a_key_or_value_of_another_member_is_refused(text: str, message: str) ->
     assert complaint(f"seed: 1\n{text}\n").startswith(f"x.yaml:2: {message}")
 
 
+TEXTS = {
+    task: {"task": {"name": task}, "model": {"name": model}, "data": {"name": "synthetic"}}
+    for task, model in (("language", "lstm"), ("translation", "transformer"))
+}
+"""The least that makes a run of another task."""
+
+
 @pytest.mark.parametrize(("section", "name"), [(section, name) for section in UNIONS for name in UNIONS[section]])
 def test_every_member_survives_the_round_trip(section: str, name: str) -> None:
     further = {"gaussian": {"size": 0.1}, "uniform": {"size": 0.1}}.get(name, {})
-    base = {"optimizer": {"nesterov": False}} if name == "momentum" else {}
-    text = write_settings({**base, section: {"name": name, **further}})
+    base: dict[str, Any] = {
+        "momentum": {"optimizer": {"nesterov": False}},
+        **dict.fromkeys(("language", "lstm"), TEXTS["language"]),
+        **dict.fromkeys(("translation", "transformer"), TEXTS["translation"]),
+    }.get(name, {})
+    text = write_settings({**base, section: {**base.get(section, {}), "name": name, **further}})
     config = config_from_yaml_text(text, "x.yaml")
     assert config_from_yaml_text(config_to_yaml(config), "again") == config
     assert config_to_yaml(config).count(f"{section}:\n  name: {name}\n") == 1
@@ -671,6 +688,32 @@ def test_another_optimizer_drops_all_that_was_set_for_the_old_one(name: str) -> 
     # What the layer sets itself stays, wherever it stands among the overrides.
     chosen = load_config("resnet-eg", ["optimizer.lr=0.02", f"optimizer.name={name}"]).optimizer
     assert chosen == fresh.model_copy(update={"lr": 0.02})
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "model.name=lstm",
+            "task 'image' has no model 'lstm'; set model.name to resnet or vgg, or task.name to language",
+        ),
+        ("data.name=wikitext2", "data.name must be cifar10, cifar100, synthetic or npz:FILE, not 'wikitext2'"),
+        ("task.bptt=3", "task 'image' has no key 'task.bptt'; remove it, or set task.name to language"),
+    ],
+)
+def test_task_model_and_data_must_fit_together(override: str, message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        load_config("resnet-eg", [override])
+
+
+def test_a_text_has_no_validation_split_to_choose() -> None:
+    with pytest.raises(UsageError, match=r"data.validation must be 0, because texts have a validation part"):
+        load_config("lstm-eg", ["data.validation=10"])
+
+
+def test_the_width_of_a_transformer_is_shared_by_its_heads() -> None:
+    with pytest.raises(UsageError, match=r"model.width must be a multiple of twice model.heads, such as 64, not 60"):
+        load_config("transformer-eg", ["model.width=60"])
 
 
 def test_another_model_drops_what_was_set_for_the_old_one() -> None:
@@ -710,7 +753,7 @@ def test_the_same_name_and_a_name_left_out_keep_what_was_inherited(tmp_path: Pat
 )
 def test_the_plan_says_which_steps_shift_the_weights(overrides: list[str], steps: range) -> None:
     config = load_config("resnet-eg", ["steps=100", "workers=2", "worker_batch_size=8", *overrides])
-    plan = build_plan(config, 64)
+    plan = build_plan(config, steps_per_epoch=4)
     assert plan.warmup_steps == 20
     assert plan.extrapolated_steps == steps
     start = config.local_start_fraction()

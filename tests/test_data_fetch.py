@@ -1,11 +1,14 @@
 """The search order, and downloads that leave either the checked data or nothing behind."""
 
 import dataclasses
+import gzip
 import hashlib
 import io
+import re
 import tarfile
 import time
 import urllib.error
+import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,8 +16,11 @@ from pathlib import Path
 import pytest
 
 from egtrain.data import fetch
-from egtrain.data.cifar import CIFAR10, CIFAR100, Archive, BatchFile, Cifar, Layout
+from egtrain.data.cifar import CIFAR10, CIFAR100, BatchFile, Cifar, Layout
+from egtrain.data.fetch import Archive
 from egtrain.data.images import load_images
+from egtrain.data.pairs import MULTI30K, Multi30k
+from egtrain.data.text import WIKITEXT2, WikiText
 from egtrain.errors import DataError, EgtrainError
 
 FOLDER = "tiny-bin"
@@ -51,8 +57,8 @@ def archive_of(members: list[Member]) -> bytes:
 
 
 def described(content: bytes, addresses: tuple[str, ...] = ("https://one.example/a", "https://two.example/a")) -> Cifar:
-    archive = Archive("tiny.tar.gz", hashlib.sha256(content).hexdigest(), len(content), addresses, LAYOUT)
-    return dataclasses.replace(CIFAR10, title="Tiny", layouts=(LAYOUT,), archive=archive)
+    archive = Archive("tiny.tar.gz", hashlib.sha256(content).hexdigest(), len(content), addresses)
+    return dataclasses.replace(CIFAR10, title="Tiny", layouts=(LAYOUT,), archives=(archive,))
 
 
 class Server:
@@ -397,11 +403,91 @@ def test_a_server_that_does_not_answer_is_given_up_in_time(monkeypatch: pytest.M
     assert seen == [fetch.TIMEOUT]
 
 
-@pytest.mark.parametrize("cifar", [CIFAR10, CIFAR100], ids=["cifar10", "cifar100"])
-def test_every_archive_has_the_official_address_first_then_mirrors_and_a_hash(cifar: Cifar) -> None:
-    addresses = cifar.archive.addresses
-    assert addresses[0].startswith("https://www.cs.toronto.edu/~kriz/")
-    assert len(addresses) >= 3
-    assert all(address.startswith("https://") and address.endswith(cifar.archive.name) for address in addresses)
-    assert len(cifar.archive.sha256) == 64
-    assert not cifar.archive.layout.pickled
+@pytest.mark.parametrize(
+    ("data_set", "official", "mirrors"),
+    [
+        (CIFAR10, "https://www.cs.toronto.edu/~kriz/", 3),
+        (CIFAR100, "https://www.cs.toronto.edu/~kriz/", 3),
+        (WIKITEXT2, "https://s3.amazonaws.com/research.metamind.io/wikitext/", 2),
+        (MULTI30K, "https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/", 2),
+    ],
+    ids=lambda value: getattr(value, "title", ""),
+)
+def test_every_archive_has_the_official_address_first_then_mirrors_and_a_hash(
+    data_set: Cifar | WikiText | Multi30k, official: str, mirrors: int
+) -> None:
+    assert data_set.archives
+    for archive in data_set.archives:
+        assert archive.addresses[0] == official + archive.name
+        assert len(archive.addresses) >= mirrors
+        assert all(a.startswith("https://") and a.endswith(archive.name) for a in archive.addresses)
+        assert len(archive.sha256) == 64
+
+
+def test_cifar_is_downloaded_in_the_layout_that_needs_no_unpickling() -> None:
+    assert not CIFAR10.layouts[0].pickled
+    assert not CIFAR100.layouts[0].pickled
+
+
+# Sets that come as a .zip, or in several parts.
+
+
+def zip_of(members: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def part(name: str, content: bytes) -> Archive:
+    return Archive(name, hashlib.sha256(content).hexdigest(), len(content), (f"https://one.example/{name}",))
+
+
+def set_of(*archives: Archive) -> Cifar:
+    return dataclasses.replace(CIFAR10, title="Tiny", layouts=(LAYOUT,), archives=archives)
+
+
+def test_a_zip_is_unpacked_like_a_tar(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = zip_of({f"{FOLDER}/": b"", f"{FOLDER}/read.me": b"?"} | {f"{FOLDER}/{n}": c for n, c in FILES.items()})
+    serve(monkeypatch, one=content)
+    assert fetch.find_or_download(set_of(part("tiny.zip", content)), home, offline=False) == (home / FOLDER, LAYOUT)
+    assert everything_in(home) == COMPLETE
+    assert {name: (home / FOLDER / name).read_bytes() for name in FILES} == FILES
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"../train.bin": b""}, "a path outside its folder"),
+        ({f"{FOLDER}/train.bin": b"training images"}, "lacks tiny-bin/test.bin"),
+        ({f"{FOLDER}/train.bin": b"training image"}, "with an unexpected 14 bytes"),
+    ],
+)
+def test_a_zip_that_is_not_what_it_claims_to_be_is_refused(
+    members: dict[str, bytes], message: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = zip_of(members)
+    serve(monkeypatch, one=content)
+    with pytest.raises(DataError, match=re.escape(message)):
+        fetch.find_or_download(set_of(part("tiny.zip", content)), home, offline=False)
+    assert everything_in(home) == []
+
+
+def test_parts_that_are_packed_one_by_one_are_put_together(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = {name: gzip.compress(content) for name, content in FILES.items()}
+    parts = [part(f"{name}.gz", content) for name, content in packed.items()]
+    answers = {f"https://one.example/{name}.gz": content for name, content in packed.items()}
+    monkeypatch.setattr(fetch, "_open", lambda address: io.BytesIO(answers[address]))
+    fetch.find_or_download(set_of(*parts), home, offline=False)
+    assert everything_in(home) == COMPLETE
+    assert {name: (home / FOLDER / name).read_bytes() for name in FILES} == FILES
+
+
+def test_a_part_that_cannot_be_had_leaves_nothing_of_the_others(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good, larger = gzip.compress(FILES["train.bin"]), gzip.compress(b"more than is expected")
+    answers = {"https://one.example/train.bin.gz": good, "https://one.example/test.bin.gz": larger}
+    monkeypatch.setattr(fetch, "_open", lambda address: io.BytesIO(answers[address]))
+    with pytest.raises(DataError, match="with an unexpected 12 bytes"):
+        fetch.find_or_download(set_of(part("train.bin.gz", good), part("test.bin.gz", larger)), home, offline=False)
+    assert everything_in(home) == []

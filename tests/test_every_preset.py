@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import digest, flattened, outcome, run_here, torch_as_it_was, write_images
+from helpers import digest, flattened, outcome, run_here, torch_as_it_was, write_images, write_texts
 from torch import Tensor
 
 from egtrain.build import build_run
@@ -21,8 +21,14 @@ FAMILY = "resnet"
 """The family whose presets are resumed from files, as a user does it; the others are resumed in memory, for speed."""
 FROM_FILES = [*(f"{FAMILY}-{variant}" for variant in preset_families()[FAMILY]), "quickstart", "quickstart-sgd"]
 IN_MEMORY = [name for name in preset_names() if name not in FROM_FILES]
-TINY_MODELS = {"resnet": (8, ["model.depth=8", "model.width=2"]), "vgg": (32, ["model.width=2"])}
-"""The images' size, which VGG-11 halves five times, and settings."""
+TINY_MODELS = {
+    "resnet": ["model.depth=8", "model.width=2"],
+    "vgg": ["model.width=2"],
+    "lstm": ["model.width=4", "model.layers=2", "task.bptt=5"],
+    "transformer": ["model.width=8", "model.layers=1", "model.heads=2", "model.feedforward=8", "task.subwords=40"],
+}
+DATA = {"resnet": "npz:{}/8.npz", "vgg": "npz:{}/32.npz", "lstm": "text:{}", "transformer": "pairs:{}"}
+"""Two batches of eight, and a rest. VGG-11 halves the size of images five times."""
 STEPS, INTERRUPTED = 4, 3
 """One step of warm-up, one at the full rate, and two in what may be a local phase, interrupted within its period."""
 Tiny = Callable[[str], Config]
@@ -33,15 +39,16 @@ Trained = Callable[[str], dict[str, Any]]
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """Return a function that gives a preset made small."""
     folder = tmp_path_factory.mktemp("data")
-    for model, (size, _) in TINY_MODELS.items():
-        write_images(folder / f"{model}.npz", train=20, test=4, size=size)
+    for size in (8, 32):
+        write_images(folder / f"{size}.npz", train=20, test=4, size=size)
+    write_texts(folder, words=93, pairs=20)
 
     def tiny_preset(name: str) -> Config:
         full = load_config(name)
         settings = [
-            f'data.name="npz:{folder / full.model.name}.npz"',
+            f'data.name="{DATA[full.model.name].format(folder)}"',
             "data.train_samples=null",
-            *TINY_MODELS[full.model.name][1],
+            *TINY_MODELS[full.model.name],
             "workers=2",
             "worker_batch_size=4",
             f"steps={STEPS}",

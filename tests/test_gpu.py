@@ -31,7 +31,7 @@ def test_deterministic_training_repeats_bit_for_bit(preset: str) -> None:
 
 
 def test_the_first_step_is_that_of_the_cpu() -> None:
-    settings = ["precision=fp32", "data.augment=false", "seed=5"]
+    settings = ["precision=fp32", "task.augment=false", "seed=5"]
     _, on_gpu = stepped("resnet-sgd", torch.device("cuda"), *settings, steps=1)
     assert np.isfinite(on_gpu).all()
     # The order of the images is drawn on the device, so the batches differ; the initial loss is log(10) on both.

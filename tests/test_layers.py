@@ -25,6 +25,7 @@ LAYERS = [
     {"config_files"},
     {"config_checks"},
     {"config"},
+    {"config_sections"},
     {"yaml_reader"},
     {"errors", "__init__"},
 ]
@@ -36,7 +37,7 @@ LAZY_UPWARD = {("__init__", "saved_run")}
 TALKS_TO_RANKS = {"workers.py", "launch.py", "evaluate.py", "optim/ddp.py"}
 """Files that may import torch.distributed: a worker is never a rank, and only these know ranks."""
 
-CONFIG = {"config", "config_checks", "config_files"}
+CONFIG = {"config", "config_sections", "config_checks", "config_files"}
 KNOWS_CONFIG = CONFIG | {"build", "session", "saved_run", "sweep", "bench", "sharpness", "cli", "__main__"}
 """Rooms that may see a configuration; below `build` objects are made of plain values."""
 

@@ -56,10 +56,29 @@ REFERENCE_FAMILIES = [family for family in FAMILIES if family != "resnet8"]
 shipped = cache(load_config)
 
 
-def test_every_family_is_shipped_with_every_variant() -> None:
-    assert preset_families() == {family: list(VARIANTS) for family in FAMILIES}
-    combined = {f"{family}-{variant}" for family in FAMILIES for variant in VARIANTS}
-    assert combined | {"quickstart", "quickstart-sgd"} == set(preset_names())
+TEXT_FAMILIES = {
+    "lstm": [variant for variant in VARIANTS if variant not in ("msam", "lars", "eg-lars", "lamb", "eg-lamb")],
+    # Its base is Adam, so that `eg` is EXTRAP-ADAM.
+    "transformer": [v for v in VARIANTS if v not in ("sgd", "msam", "lars", "eg-lars", "eg-adam")],
+}
+"""Variants that make sense: without momentum there is no MSAM, and a Transformer is not trained with SGD."""
+ALONE = {"quickstart", "quickstart-sgd", "quickstart-lstm", "quickstart-transformer"}
+
+
+def test_every_family_is_shipped_with_every_variant_that_makes_sense() -> None:
+    found = {family: sorted(variants) for family, variants in preset_families().items()}
+    expected = {**{family: list(VARIANTS) for family in FAMILIES}, **TEXT_FAMILIES}
+    assert found == {family: sorted(variants) for family, variants in expected.items()}
+    combined = {f"{family}-{variant}" for family, variants in expected.items() for variant in variants}
+    assert combined | ALONE == set(preset_names())
+
+
+@pytest.mark.parametrize(("name", "base"), [("lstm-eg", "sgd"), ("lstm-eg-adam", "adam"), ("transformer-eg", "adam")])
+def test_extrapolation_leaves_the_base_optimizer_of_a_family_alone(name: str, base: str) -> None:
+    config = shipped(name)
+    assert (config.optimizer.name, config.extrapolation.name) == (base, "local")
+    plain = name.replace("eg-", "") if "eg-" in name else name.replace("eg", base)
+    assert config.optimizer == shipped(plain).optimizer
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -118,7 +137,7 @@ def test_the_families_hold_the_reference_settings(family: str) -> None:
     assert (optimizer.momentum, optimizer.nesterov, optimizer.weight_decay) == (0.9, True, 1e-4)
     assert (schedule.warmup_epochs, schedule.warmup_from) == (5, 0.1)
     assert (schedule.decay, schedule.milestones, schedule.factor) == ("step", (0.5, 0.75), 0.1)
-    assert config.data.augment
+    assert config.task.augment
     assert config.extrapolation.name == "local"
     assert config.extrapolation.ratio == "1/K"
     assert (config.post_local.period, config.post_local.start) == (16, "first-decay")
@@ -307,10 +326,12 @@ def test_the_list_is_a_table_on_a_terminal(monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     presets()
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert len(lines) < 40
+    assert len(lines) < 55
+    text = " ".join(lines)
     parts = [*(f"family/{family}" for family in FAMILIES), *(f"variant/{variant}" for variant in VARIANTS)]
-    for part in [*parts, "quickstart-sgd"]:
-        assert f"{part.rpartition('/')[2]} {preset_description(part)}" in lines
+    for part in [*parts, *ALONE]:
+        assert f"{part.rpartition('/')[2]} {preset_description(part)}" in text
+    assert "(not lstm, transformer)" in text
     assert "FAMILY-VARIANT is a preset too, such as resnet-eg." in lines
 
 

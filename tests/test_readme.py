@@ -27,12 +27,20 @@ TINY = "--data synthetic --steps 2 --workers 2 --device cpu --set model.depth=8 
 """What makes a preset of the README small enough for a test."""
 
 
+TINY_TEXT = f"{TINY.partition(' --set')[0]} --set model.layers=1 --set model.width=16 --set threads=1"
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working directory, with the CIFAR run that the README speaks of, made small."""
     monkeypatch.chdir(tmp_path)
     egtrain(f"train --preset resnet-eg --output runs/resnet-eg {TINY}")
     return tmp_path
+
+
+def translating(folder: Path) -> None:
+    """Make the translating run that the README speaks of, small."""
+    egtrain(f"train --preset transformer-eg --output runs/transformer-eg {TINY_TEXT} --set task.subwords=200")
 
 
 def egtrain(arguments: str) -> str:
@@ -53,7 +61,11 @@ def test_command_of_the_readme_runs(command: str, folder: Path) -> None:
         launcher, _, arguments = arguments.partition("-m egtrain ")
         assert launcher == "--nproc-per-node 8 "
         arguments += " --nproc 8"
-    if arguments.startswith("train --preset quickstart"):
+    if arguments.startswith(("train --preset quickstart-lstm", "train --preset quickstart-transformer")):
+        arguments += f" {TINY_TEXT}"
+    elif arguments.startswith("eval runs/transformer-eg"):
+        translating(folder)
+    elif arguments.startswith("train --preset quickstart"):
         arguments += f" {TINY}"
     elif arguments.startswith("plot-sharpness"):
         for name in ("sgd", "eg"):

@@ -228,14 +228,26 @@ class FakeCells:
         self.codes: dict[str, int] = {}
         self.seconds = "0"
 
-    def __call__(self, cell: Cell, folder: Folder, gpu: str | None) -> "subprocess.Popen[bytes]":
+    def __call__(self, cell: Cell, folder: Folder, gpu: str | None) -> "ShellProcess":
         self.started.append(cell.name)
         self.gpus[cell.name] = gpu
         code = self.codes.get(cell.name, 0)
         write_run(cell, folder, [0.5, 0.6], finished=code == 0 and self.seconds == "0")
         folder.log(cell).write_text(f"egtrain: it went wrong with {code}\n")
         shell = f"trap 'kill $!; exit 75' TERM; sleep {self.seconds} & wait; exit {code}"
-        return subprocess.Popen(["sh", "-c", shell], stdin=subprocess.PIPE)
+        return ShellProcess(shell)
+
+
+class ShellProcess:
+    """What the sweep uses of a process."""
+
+    def __init__(self, command: str) -> None:
+        self._process = subprocess.Popen(["sh", "-c", command])
+        self.terminate, self.kill, self.join = self._process.terminate, self._process.kill, self._process.wait
+
+    @property
+    def exitcode(self) -> int | None:
+        return self._process.poll()
 
 
 def write_run(cell: Cell, folder: Folder, curve: Sequence[float], *, finished: bool = True, test: float = 0.7) -> None:

@@ -41,8 +41,9 @@ class TinyNet(nn.Module):
 class TinyTask:
     """Regression onto random targets; every batch is a function of (worker, step)."""
 
-    metric = "error"
+    metric = training_metric = "error"
     higher_is_better = False
+    sums: tuple[str, ...] = ("loss", "error")
     samples = 64
     steps_per_epoch = 4
 
@@ -77,6 +78,10 @@ class TinyTask:
         """Return the sums."""
         loss, error = self.loss(model, self._draw(999_999))
         return torch.stack([4 * loss, 4 * error]).double()
+
+    def metrics_of(self, sums: list[float], split: Split) -> dict[str, float]:
+        """Return the means."""
+        return {"loss": sums[0] / 4, "error": sums[1] / 4}
 
     def _draw(self, number: int) -> Batch:
         generator = torch.Generator().manual_seed(number)

@@ -9,6 +9,9 @@ import typer
 
 from egtrain.cli.importing import ending_at_interrupt
 
+EXAMPLES = 3
+"""Translations to show."""
+
 
 class SplitName(StrEnum):
     """The splits that can be evaluated."""
@@ -21,6 +24,9 @@ def evaluate_run(
     run: Annotated[Path, typer.Argument(help="A run directory, as `train` makes it.")],
     checkpoint: Annotated[str, typer.Option(help="last, best (needs a validation split) or a file.")] = "last",
     split: Annotated[SplitName, typer.Option(help="What to evaluate on.")] = SplitName.test,
+    beam: Annotated[
+        int | None, typer.Option(min=1, help="Hypotheses kept in translating; 1 is greedy. Default: as configured.")
+    ] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Folder that holds the data, if they have moved.")] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Never download data.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -28,17 +34,33 @@ def evaluate_run(
 ) -> None:
     """Evaluate a run's checkpoint on held-out data.
 
+    A run that translates is evaluated with beam search; its hypotheses are written into its directory.
+
     Example: egtrain eval runs/quickstart-20260101-120000 --json
     """
     with ending_at_interrupt():
+        from egtrain.checkpoint import write_atomically
         from egtrain.launch import pick_device
+        from egtrain.progress import headline
         from egtrain.runlog import finite
         from egtrain.saved_run import load_run
 
     saved = load_run(run, checkpoint=checkpoint, data_dir=data_dir, offline=offline, device=str(pick_device(device)))
     metrics = saved.evaluate(split.value)
+    told: dict[str, object] = {}
+    translations = saved.translate(split.value, beam) if beam or saved.config.task.name == "translation" else None
+    if translations:
+        file = run / f"hypotheses-{split.value}-beam{translations.beam}.txt"
+        write_atomically(file, "".join(f"{line}\n" for line in translations.hypotheses).encode())
+        metrics["bleu"] = translations.bleu
+        told = {"beam": translations.beam, "signature": translations.signature, "hypotheses": str(file)}
     if as_json:
-        print(json.dumps(finite({"run": str(run), "step": saved.step, "split": split.value, **metrics})))
+        print(json.dumps(finite({"run": str(run), "step": saved.step, "split": split.value, **metrics, **told})))
         return
-    accuracy = f"accuracy {metrics['accuracy']:.2%}, " if "accuracy" in metrics else ""
-    print(f"{split.value}: {accuracy}loss {metrics['loss']:.4f} after {saved.step:,} steps")
+    print(f"{split.value}: {headline(metrics)} after {saved.step:,} steps")
+    if translations:
+        print(f"beam {translations.beam}, {translations.signature}; the hypotheses are in {file}")
+        for number in range(min(EXAMPLES, len(translations.sources))):
+            print(f"\nsource:     {translations.sources[number]}")
+            print(f"reference:  {translations.references[number]}")
+            print(f"hypothesis: {translations.hypotheses[number]}")

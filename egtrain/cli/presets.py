@@ -77,8 +77,7 @@ def _print_table() -> None:
         "PRESET": {name: preset_description(name) for name in preset_names() if name not in composed},
         "FAMILY": {family: preset_description(f"family/{family}") for family in families},
         "VARIANT": {
-            variant: preset_description(f"variant/{variant}")
-            + ("" if len(listed) == len(families) else f" ({', '.join(listed)} only)")
+            variant: preset_description(f"variant/{variant}") + _exceptions(listed, list(families))
             for variant, listed in owners.items()
         },
     }
@@ -91,3 +90,11 @@ def _print_table() -> None:
     console = Console()
     console.print(table)
     console.print("FAMILY-VARIANT is a preset too, such as resnet-eg.")
+
+
+def _exceptions(listed: list[str], families: list[str]) -> str:
+    """Return which families have a variant, where not all do, by the shorter list."""
+    missing = [family for family in families if family not in listed]
+    if not missing:
+        return ""
+    return f" (not {', '.join(missing)})" if len(missing) < len(listed) else f" ({', '.join(listed)} only)"

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from egtrain.data.arrays import ImageArrays
+from egtrain.data.fetch import Archive
 from egtrain.data.pickles import UnsafePickle, load_plain_pickle
 from egtrain.errors import DataError
 
@@ -43,23 +44,6 @@ class Layout:
         """All files, training first."""
         return self.train + self.test
 
-    @property
-    def size(self) -> int:
-        """Bytes of all files together."""
-        return sum(file.size for file in self.files)
-
-
-@dataclass(frozen=True)
-class Archive:
-    """The archive to download when no layout is found on disk; its members are `layout`'s files."""
-
-    name: str
-    sha256: str
-    size: int
-    """Bytes."""
-    addresses: tuple[str, ...]
-    layout: Layout
-
 
 @dataclass(frozen=True)
 class Cifar:
@@ -74,7 +58,7 @@ class Cifar:
     label_key: str
     """Key of the labels in the pickled files."""
     layouts: tuple[Layout, ...]
-    archive: Archive
+    archives: tuple[Archive, ...]
 
 
 _CIFAR10_BINARY = Layout(
@@ -146,12 +130,13 @@ CIFAR10 = Cifar(
     label_limits=(10,),
     label_key="labels",
     layouts=(_CIFAR10_BINARY, _CIFAR10_PICKLED),
-    archive=Archive(
-        name="cifar-10-binary.tar.gz",
-        sha256="c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
-        size=170_052_171,
-        addresses=_mirrors("cifar-10-binary.tar.gz", "cifar10"),
-        layout=_CIFAR10_BINARY,
+    archives=(
+        Archive(
+            name="cifar-10-binary.tar.gz",
+            sha256="c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+            size=170_052_171,
+            addresses=_mirrors("cifar-10-binary.tar.gz", "cifar10"),
+        ),
     ),
 )
 CIFAR100 = Cifar(
@@ -161,12 +146,13 @@ CIFAR100 = Cifar(
     label_limits=(20, 100),
     label_key="fine_labels",
     layouts=(_CIFAR100_BINARY, _CIFAR100_PICKLED),
-    archive=Archive(
-        name="cifar-100-binary.tar.gz",
-        sha256="58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
-        size=168_513_733,
-        addresses=_mirrors("cifar-100-binary.tar.gz", "cifar100"),
-        layout=_CIFAR100_BINARY,
+    archives=(
+        Archive(
+            name="cifar-100-binary.tar.gz",
+            sha256="58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
+            size=168_513_733,
+            addresses=_mirrors("cifar-100-binary.tar.gz", "cifar100"),
+        ),
     ),
 )
 

@@ -1,11 +1,13 @@
-"""Where data lie on disk, and the checked download of what is not there."""
+"""Where a data set lies on disk, and the checked download of what is not there."""
 
 import contextlib
 import errno
 import fcntl
+import functools
 import gzip
 import hashlib
 import http.client
+import io
 import os
 import shutil
 import ssl
@@ -15,15 +17,16 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, Protocol, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from egtrain.data.cifar import Archive, Cifar, Layout
 from egtrain.errors import DataError, EgtrainError
 
 TIMEOUT = 20.0
@@ -40,6 +43,79 @@ LARGEST_ARCHIVE = 100
 _TEMPORARY = ".egtrain-download-"
 
 
+class File(Protocol):
+    """A file of a data set."""
+
+    @property
+    def name(self) -> str:
+        """How it is called on disk."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+
+
+class Layout(Protocol):
+    """One way in which a data set lies on disk."""
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder that holds it."""
+
+    @property
+    def files(self) -> Sequence[File]:
+        """All files that it needs."""
+
+
+AnyLayout = TypeVar("AnyLayout", bound=Layout, covariant=True)
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A part of a data set to download: a .tar.gz or .zip with files of the first layout, or one of them as .gz."""
+
+    name: str
+    sha256: str
+    size: int
+    """Bytes."""
+    addresses: tuple[str, ...]
+    """Mirrors, tried in this order."""
+
+
+class DataSet(Protocol[AnyLayout]):
+    """What there is to find or to download."""
+
+    @property
+    def title(self) -> str:
+        """Its name in messages."""
+
+    @property
+    def layouts(self) -> Sequence[AnyLayout]:
+        """How it may lie on disk; the first is what the archives hold."""
+
+    @property
+    def archives(self) -> Sequence[Archive]:
+        """All that is to be downloaded."""
+
+
+def bytes_needed(data_set: DataSet[Layout]) -> int:
+    """Return the space that a download takes while it is unpacked."""
+    return sum(archive.size for archive in data_set.archives) + sum(file.size for file in data_set.layouts[0].files)
+
+
+def locate(data_set: DataSet[Layout], data_dir: Path | None, offline: bool) -> str:
+    """Say in a few words where `find_or_download` would take the data from; downloads nothing.
+
+    Raises `DataError` where a data set on disk lacks files.
+    """
+    if found := find(data_set, data_dir):
+        return f"found: {found[0]}"
+    if offline:
+        return f"missing: not in {', '.join(map(str, data_folders(data_dir)))}"
+    megabytes = sum(archive.size for archive in data_set.archives) / 1e6
+    return f"to be downloaded ({megabytes:.0f} MB) to {data_folders(data_dir)[0]}"
+
+
 def data_folders(data_dir: Path | None) -> list[Path]:
     """The search order: `data_dir`, $EGTRAIN_DATA, the user cache; downloads go to the first."""
     folders = [] if data_dir is None else [data_dir.expanduser()]
@@ -50,7 +126,7 @@ def data_folders(data_dir: Path | None) -> list[Path]:
     return list(dict.fromkeys(folders))
 
 
-def find(cifar: Cifar, data_dir: Path | None) -> tuple[Path, Layout] | None:
+def find(data_set: DataSet[AnyLayout], data_dir: Path | None) -> tuple[Path, AnyLayout] | None:
     """The first complete distribution on disk: its folder and its layout; None where there is not even a part of one.
 
     A folder of the search order may hold the distribution's folder or be it. Raises `DataError` where a folder is
@@ -58,7 +134,7 @@ def find(cifar: Cifar, data_dir: Path | None) -> tuple[Path, Layout] | None:
     """
     incomplete = None
     for folder in data_folders(data_dir):
-        for layout in cifar.layouts:
+        for layout in data_set.layouts:
             for candidate in (folder / layout.folder, folder):
                 missing = _missing_files(candidate, layout)
                 if not missing:
@@ -69,46 +145,50 @@ def find(cifar: Cifar, data_dir: Path | None) -> tuple[Path, Layout] | None:
     if incomplete:
         candidate, missing = incomplete
         raise DataError(
-            f"{candidate}: {cifar.title} is incomplete, {', '.join(missing)} missing; add what is missing, or delete"
+            f"{candidate}: {data_set.title} is incomplete, {', '.join(missing)} missing; add what is missing, or delete"
             " the folder to have the data downloaded again"
         )
     return None
 
 
-def find_or_download(cifar: Cifar, data_dir: Path | None, offline: bool) -> tuple[Path, Layout]:
+def find_or_download(data_set: DataSet[AnyLayout], data_dir: Path | None, offline: bool) -> tuple[Path, AnyLayout]:
     """As `find`, but data that are not there are downloaded into the first folder of the search order.
 
     Several processes may ask at once: one downloads, the others wait for it. Raises `DataError`, with every place that
     was looked at, where `offline` forbids the download or no server delivers; `EgtrainError` where the disk is full.
     """
-    if found := find(cifar, data_dir):
+    if found := find(data_set, data_dir):
         return found
     folders = data_folders(data_dir)
-    looked_at = f"{cifar.title} was not found in {', '.join(map(str, folders))}"
+    looked_at = f"{data_set.title} was not found in {', '.join(map(str, folders))}"
     if offline:
         raise DataError(
             f"{looked_at} and --offline forbids to download it; name the folder that holds"
-            f" {' or '.join(layout.folder for layout in cifar.layouts)} with --data-dir, or use --data synthetic"
+            f" {_folder_names(data_set)} with --data-dir, or use --data synthetic"
         )
     target = folders[0]
     try:
         target.mkdir(parents=True, exist_ok=True)
         with _lock(target) as alone:
-            if found := find(cifar, data_dir):
+            if found := find(data_set, data_dir):
                 return found
-            problems = _download(cifar, target, alone)
+            problems = _download(data_set, target, alone)
     except OSError as problem:
         if problem.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _disk_full(target, cifar.archive) from problem
+            raise _disk_full(target, data_set) from problem
         raise DataError(
             f"{target}: cannot be written ({problem.strerror or problem}); name another folder with --data-dir"
         ) from problem
     if problems:
         raise DataError(
             f"{looked_at} and could not be downloaded ({'; '.join(problems)}); check the network, name the folder that"
-            f" holds {' or '.join(layout.folder for layout in cifar.layouts)} with --data-dir, or use --data synthetic"
+            f" holds {_folder_names(data_set)} with --data-dir, or use --data synthetic"
         )
-    return target / cifar.archive.layout.folder, cifar.archive.layout
+    return target / data_set.layouts[0].folder, data_set.layouts[0]
+
+
+def _folder_names(data_set: DataSet[Layout]) -> str:
+    return " or ".join(dict.fromkeys(layout.folder for layout in data_set.layouts))
 
 
 def _missing_files(folder: Path, layout: Layout) -> list[str]:
@@ -136,41 +216,56 @@ def _lock(folder: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def _disk_full(folder: Path, archive: Archive) -> EgtrainError:
-    needed = archive.size + archive.layout.size
+def _disk_full(folder: Path, data_set: DataSet[Layout]) -> EgtrainError:
     return EgtrainError(
-        f"{folder}: the disk is full, {shutil.disk_usage(folder).free:,} bytes are free and {needed:,} are needed for"
-        f" {archive.name}; make room or name another folder with --data-dir"
+        f"{folder}: the disk is full, {shutil.disk_usage(folder).free:,} bytes are free and {bytes_needed(data_set):,}"
+        f" are needed for {data_set.title}; make room or name another folder with --data-dir"
     )
 
 
-def _download(cifar: Cifar, target: Path, alone: bool) -> list[str]:
-    """Put the distribution into `target`; on failure say for each server why."""
-    archive = cifar.archive
+def _download(data_set: DataSet[Layout], target: Path, alone: bool) -> list[str]:
+    """Put the data set into `target`; on failure say for each server of the first missing archive why."""
+    layout = data_set.layouts[0]
     for leftover in target.glob(f"{_TEMPORARY}*") if alone else ():
         # Of a process that was killed: nobody else is at work.
         shutil.rmtree(leftover, ignore_errors=True)
-    destination = target / archive.layout.folder
+    destination = target / layout.folder
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise DataError(
-            f"{destination}: in the way of the download, and not {cifar.title}; move it, or name another folder with"
+            f"{destination}: in the way of the download, and not {data_set.title}; move it, or name another folder with"
             " --data-dir"
         )
-    if shutil.disk_usage(target).free < archive.size + archive.layout.size:
-        raise _disk_full(target, archive)
+    if shutil.disk_usage(target).free < bytes_needed(data_set):
+        raise _disk_full(target, data_set)
+    # The folder goes away with everything in it, whatever happens: also on Ctrl-C.
+    with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=target) as temporary:
+        whole = Path(temporary) / layout.folder
+        whole.mkdir()
+        for archive in data_set.archives:
+            problems = _download_part(archive, whole, layout, target)
+            if problems:
+                return problems
+        _sync_folder(whole)
+        whole.rename(destination)
+        _sync_folder(target)
+    return []
+
+
+def _download_part(archive: Archive, whole: Path, layout: Layout, target: Path) -> list[str]:
+    """Put one archive's files into `whole`; where no server delivers, say why."""
     problems = []
     for number, address in enumerate(archive.addresses, start=1):
-        # The folder goes away with everything in it, whatever happens: also on Ctrl-C.
-        with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=target) as temporary:
-            file = Path(temporary) / archive.name
+        with tempfile.TemporaryDirectory(dir=whole.parent) as temporary:
+            file, unpacked = Path(temporary) / archive.name, Path(temporary) / "unpacked"
+            unpacked.mkdir()
             try:
                 _receive(address, file, archive, target, hasten=number < len(archive.addresses))
-                unpack(file, Path(temporary), archive.layout)
+                unpack(file, unpacked, layout)
             except _Refused as problem:
                 problems.append(f"{urllib.parse.urlsplit(address).hostname}: {problem}")
                 continue
-            (Path(temporary) / archive.layout.folder).rename(destination)
-            _sync_folder(target)
+            for part in unpacked.iterdir():
+                part.rename(whole / part.name)
             return []
     return problems
 
@@ -262,42 +357,80 @@ def _network_problems() -> Iterator[None]:
 
 
 def unpack(file: Path, target: Path, layout: Layout) -> None:
-    """Write the files of `layout`, and nothing else, from a .tar.gz to their folder in `target`.
+    """Write the files of `layout`, or the one that a .gz holds, and nothing else into `target`.
 
-    Read-me files and the like are passed over. Raises `_Refused` for an archive with an absolute path, a `..`, a link,
-    a device, a file twice or one of an unexpected size, wanted or not: it is not what it claims to be.
+    A .tar.gz or .zip has them in the layout's folder; read-me files and the like are passed over. Raises `_Refused` for
+    an archive with an absolute path, a `..`, a link, a device, a file twice or one of an unexpected size, wanted or
+    not: it is not what it claims to be.
     """
     expected = {f"{layout.folder}/{each.name}": each.size for each in layout.files}
-    folder = target / layout.folder
-    folder.mkdir()
-    seen: set[str] = set()
+    unreadable = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error, NotImplementedError)
     try:
-        with tarfile.open(file, "r:gz") as archive:
-            for member in archive:
-                path = PurePosixPath(member.name)
-                if path.is_absolute() or ".." in path.parts:
-                    raise _Refused(f"its archive holds {member.name!r}, a path outside its folder")
-                if member.isdir():
-                    continue
-                if not member.isreg():
-                    raise _Refused(f"its archive holds {member.name!r}, which is no plain file")
-                size = expected.get(str(path))
-                if str(path) in seen or len(seen) == LARGEST_ARCHIVE:
-                    raise _Refused(f"its archive holds {member.name!r} twice or too many files")
-                seen.add(str(path))
-                if member.size != size if size is not None else member.size > LARGEST_EXTRA:
-                    raise _Refused(f"its archive holds {member.name!r} with an unexpected {member.size:,} bytes")
-                content = archive.extractfile(member) if size is not None else None
-                if content is not None:
-                    with content, (folder / path.name).open("xb") as output:
-                        shutil.copyfileobj(content, output, CHUNK)
-                        output.flush()
-                        os.fsync(output.fileno())
-    except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as problem:
+        if file.name.endswith(".tar.gz"):
+            with tarfile.open(file, "r:gz") as archive:
+                _write_members(_tar_members(archive), target, expected)
+        elif file.name.endswith(".zip"):
+            with zipfile.ZipFile(file) as zipped:
+                _write_members(_zip_members(zipped), target, expected)
+        else:
+            path = f"{layout.folder}/{file.name.removesuffix('.gz')}"
+            with gzip.open(file) as content:
+                # One byte more than expected tells that there are more.
+                whole = content.read(expected[path] + 1)
+            _write_members([(path, len(whole), lambda: io.BytesIO(whole))], target, {path: expected[path]})
+    except unreadable as problem:
         raise _Refused(f"its archive cannot be read ({problem})") from problem
+
+
+Member = tuple[str, int, Callable[[], IO[bytes]]]
+"""Path in the archive, size, and how to open it."""
+
+
+def _tar_members(archive: tarfile.TarFile) -> Iterator[Member]:
+    for member in archive:
+        if member.isdir() and _is_inside(member.name):
+            continue
+        if not member.isreg() and _is_inside(member.name):
+            raise _Refused(f"its archive holds {member.name!r}, which is no plain file")
+        yield member.name, member.size, functools.partial(_extracted, archive, member)
+
+
+def _extracted(archive: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
+    content = archive.extractfile(member)
+    assert content is not None  # it is a plain file
+    return content
+
+
+def _zip_members(archive: zipfile.ZipFile) -> Iterator[Member]:
+    for member in archive.infolist():
+        if not member.is_dir():
+            yield member.filename, member.file_size, functools.partial(archive.open, member)
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts
+
+
+def _write_members(members: Iterable[Member], target: Path, expected: Mapping[str, int]) -> None:
+    seen: set[str] = set()
+    for name, size, opened in members:
+        if not _is_inside(name):
+            raise _Refused(f"its archive holds {name!r}, a path outside its folder")
+        path = str(PurePosixPath(name))
+        if path in seen or len(seen) == LARGEST_ARCHIVE:
+            raise _Refused(f"its archive holds {name!r} twice or too many files")
+        seen.add(path)
+        wanted = expected.get(path)
+        if size != wanted if wanted is not None else size > LARGEST_EXTRA:
+            raise _Refused(f"its archive holds {name!r} with an unexpected {size:,} bytes")
+        if wanted is not None:
+            with opened() as content, (target / PurePosixPath(path).name).open("xb") as output:
+                shutil.copyfileobj(content, output, CHUNK)
+                output.flush()
+                os.fsync(output.fileno())
     if missing := expected.keys() - seen:
         raise _Refused(f"its archive lacks {', '.join(sorted(missing))}")
-    _sync_folder(folder)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from egtrain.data.arrays import ImageArrays
 from egtrain.data.cifar import CIFAR10, CIFAR100, read_layout
-from egtrain.data.fetch import data_folders, find, find_or_download
+from egtrain.data.fetch import find_or_download, locate
 from egtrain.data.npz import read_npz
 from egtrain.data.synthetic_images import make_synthetic_images
 from egtrain.errors import UsageError
@@ -85,12 +85,7 @@ def locate_images(name: str, *, data_dir: Path | None, offline: bool) -> str:
         return f"found: {path}" if path.is_file() else f"missing: {path}"
     if name not in _CIFAR:
         raise _unknown(name)
-    if found := find(_CIFAR[name], data_dir):
-        return f"found: {found[0]}"
-    if offline:
-        return f"missing: not in {', '.join(map(str, data_folders(data_dir)))}"
-    megabytes = _CIFAR[name].archive.size / 1e6
-    return f"to be downloaded ({megabytes:.0f} MB) to {data_folders(data_dir)[0]}"
+    return locate(_CIFAR[name], data_dir, offline)
 
 
 _CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}

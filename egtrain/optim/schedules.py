@@ -38,6 +38,12 @@ def cosine_decay(peak: float, first: int, last: int) -> Schedule:
     return rate
 
 
+def inverse_sqrt(peak: float, first: int) -> Schedule:
+    """Return a rate that is `peak` up to step `first`, and then falls with the root of the step (arXiv 1706.03762)."""
+    start = max(first, 1)
+    return lambda step: peak * math.sqrt(start / max(step, start))
+
+
 def constant(peak: float) -> Schedule:
     """Return the same rate at every step."""
     return lambda step: peak

@@ -313,7 +313,7 @@ class _Bench:
         match metric:
             case "level":
                 value, score = loss.value()
-                train = {"loss": value, self._task.metric: score}
+                train = {"loss": value, self._task.training_metric: score}
                 return {"train": train, **({"test": self._tested} if self._tested else {})}, {}
             case "eigenvalues":
                 found = eigenvalues(loss, count=p["count"], steps=p["steps"], seed=SEED)

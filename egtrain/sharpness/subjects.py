@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from egtrain.build import TASKS
 from egtrain.checkpoint import CheckpointStore, read_checkpoint
 from egtrain.config import Config
 from egtrain.config_files import config_file_of, load_config
@@ -112,7 +113,7 @@ def _subject(path: Path, label: str, which: str) -> Subject:
     if path.suffix == ".pt" and not path.exists():
         raise DataError(f"there is no checkpoint file {path}")
     config = load_config(config_file_of(path))
-    store = CheckpointStore(path / "checkpoints")
+    store = CheckpointStore(path / "checkpoints", higher_is_better=TASKS[config.task.name].higher_is_better)
     # Loaded to know the newest or best one that is intact.
     step, _ = store.load("best" if which == "best" else "last")
     steps = [s for s in store.steps() if s < step] if which == "all" else []
@@ -158,7 +159,7 @@ def _asked_for(config: Config) -> dict[str, Any]:
     """Return what can be told from the configurations alone, before data are read."""
     data = config.data
     return {
-        "tasks": config.task,
+        "tasks": config.task.name,
         "data": data.name,
         "training samples": data.train_samples or "all",
         "validation samples": data.validation,

@@ -3,14 +3,13 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,6 +18,7 @@ from egtrain.checkpoint import RunLock, write_atomically
 from egtrain.config import differences
 from egtrain.config_files import load_config
 from egtrain.errors import DivergedError, EgtrainError, InterruptedRun, UsageError
+from egtrain.sweep.cell import started_egtrain
 from egtrain.sweep.display import Display
 from egtrain.sweep.plan import Cell, Plan, changed
 
@@ -168,34 +168,17 @@ class StopRequest:
 @dataclass
 class _Running:
     cell: Cell
-    process: subprocess.Popen[bytes]
+    process: BaseProcess
     slot: int
     told_to_stop: bool = False
 
 
-def start_cell(cell: Cell, folder: Folder, gpu: str | None) -> subprocess.Popen[bytes]:
-    """Start the process of a cell, from its newest checkpoint where it has one.
-
-    It is asked to stop as soon as the standard input that it is given ends; see `egtrain.sweep.cell`.
-    """
+def start_cell(cell: Cell, folder: Folder, gpu: str | None) -> BaseProcess:
+    """Start the process of a cell, from its newest checkpoint where it has one."""
     run = folder.run(cell)
     going_on = (run / "config.yaml").exists()
     arguments = ["train", "--resume", str(run)] if going_on else cell.arguments(run)
-    with folder.log(cell).open("ab") as log:
-        return start_egtrain(arguments, gpu, log.fileno())
-
-
-def start_egtrain(arguments: Sequence[str], gpu: str | None, output: int) -> subprocess.Popen[bytes]:
-    """Start `egtrain ARGUMENTS` so that it stops when this process is gone."""
-    environment = dict(os.environ) if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
-    return subprocess.Popen(
-        [sys.executable, "-m", "egtrain.sweep.cell", *arguments],
-        stdin=subprocess.PIPE,
-        stdout=output,
-        stderr=subprocess.STDOUT,
-        env=environment,
-        start_new_session=True,  # the terminal's Ctrl-C reaches it through the sweep only, once
-    )
+    return started_egtrain(arguments, gpu, folder.log(cell))
 
 
 def run_cells(plan: Plan, folder: Folder, *, jobs: int, gpus: Sequence[str], retry: bool, display: Display) -> None:
@@ -235,10 +218,9 @@ def run_cells(plan: Plan, folder: Folder, *, jobs: int, gpus: Sequence[str], ret
                         one.process.terminate()
                     if stop.at_once:
                         one.process.kill()
-                    code = one.process.poll()
+                    code = one.process.exitcode
                     if code is not None:
                         running.remove(one)
-                        close_input(one.process)
                         if stop and code < 0:
                             code = InterruptedRun.exit_code  # stopped before it could save
                         statuses[one.cell.name] = folder.note_end(one.cell, code)
@@ -246,21 +228,15 @@ def run_cells(plan: Plan, folder: Folder, *, jobs: int, gpus: Sequence[str], ret
                 display.refresh()
                 time.sleep(POLL_SECONDS)
         finally:
-            # Only after an unexpected failure is something left here; the end of its input tells it to save and leave.
+            # Only after an unexpected failure is something left here.
             for one in running:
-                close_input(one.process)
+                one.process.terminate()
             for one in running:
-                one.process.wait()
+                one.process.join()
     left = sum(status is Status.waiting for status in statuses.values())
     if left:
         over = len(statuses) - left
         raise InterruptedRun(f"interrupted with {over} of {len(statuses)} cells finished: the same command goes on")
-
-
-def close_input(process: subprocess.Popen[bytes]) -> None:
-    """End what a process waits on: one that still runs saves and leaves."""
-    if process.stdin is not None:
-        process.stdin.close()
 
 
 def devices_for(plan: Plan, jobs: str) -> tuple[int, list[str]]:

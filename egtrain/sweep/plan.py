@@ -300,14 +300,14 @@ def facts_from_data(offline: bool = False) -> Callable[[Config], Facts]:
     loaded: dict[str, Any] = {}
 
     def facts_of(config: Config) -> Facts:
-        key = f"{config.task} {config.data.model_dump_json()}"
+        key = f"{config.task.model_dump_json()} {config.data.model_dump_json()}"
         if key not in loaded:
             loaded[key] = load_data(config, offline)
         try:
             task = build_task(config, loaded[key], torch.device("cpu"))
         except UsageError as error:
             raise UsageError(f"at batch size {config.batch_size}, {error}") from None
-        plan, direction = build_plan(config, task.samples), build_direction(config)
+        plan, direction = build_plan(config, task.steps_per_epoch), build_direction(config)
         twice = len(plan.extrapolated_steps) if direction is not None and "fresh" in direction.needs else 0
         return Facts(
             samples=task.samples,

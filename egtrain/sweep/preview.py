@@ -13,7 +13,8 @@ from rich.text import Text
 
 from egtrain.errors import EgtrainError
 from egtrain.progress import duration
-from egtrain.sweep.execution import close_input, last_words, start_egtrain
+from egtrain.sweep.cell import started_egtrain, warm_up
+from egtrain.sweep.execution import last_words
 from egtrain.sweep.plan import Cell, Plan
 
 MEASURED_STEPS = 4
@@ -60,6 +61,7 @@ def print_plan(plan: Plan, console: Console, jobs: int, speeds: dict[str, Speed]
 def measured_speeds(plan: Plan, gpus: list[str], console: Console) -> dict[str, Speed] | None:
     """Return how quickly each preset trains, from its first cell; None, said in a line, where one of them fails."""
     speeds = {}
+    warm_up()
     with tempfile.TemporaryDirectory(prefix="egtrain-") as scratch:
         for preset in plan.presets:
             cell = next(cell for cell in plan.cells if cell.preset == preset)
@@ -82,17 +84,14 @@ def measured_speed(cell: Cell, gpu: str | None, scratch: Path) -> Speed:
     arguments = [*cell.arguments(directory), *[part for setting in extra for part in ("--set", setting)]]
     started = time.monotonic()
     log = scratch / f"{cell.name}.log"
-    with log.open("wb") as output:
-        process = start_egtrain(arguments, gpu, output.fileno())
+    process = started_egtrain(arguments, gpu, log)
     try:
-        code = process.wait()
-    except BaseException:
-        process.kill()
-        process.wait()
-        raise
+        process.join()
     finally:
-        close_input(process)
-    if code != 0:
+        process.kill()
+        process.join()
+    code = process.exitcode
+    if code:
         raise EgtrainError(f"{cell.preset} failed within {MEASURED_STEPS} steps: {last_words(log, code)}")
     whole = time.monotonic() - started
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -11,8 +11,13 @@ class Task(Protocol):
     """What the training loop and the evaluation ask of a task; every batch is a function of (seed, worker, step)."""
 
     metric: str
-    """Name of the metric, for example `accuracy`."""
+    """Name of the metric of held-out data, for example `accuracy`."""
+    training_metric: str
+    """Name of the metric of mini-batches; another one where `metric` is too dear to take in every step."""
     higher_is_better: bool
+    """Of `metric`."""
+    sums: tuple[str, ...]
+    """Names of what `evaluate_batch` adds up."""
     samples: int
     """N, the number of training samples."""
     batch_size: int
@@ -28,7 +33,7 @@ class Task(Protocol):
         """Return an independent mini-batch for a second gradient in the step."""
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-        """Return the mean loss, with its graph, and the mean metric, without."""
+        """Return the mean loss, with its graph, and the mean of the training metric, without."""
 
     def frozen_batches(self, indices: Tensor) -> list[tuple[Any, int]]:
         """Return these training samples [samples], without augmentation, in batches with their sizes."""
@@ -40,4 +45,7 @@ class Task(Protocol):
         """Return the number of batches that a split is evaluated in, whatever the number of ranks."""
 
     def evaluate_batch(self, model: nn.Module, split: Split, index: int) -> Tensor:
-        """Return the sums [loss, metric] over one evaluation batch, in float64."""
+        """Return `sums` over one evaluation batch, in float64; it does not depend on the other batches."""
+
+    def metrics_of(self, sums: list[float], split: Split) -> dict[str, float]:
+        """Return the mean loss in nats, as `loss`, and the metric from the sums over a whole split."""

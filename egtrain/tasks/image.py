@@ -47,8 +47,9 @@ class ImageTask:
         UsageError: a batch is larger than the training data.
     """
 
-    metric = "accuracy"
+    metric = training_metric = "accuracy"
     higher_is_better = True
+    sums: tuple[str, ...] = ("nats", "right answers")
 
     def __init__(
         self,
@@ -117,6 +118,12 @@ class ImageTask:
         logits = model(self._normalised(images)).float()
         right = (logits.argmax(1) == labels).sum()
         return torch.stack([F.cross_entropy(logits, labels, reduction="none").double().sum(), right.double()])
+
+    def metrics_of(self, sums: list[float], split: Split) -> dict[str, float]:
+        """Return the mean cross-entropy in nats and the fraction of right answers."""
+        nats, right = sums
+        images = self.evaluation_size(split)
+        return {"loss": nats / images, self.metric: right / images}
 
     def _normalised(self, images: Tensor) -> Tensor:
         return normalise(images, self.mean, self.std, self.channels_last)
