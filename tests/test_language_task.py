@@ -197,3 +197,14 @@ def test_weights_in_flat_storage_give_the_same_values_where_they_change_in_place
         for parameter in other.parameters():
             parameter.add_(0.01)
     assert torch.equal(task.loss(model, window)[0], task.loss(other, window)[0])
+
+
+def test_autocast_gives_nearly_the_same_loss_and_keeps_the_state_in_full_precision() -> None:
+    task = task_on(text())
+    model = model_for(task).float()
+    plain = task.loss(model, task.batch(0, 0))[0].item()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = task.loss(model, task.batch(0, 0))
+    loss.backward()
+    assert math.isclose(loss.item(), plain, rel_tol=1e-2)
+    assert model.hidden.dtype == torch.float32

@@ -45,8 +45,10 @@ class LSTMLanguageModel(nn.Module):
             state = self.hidden.new_zeros(len(self.layers), 2, words.shape[1], self.hidden.shape[-1])
         outputs = self.dropout(self.embedding(words))
         states = []
-        for layer, (hidden, cell) in zip(self.layers, state, strict=True):
-            outputs, (hidden, cell) = layer(outputs, (hidden[None], cell[None]))
-            outputs = self.dropout(outputs)
-            states.append(torch.cat([hidden, cell]))
+        # On a CPU without native bf16, oneDNN has no LSTM in it; most of the time goes into the output anyway.
+        with torch.autocast("cpu", enabled=False):
+            for layer, (hidden, cell) in zip(self.layers, state, strict=True):
+                outputs, (hidden, cell) = layer(outputs, (hidden[None], cell[None]))
+                outputs = self.dropout(outputs)
+                states.append(torch.cat([hidden, cell]))
         return nn.functional.linear(outputs, self.embedding.weight, self.bias), torch.stack(states)

@@ -157,9 +157,8 @@ def _column(run: MeasuredRun) -> dict[str, str]:
     records = {**run.records, **({} if run.between is None else {"between": run.between})}
     column = {"batch size": f"{run.batch_size:,}", "step": f"{run.checkpoints[-1].step:,}"}
     for split, found in run.level.items():
-        column[f"{split} loss"] = f"{found['loss']:.4g}"
-        score = found[run.metric]
-        column[f"{split} {run.metric}"] = f"{score:.2%}" if run.metric in FRACTIONS else f"{score:.4g}"
+        for name, value in found.items():
+            column[f"{split} {name.replace('_', ' ')}"] = f"{value:.2%}" if name in FRACTIONS else f"{value:.4g}"
     if found := records.get("eigenvalues"):
         mark = "" if found.values["converged"][0] else "~"
         column["λ_max"] = f"{mark}{found.values['largest'][0]:.4g}"

@@ -239,7 +239,8 @@ def _radius_panel(axes: Axes, runs: Sequence[MeasuredRun]) -> None:
 
 def _test_panel(axes: Axes, runs: Sequence[MeasuredRun]) -> None:
     split = "test" if all("test" in run.level for run in runs) else "train"
-    metric = runs[0].metric
+    # That of the training sample may be another one.
+    metric = runs[0].metric if split == "test" else next(name for name in runs[0].level[split] if name != "loss")
     markers = _markers(runs)
     points = []
     for number, run in enumerate(runs):
