@@ -29,7 +29,9 @@ class Point:
     learning_rates: list[float]
     """γ_t of each parameter's group."""
     own: list[Tensor]
-    """g^k_{t−1}, the worker's previous gradient, clipped as the mean was; zero before its first."""
+    """g^k_{t−1}, the worker's previous gradient, not clipped; zero before its first."""
+    clip_factor: Tensor | None
+    """What ḡ_{t−1} was multiplied by (a scalar tensor), and g^k_{t−1} has to be; None where nothing was clipped."""
     mean: list[Tensor]
     """ḡ_{t−1}, the gradient of the previous update; zero before the first."""
     fresh: list[Tensor]
@@ -211,16 +213,14 @@ class Extrapolation:
             self._copy_gradients(fresh)
             if gradients := [p.grad for p in self._parameters if p.grad is not None]:
                 torch._foreach_zero_(gradients)
-        own = self._own.get(worker, [])
-        if own and self._clip_factor is not None:
-            own = list(torch._foreach_mul(own, self._clip_factor))
         rates = [float(self.optimizer.param_groups[i]["lr"]) for i in self._groups]
         with torch.no_grad():
             return self.direction.zeta(
                 Point(
                     parameters=list(self._parameters),
                     learning_rates=rates,
-                    own=own,
+                    own=self._own.get(worker, []),
+                    clip_factor=self._clip_factor,
                     mean=self._mean,
                     fresh=fresh,
                     base=self._base,
@@ -327,16 +327,25 @@ class Length:
         if (self.size is not None) != (self.scaling != "none"):
             raise ValueError("size goes with scaling 'layer' or 'filter', ratio and rate with scaling 'none'")
 
-    def along(self, gradients: list[Tensor], at: Point) -> list[Tensor]:
-        """Return ζ along `gradients`."""
+    def along(self, gradients: list[Tensor], at: Point, factor: Tensor | None = None) -> list[Tensor]:
+        """Return ζ along `gradients`, multiplied by `factor` (a scalar tensor) if there is one."""
+        lengths = self._lengths(at)
+        if factor is not None and (self.size is not None or len(set(lengths)) > 1):
+            gradients, factor = list(torch._foreach_mul(gradients, factor)), None
         if self.precondition == "base":
             gradients = at.base.preconditioned(gradients, trust_ratio=self.size is None)
         if self.size is not None:
             return scaled_to_weights(gradients, at.parameters, self.size, self.scaling)
-        rates = at.learning_rates if self.ratio is not None else [1.0] * len(gradients)
-        factor = self.ratio if self.ratio is not None else self.rate
-        assert factor is not None
-        return list(torch._foreach_mul(gradients, [factor * rate for rate in rates]))
+        # One pass over memory where all lengths are the same: on a CPU that is what a shift costs.
+        if factor is not None:
+            return list(torch._foreach_mul(gradients, factor * lengths[0]))
+        return list(torch._foreach_mul(gradients, lengths))
+
+    def _lengths(self, at: Point) -> list[float]:
+        """Return what each parameter's gradient is multiplied by, where no size is given."""
+        if self.ratio is None:
+            return [self.rate or 0.0] * len(at.learning_rates)
+        return [self.ratio * rate for rate in at.learning_rates]
 
 
 def require_sizes(**sizes: float) -> None:

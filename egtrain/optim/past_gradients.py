@@ -17,7 +17,7 @@ class LocalGradient(Length):
 
     def zeta(self, at: Point) -> list[Tensor]:
         """Return ζ along the worker's previous gradient."""
-        return self.along(at.own, at)
+        return self.along(at.own, at, at.clip_factor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,4 +39,5 @@ class GradientNoise(Length):
 
     def zeta(self, at: Point) -> list[Tensor]:
         """Return ζ along the difference of the worker's gradient from the mean."""
-        return self.along(list(torch._foreach_sub(at.own, at.mean)), at)
+        own = at.own if at.clip_factor is None else list(torch._foreach_mul(at.own, at.clip_factor))
+        return self.along(list(torch._foreach_sub(own, at.mean)), at)
