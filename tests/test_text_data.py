@@ -182,6 +182,15 @@ def test_a_smaller_training_set_has_the_same_subwords_and_the_pairs_of_one_permu
         pairs_in(folder, train_samples=9)
 
 
+def test_a_sentence_that_is_too_long_is_named_even_if_it_would_not_be_trained_on(tmp_path: Path) -> None:
+    folder = put(tmp_path / "p", PAIRS)
+    for samples in (None, 1):
+        with pytest.raises(
+            DataError, match=r"train.en:1: a sentence of \d+ subwords, and task.max_length is 2; raise it"
+        ):
+            pairs_in(folder, max_length=2, train_samples=samples)
+
+
 def lines(*words: str) -> str:
     return "".join(f"{word}\n" for word in words)
 

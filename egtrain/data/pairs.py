@@ -185,27 +185,28 @@ def load_pairs(
     """
     if source == target:
         raise UsageError(f"task.source and task.target are both '{source}': set them to two languages")
-    places: list[tuple[Path, Path]] | None = None
     if name == "synthetic":
         drawn = make_synthetic_pairs()
         texts = [drawn.train, drawn.validation, drawn.test]
+        places = [
+            (f"the embedded {part}, source", f"the embedded {part}, target") for part in ("train", "valid", "test")
+        ]
     else:
-        places = _files_of(name, source, target, data_dir, offline)
-        texts = [_aligned(*pair) for pair in places]
-    model = _learned(texts[0], subwords)
-    if train_samples is not None:
-        texts[0] = _some(texts[0], train_samples)
-    learned = Subwords(model)
+        files = _files_of(name, source, target, data_dir, offline)
+        texts = [_aligned(*pair) for pair in files]
+        places = [(str(one), str(other)) for one, other in files]
+    learned = Subwords(_learned(texts[0], subwords))
     splits = []
-    for number, text in enumerate(texts):
-        ids = [learned.encode(side) for side in text]
-        if places is not None and not (number == 0 and train_samples is not None):
-            _check_lengths(ids, places[number], max_length)
+    for number, (text, place) in enumerate(zip(texts, places, strict=True)):
+        ids = (learned.encode(text[0]), learned.encode(text[1]))
+        _check_lengths(ids, place, max_length)
+        kept = _kept(len(text[0]), train_samples if number == 0 else None)
         splits.append(
             Sentences(
-                tuple(text[0]),
-                tuple(text[1]),
-                *(tuple(torch.tensor([*sentence, EOS]) for sentence in side) for side in ids),
+                tuple(text[0][i] for i in kept),
+                tuple(text[1][i] for i in kept),
+                tuple(torch.tensor([*ids[0][i], EOS]) for i in kept),
+                tuple(torch.tensor([*ids[1][i], EOS]) for i in kept),
             )
         )
     train, validation, test = splits
@@ -283,25 +284,28 @@ def _aligned(source: Path, target: Path) -> tuple[list[str], list[str]]:
     return sides
 
 
-def _check_lengths(ids: Sequence[Sequence[Sequence[int]]], paths: tuple[Path, Path], limit: int) -> None:
-    for side, path in zip(ids, paths, strict=True):
+def _check_lengths(ids: Sequence[Sequence[Sequence[int]]], places: tuple[str, str], limit: int) -> None:
+    for side, place in zip(ids, places, strict=True):
         for number, sentence in enumerate(side, start=1):
             if len(sentence) + 1 > limit:
                 raise DataError(
-                    f"{path}:{number}: a sentence of {len(sentence) + 1} subwords, and task.max_length is {limit}; "
+                    f"{place}:{number}: a sentence of {len(sentence) + 1} subwords, and task.max_length is {limit}; "
                     "raise it, or remove the line from both files"
                 )
 
 
-def _some(text: tuple[list[str], list[str]], count: int) -> tuple[list[str], list[str]]:
-    if not 1 <= count <= len(text[0]):
+def _kept(pairs: int, count: int | None) -> list[int]:
+    """Return which of so many pairs are trained on."""
+    if count is None:
+        return list(range(pairs))
+    if not 1 <= count <= pairs:
         raise UsageError(
-            f"data.train_samples: {count} is not possible, as there are {len(text[0]):,} training pairs; lower it"
+            f"data.train_samples: {count} is not possible, as there are {pairs:,} training pairs; lower it"
         )
     # Raw bits never change between NumPy versions.
-    bits = np.random.PCG64(_ORDER_SEED).random_raw(len(text[0]))
-    kept = sorted(np.argsort(bits, kind="stable")[:count].tolist())
-    return [text[0][i] for i in kept], [text[1][i] for i in kept]
+    order = np.argsort(np.random.PCG64(_ORDER_SEED).random_raw(pairs), kind="stable")
+    kept: list[int] = sorted(order[:count].tolist())
+    return kept
 
 
 def _learned(text: tuple[list[str], list[str]], size: int) -> bytes:
