@@ -1,7 +1,5 @@
 """What only a GPU can show; each promise has a test on the CPU too."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -12,17 +10,25 @@ from egtrain.train import Run, take_step
 from egtrain.workers import Ranks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-TINY = ["data.name=synthetic", "model.depth=8", "model.width=4", "workers=4", "worker_batch_size=32"]
+TINY = ["data.name=synthetic", "workers=4", "worker_batch_size=32"]
+MODELS = {
+    "resnet": ["model.depth=8", "model.width=4"],
+    "lstm": ["model.layers=2", "model.width=32"],
+    "transformer": ["model.layers=1", "model.width=32", "task.subwords=300"],
+}
 
 
 def stepped(preset: str, device: torch.device, *settings: str, steps: int = 3) -> tuple[Run, np.ndarray]:
-    run = build_run(load_config(preset, [*TINY, *settings]), Ranks(device=device))
+    small = [*TINY, *MODELS[preset.partition("-")[0]]]
+    run = build_run(load_config(preset, [*small, *settings]), Ranks(device=device))
     run.model.train()
     rows = [take_step(run, 0.05).double().cpu().numpy() for _ in range(steps)]
     return run, np.stack(rows)
 
 
-@pytest.mark.parametrize("preset", ["resnet-sgd", "resnet-eg", "resnet-sam", "resnet-smoothout"])
+@pytest.mark.parametrize(
+    "preset", ["resnet-sgd", "resnet-eg", "resnet-sam", "resnet-smoothout", "lstm-eg", "transformer-eg"]
+)
 def test_deterministic_training_repeats_bit_for_bit(preset: str) -> None:
     device = torch.device("cuda")
     (first, rows), (second, again) = (stepped(preset, device, "deterministic=true") for _ in range(2))
@@ -39,6 +45,15 @@ def test_the_first_step_is_that_of_the_cpu() -> None:
     assert on_gpu[0, 0] == pytest.approx(on_cpu[0, 0], abs=0.05)
 
 
-def test_mixed_precision_is_used_where_the_gpu_has_it(tmp_path: Path) -> None:
-    _, rows = stepped("resnet-eg", torch.device("cuda"), "precision=bf16")
+@pytest.mark.parametrize("preset", ["lstm-eg", "transformer-eg"])
+def test_the_first_steps_on_text_are_those_of_the_cpu(preset: str) -> None:
+    """Mini-batches of text are chosen on the host, so the same words are seen."""
+    settings = ["precision=fp32", "seed=5", "model.dropout=0"]
+    (_, on_gpu), (_, on_cpu) = (stepped(preset, torch.device(name), *settings) for name in ("cuda", "cpu"))
+    assert on_gpu[:, 0] == pytest.approx(on_cpu[:, 0], rel=1e-3)
+
+
+@pytest.mark.parametrize("preset", ["resnet-eg", "lstm-eg", "transformer-eg"])
+def test_mixed_precision_is_used_where_the_gpu_has_it(preset: str) -> None:
+    _, rows = stepped(preset, torch.device("cuda"), "precision=bf16")
     assert np.isfinite(rows).all()
