@@ -3,13 +3,12 @@
 import json
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from egtrain.cli.importing import ending_at_interrupt
-from egtrain.cli.overrides import overrides_of
+from egtrain.cli.options import AsJson, DataDir, DataName, Device, Offline, Settings, overrides_of
 from egtrain.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,14 +20,12 @@ def bench(
     variants: Annotated[str | None, typer.Option(help="Names of ζ, with commas between; default: all.")] = None,
     rounds: Annotated[int, typer.Option(min=2, help="Times that every variant is timed.")] = 20,
     workers: Annotated[int, typer.Option(min=1, help="Number K of logical workers.")] = 1,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. threads=1.")
-    ] = None,
-    data: Annotated[str | None, typer.Option(help="cifar10, cifar100, synthetic or npz:FILE.")] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Folder that holds the data.")] = None,
-    offline: Annotated[bool, typer.Option("--offline", help="Never download data.")] = False,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    settings: Settings = None,
+    data: DataName = None,
+    data_dir: DataDir = None,
+    offline: Offline = False,
+    device: Device = None,
+    as_json: AsJson = False,
 ) -> None:
     """Measure what each variant of extrapolation costs on this machine, beside plain training.
 
@@ -39,14 +36,7 @@ def bench(
     wanted = None if variants is None else [name.strip() for name in variants.split(",")]
     if wanted is not None and "" in wanted:
         raise UsageError("--variants wants names with commas between them, such as local,sam")
-    overrides = overrides_of(
-        {
-            "data.name": data,
-            "data.dir": None if data_dir is None else str(data_dir.absolute()),
-            "data.offline": offline or None,
-            "device": device,
-        }
-    )
+    overrides = overrides_of(data, data_dir, offline, device, {})
     overrides += settings or []
     from egtrain.config_files import load_config
 

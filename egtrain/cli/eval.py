@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from egtrain.cli.importing import ending_at_interrupt
+from egtrain.cli.options import AsJson, MovedDataDir, Offline
 
 EXAMPLES = 3
 """Translations to show."""
@@ -27,10 +28,10 @@ def evaluate_run(
     beam: Annotated[
         int | None, typer.Option(min=1, help="Hypotheses kept in translating; 1 is greedy. Default: as configured.")
     ] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Folder that holds the data, if they have moved.")] = None,
-    offline: Annotated[bool, typer.Option("--offline", help="Never download data.")] = False,
+    data_dir: MovedDataDir = None,
+    offline: Offline = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Evaluate a run's checkpoint on held-out data.
 

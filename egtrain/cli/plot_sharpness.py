@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from egtrain.cli.importing import ending_at_interrupt
+from egtrain.cli.options import AsJson, MovedDataDir, Offline
 
 
 def plot_sharpness(
@@ -31,11 +32,11 @@ def plot_sharpness(
     output: Annotated[
         Path, typer.Option(help="Folder of the results; what was measured into it before is not measured again.")
     ] = Path("sharpness"),
-    data_dir: Annotated[Path | None, typer.Option(help="Folder that holds the data, if they have moved.")] = None,
-    offline: Annotated[bool, typer.Option("--offline", help="Never download data.")] = False,
+    data_dir: MovedDataDir = None,
+    offline: Offline = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     nproc: Annotated[int, typer.Option(min=1, help="Processes that share the samples, a GPU each.")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure how sharp the minima of trained runs are, and draw them into one picture.
 

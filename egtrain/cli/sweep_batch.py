@@ -10,7 +10,7 @@ from typing import Annotated, TypeVar
 import typer
 
 from egtrain.cli.importing import ending_at_interrupt
-from egtrain.cli.overrides import overrides_of
+from egtrain.cli.options import AsJson, DataDir, DataName, Device, Offline, Settings, overrides_of
 from egtrain.errors import UsageError
 
 N = TypeVar("N", int, float)
@@ -37,9 +37,7 @@ def sweep_batch(
     ] = None,
     batch_sizes: Annotated[str, typer.Option(metavar="B,B,...", help="Batch sizes, such as 256,1024,4096.")] = "",
     seeds: Annotated[int, typer.Option(help="Runs of each cell, with consecutive seeds.")] = 1,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of all runs.")
-    ] = None,
+    settings: Settings = None,
     lr_grid: Annotated[
         str, typer.Option(metavar="F,F,...", help="Factors of the scaled learning rate to choose from.")
     ] = "1",
@@ -59,10 +57,10 @@ def sweep_batch(
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="Length of every run in epochs: equal samples.")] = None,
     steps: Annotated[int | None, typer.Option(help="Length of every run in updates: equal steps.")] = None,
-    data: Annotated[str | None, typer.Option(help="cifar10, cifar100, synthetic or npz:FILE.")] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Folder that holds the data.")] = None,
-    offline: Annotated[bool, typer.Option("--offline", help="Never download data.")] = False,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    data: DataName = None,
+    data_dir: DataDir = None,
+    offline: Offline = False,
+    device: Device = None,
     jobs: Annotated[
         str, typer.Option(metavar="N|auto", help="Runs at a time; auto: one a GPU, or as many as the cores carry.")
     ] = "auto",
@@ -78,7 +76,7 @@ def sweep_batch(
     estimate: Annotated[
         bool, typer.Option("--estimate/--no-estimate", help="Time a few steps of each preset for the plan.")
     ] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the plan or the results as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare presets at growing batch sizes: run every cell, then make a table and a picture.
 
@@ -91,15 +89,7 @@ def sweep_batch(
         raise UsageError("--epochs and --steps exclude each other: give one, equal samples or equal steps for all")
     if not within >= 0:
         raise UsageError("--within takes a percentage of at least 0, such as 1")
-    common = {
-        "data.name": data,
-        "data.dir": None if data_dir is None else str(data_dir.absolute()),
-        "data.offline": offline or None,
-        "epochs": epochs,
-        "steps": steps,
-        "device": device,
-    }
-    given = overrides_of(common) + (settings or [])
+    given = overrides_of(data, data_dir, offline, device, {"epochs": epochs, "steps": steps}) + (settings or [])
     request = Request(
         presets=tuple(preset or ()),
         batch_sizes=tuple(_numbers("--batch-sizes", batch_sizes, int)),

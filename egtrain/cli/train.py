@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from egtrain.cli.importing import ending_at_interrupt
-from egtrain.cli.overrides import overrides_of
+from egtrain.cli.options import AsJson, DataDir, DataName, Device, Offline, Settings, overrides_of
 from egtrain.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -17,12 +17,10 @@ if TYPE_CHECKING:
 def train(
     preset: Annotated[str | None, typer.Option(help="Name of a preset (see `egtrain presets`) or a YAML file.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with a run directory, from its newest checkpoint.")] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. optimizer.lr=0.2.")
-    ] = None,
-    data: Annotated[str | None, typer.Option(help="cifar10, cifar100, synthetic or npz:FILE.")] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Folder that holds the data.")] = None,
-    offline: Annotated[bool, typer.Option("--offline", help="Never download data.")] = False,
+    settings: Settings = None,
+    data: DataName = None,
+    data_dir: DataDir = None,
+    offline: Offline = False,
     epochs: Annotated[int | None, typer.Option(help="Length of the run in epochs.")] = None,
     steps: Annotated[int | None, typer.Option(help="Length of the run in updates, instead of epochs.")] = None,
     workers: Annotated[
@@ -35,7 +33,7 @@ def train(
     nproc: Annotated[
         int | None, typer.Option(help="Processes to run on, a GPU each; default: as many GPUs as divide K, or 1.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    device: Device = None,
     precision: Annotated[str | None, typer.Option(help="auto, fp32 or bf16.")] = None,
     compile_model: Annotated[bool | None, typer.Option("--compile/--no-compile", help="Use torch.compile.")] = None,
     deterministic: Annotated[
@@ -49,7 +47,7 @@ def train(
         bool, typer.Option("--allow-changes", help="Resume although settings differ from those of the run.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and train nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train a preset, or go on with a run.
 
@@ -59,19 +57,19 @@ def train(
     from egtrain.config_files import load_config
 
     overrides = overrides_of(
+        data,
+        data_dir,
+        offline,
+        device,
         {
-            "data.name": data,
-            "data.dir": None if data_dir is None else str(data_dir.absolute()),
-            "data.offline": offline or None,
             "epochs": epochs,
             "steps": steps,
             "seed": seed,
-            "device": device,
             "precision": precision,
             "compile": compile_model,
             "deterministic": deterministic,
             "checkpoint.every": checkpoint_every,
-        }
+        },
     )
     overrides += settings or []
     if resume is not None:

@@ -1,0 +1,49 @@
+"""Options that several commands have, and the way from options to settings."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. optimizer.lr=0.2.")
+]
+DataName = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        help="cifar10, cifar100, npz:FILE; wikitext2, text:FOLDER; multi30k, pairs:FOLDER; or synthetic.",
+    ),
+]
+DataDir = Annotated[Path | None, typer.Option(help="Folder that holds the data.")]
+MovedDataDir = Annotated[Path | None, typer.Option(help="Folder that holds the data, if they have moved.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Never download data.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def overrides_of(
+    data: str | None,
+    data_dir: Path | None,
+    offline: bool,
+    device: str | None,
+    options: Mapping[str, object],
+) -> list[str]:
+    """Return options as `KEY=VALUE`; those that were not given are None.
+
+    Args:
+        data: `--data`.
+        data_dir: `--data-dir`.
+        offline: `--offline`.
+        device: `--device`.
+        options: those of one command, by the setting that each is for.
+    """
+    common = {
+        "data.name": data,
+        "data.dir": None if data_dir is None else str(data_dir.absolute()),
+        "data.offline": offline or None,
+        "device": device,
+    }
+    return [f"{key}={json.dumps(value)}" for key, value in (common | dict(options)).items() if value is not None]
