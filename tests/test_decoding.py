@@ -78,6 +78,28 @@ def test_a_wide_beam_finds_the_best_of_all_translations(seed: int, penalty: floa
     assert found == [best_of_all(model, sentence, limit, penalty) for sentence, limit in enumerate(limits)]
 
 
+def naive_beam_search(model: Toy, sentence: int, beam: int, limit: int, penalty: float) -> list[int]:
+    """One sentence and one continuation at a time; finished hypotheses keep their places."""
+    live, finished = [(0.0, [BEGIN])], []
+    for length in range(1, limit + 1):
+        following = []
+        for total, said in live:
+            log = model.logits(sentence, said).log_softmax(0).tolist()
+            following += [(total + log[w], [*said, w]) for w in range(WORDS) if length < limit or w == END]
+        best = sorted(following, reverse=True)[: beam - len(finished)]
+        finished += [(total / length**penalty, said[1:-1]) for total, said in best if said[-1] == END]
+        live = [(total, said) for total, said in best if said[-1] != END]
+    return max(finished)[1]
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("beam", [1, 2, 3, 5])
+def test_a_narrow_beam_keeps_as_many_hypotheses_as_it_says(beam: int, penalty: float) -> None:
+    model = Toy(6)
+    found = search(model, list(range(60)), beam, [6] * 60, penalty)
+    assert found == [naive_beam_search(model, sentence, beam, 6, penalty) for sentence in range(60)]
+
+
 @pytest.mark.parametrize("penalty", [0.0, 1.0])
 def test_one_hypothesis_is_greedy(penalty: float) -> None:
     model = Toy(9)

@@ -158,6 +158,16 @@ def test_frozen_windows_are_those_of_the_text_whatever_the_batch() -> None:
     assert batches[0][0].words.T.tolist() == [data.train[i * BPTT : (i + 1) * BPTT].tolist() for i in (0, 7, 3)]
 
 
+@pytest.mark.parametrize("words", [BPTT * 10 - 1, BPTT * 10, BPTT * 10 + 1])
+def test_every_sample_is_a_window_with_a_word_after_it(words: int) -> None:
+    data = text(train=words)
+    task = task_on(data, workers=1, worker_batch_size=1)
+    assert task.samples == (10 if words > BPTT * 10 else 9)
+    ((window, _),) = task.frozen_batches(torch.tensor([task.samples - 1]))
+    last = task.samples * BPTT
+    assert window.targets[:, 0].tolist() == data.train[last - BPTT + 1 : last + 1].tolist()
+
+
 def test_sharpness_differentiates_it_twice() -> None:
     task = task_on(text())
     model = model_for(task).float()

@@ -167,6 +167,17 @@ def test_subwords_are_learned_once_and_learned_again_where_what_is_kept_is_damag
     assert pairs_in(folder).digest == first.digest
 
 
+def test_what_is_kept_serves_only_the_text_and_the_number_that_it_was_learned_for(tmp_path: Path) -> None:
+    folder = put(tmp_path / "p", PAIRS)
+    assert [pairs_in(folder, subwords=size).subwords.size for size in (40, 30, 40)] == [40, 30, 40]
+    other = {name: text.replace("haus", "heim") for name, text in PAIRS.items()}
+    assert "heim 0 de" in pairs_in(put(tmp_path / "q", other)).train.target_text
+
+
+def test_a_text_too_small_for_so_many_subwords_has_fewer(tmp_path: Path) -> None:
+    assert 30 < pairs_in(put(tmp_path / "p", PAIRS), subwords=4000).subwords.size < 200
+
+
 def test_a_cache_that_cannot_be_written_only_costs_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))

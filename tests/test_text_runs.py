@@ -113,6 +113,16 @@ def test_a_local_phase_goes_on_where_it_was(preset: str, texts: Path, undisturbe
     assert outcome(run_here(tmp_path / "run", config, resume=True)) == undisturbed(preset, *further)
 
 
+def test_a_second_gradient_on_the_same_words_starts_from_the_same_state(undisturbed: Undisturbed) -> None:
+    """With shifts too small to change a weight, two gradients a step make the same run as one."""
+    one, two = (
+        undisturbed("lstm-eg", f"extrapolation.name={name}", "extrapolation.ratio=1e-30") for name in ("local", "fresh")
+    )
+    parts = [name for name in two if name.startswith(("state.model", "state.workers.buffers"))]
+    assert len(parts) > 3
+    assert [one[name] for name in parts] == [two[name] for name in parts]
+
+
 def test_dropout_is_a_function_of_seed_worker_and_step(texts: Path, tmp_path: Path) -> None:
     """With a rate of zero and the same mini-batch again, the loss differs by its dropout alone."""
     config = config_of("lstm-eg", texts, "steps=6", "model.dropout=0.5", "optimizer.lr=1e-30")

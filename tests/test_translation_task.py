@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sacrebleu.metrics.bleu import BLEU
-from torch import Tensor
+from torch import Tensor, nn
 
 from egtrain.data.pairs import BOS, EOS, PAD, PairData, Sentences, Subwords
 from egtrain.errors import UsageError
@@ -95,6 +95,29 @@ def test_mini_batches_hold_sentences_of_similar_length_but_come_in_no_order_of_l
     lengths = [[len(DATA.train.target[n]) for n in numbers_of(task.batch(0, step))] for step in range(8)]
     assert sum(max(batch) - min(batch) for batch in lengths) < 8 * 2.5
     assert sorted(map(sum, lengths)) != list(map(sum, lengths))
+
+
+def test_each_worker_goes_through_its_lengths_in_an_order_of_its_own() -> None:
+    """Else all of them would have their longest sentences in the same step."""
+    words = tuple(torch.full((length,), EOS + 1) for length in range(1, 65))
+    texts = ("a",) * 64
+    data = PairData(Sentences(texts, texts, words, words), DATA.validation, DATA.test, Letters(), digest="")
+    task = task_on(data)
+    sums = [torch.tensor([(task.batch(k, step).following != PAD).sum() for step in range(8)]) for k in range(WORKERS)]
+    assert all(len(one.unique()) == 8 for one in sums)
+    assert sums[0].argsort().tolist() != sums[1].argsort().tolist()
+
+
+def test_a_long_sentence_may_have_a_translation_of_twice_its_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[int] = []
+
+    def watched(model: Any, source: Tensor, **options: Any) -> list[list[int]]:
+        limits.extend(options["limits"].tolist())
+        return [[] for _ in source]
+
+    monkeypatch.setattr("egtrain.tasks.translation.beam_search", watched)
+    task_on().translate(model_for(), "test", beam=2, length_penalty=1.0)
+    assert sorted(limits) == sorted(2 * len(sentence) + 10 for sentence in DATA.test.source)
 
 
 def test_filling_never_changes_a_sentence_and_never_counts() -> None:
@@ -187,6 +210,54 @@ def test_translating_subword_by_subword_gives_the_logits_of_the_whole() -> None:
             rows = torch.tensor([2, 0, 3, 0])
             state.select(rows)
             whole, batch = whole[rows], Pairs(*(t[rows] for t in batch))
+
+
+def positions(length: int, width: int) -> Tensor:
+    """Vaswani et al. 2017, section 3.5, with all sines before the cosines, one number at a time."""
+    rates = [10_000 ** (-2 * i / width) for i in range(width // 2)]
+    table = [[f(place * rate) for f in (math.sin, math.cos) for rate in rates] for place in range(length)]
+    return torch.tensor(table, dtype=torch.float64)
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
+def test_the_model_is_that_of_the_library_with_the_same_weights() -> None:
+    model = model_for()
+    reference = nn.Transformer(8, 2, 2, 2, 12, dropout=0.0, norm_first=True, batch_first=True, dtype=torch.float64)
+    own = model.state_dict()
+
+    def give(name: str, ours: str) -> None:
+        for kind in ("weight", "bias"):
+            reference.get_parameter(f"{name}.{kind}").data.copy_(own[f"{ours}.{kind}"])
+
+    def give_attention(name: str, ours: str) -> None:
+        give(f"{name}.out_proj", f"{ours}.output")
+        for kind in ("weight", "bias"):
+            parts = [own[f"{ours}.{part}.{kind}"] for part in ("query", "key_value")]
+            reference.get_parameter(f"{name}.in_proj_{kind}").data.copy_(torch.cat(parts))
+
+    for side in ("encoder", "decoder"):
+        give(f"{side}.norm", f"{side}_norm")
+        for i in range(2):
+            theirs, ours = f"{side}.layers.{i}", f"{side}.{i}"
+            give_attention(f"{theirs}.self_attn", f"{ours}.attention")
+            norms = ["attention_norm", "feedforward.norm"]
+            if side == "decoder":
+                give_attention(f"{theirs}.multihead_attn", f"{ours}.source_attention")
+                norms.insert(1, "source_norm")
+            for number, norm in enumerate(norms, start=1):
+                give(f"{theirs}.norm{number}", f"{ours}.{norm}")
+            give(f"{theirs}.linear1", f"{ours}.feedforward.inner")
+            give(f"{theirs}.linear2", f"{ours}.feedforward.outer")
+
+    batch = task_on().batch(0, 0)
+    filling = batch.source == PAD
+    assert bool(filling.any())
+    embedding = model.embedding.weight
+    source, target = (math.sqrt(8) * embedding[t] + positions(t.shape[1], 8) for t in (batch.source, batch.target))
+    after = torch.ones(target.shape[1], target.shape[1], dtype=torch.bool).triu(1)
+    found = reference(source, target, tgt_mask=after, src_key_padding_mask=filling, memory_key_padding_mask=filling)
+    # Our positions are float32.
+    assert torch.allclose(model(batch.source, batch.target), found @ embedding.T, rtol=1e-5, atol=1e-6)
 
 
 def test_a_place_of_the_target_sees_only_those_before_it() -> None:
