@@ -406,6 +406,18 @@ def test_an_exception_in_the_block_leaves_no_trace(direction: Direction) -> None
     assert same(loop.weights(), undisturbed.weights())
 
 
+@pytest.mark.parametrize("length", [{"ratio": 0.5}, {"rate": 0.03}, {"size": 0.1, "scaling": "layer"}])
+def test_a_clipped_past_gradient_is_scaled_in_every_group_at_its_own_rate(length: dict[str, Any]) -> None:
+    plain, clipped = UserLoop(LocalGradient(**length)), UserLoop(LocalGradient(**length))
+    for loop in (plain, clipped):
+        loop.step()
+    clipped.extrapolation.clip_past_gradients(torch.tensor(0.25, dtype=torch.float64))
+    # Where a size sets the length, how long the gradient is makes no difference.
+    factor = 1.0 if "size" in length else 0.25
+    for before, after in zip(plain.shift().values(), clipped.shift().values(), strict=True):
+        torch.testing.assert_close(after, factor * before, rtol=1e-4, atol=1e-15)
+
+
 @every_direction
 @pytest.mark.parametrize("clip", [None, 1.0])
 def test_a_saved_state_resumes_bit_for_bit(direction: Direction, clip: float | None) -> None:

@@ -149,6 +149,14 @@ def test_synchronisations_are_those_of_the_shared_steps_and_of_the_averages() ->
     assert tiny_run(None, Base()).synchronisations(8) == 8
 
 
+@pytest.mark.parametrize(("start", "period"), [(0, 1), (0, 3), (4, 1), (4, 3), (6, 2)])
+def test_weights_are_averaged_after_each_period_and_not_where_the_first_begins(start: int, period: int) -> None:
+    post_local = PostLocal(torch.optim.SGD([torch.zeros(1)], lr=0.1), range(2), start=start, period=period)
+    averaged = [step for step in range(20) if post_local.averages_after(step)]
+    assert averaged == list(range(start + period, 20, period))
+    assert [post_local.averages(step) for step in range(20)] == [sum(a <= step for a in averaged) for step in range(20)]
+
+
 def test_a_gradient_that_is_not_finite_ends_the_run_and_spoils_nobody_elses_weights() -> None:
     run = post_local_run(Base(), start=1, period=4)
     for rate in RATES[:3]:
