@@ -369,4 +369,5 @@ def set_numerics(config: Config, ranks: Ranks) -> None:
     torch.use_deterministic_algorithms(config.deterministic)
     torch.backends.cudnn.benchmark = not config.deterministic
     if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        # Of the values for which PyTorch promises equal matrix products, the one for which it promises equal LSTMs too.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")

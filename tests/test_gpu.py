@@ -6,6 +6,8 @@ import torch
 
 from egtrain.build import build_run
 from egtrain.config_files import load_config
+from egtrain.evaluate import evaluate
+from egtrain.models.lstm import LSTMLanguageModel
 from egtrain.train import Run, take_step
 from egtrain.workers import Ranks
 
@@ -51,6 +53,23 @@ def test_the_first_steps_on_text_are_those_of_the_cpu(preset: str) -> None:
     settings = ["precision=fp32", "seed=5", "model.dropout=0"]
     (_, on_gpu), (_, on_cpu) = (stepped(preset, torch.device(name), *settings) for name in ("cuda", "cpu"))
     assert on_gpu[:, 0] == pytest.approx(on_cpu[:, 0], rel=1e-3)
+
+
+@pytest.mark.parametrize("preset", ["lstm-eg", "transformer-eg"])
+def test_evaluation_on_text_is_that_of_the_cpu(preset: str) -> None:
+    found = []
+    for name in ("cuda", "cpu"):
+        run, _ = stepped(preset, torch.device(name), "precision=fp32", "seed=5", "model.dropout=0", steps=1)
+        found.append(evaluate(run.task, run.model, "test", Ranks(device=torch.device(name))))
+    assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-3)
+
+
+def test_an_lstm_stays_in_full_precision_under_autocast() -> None:
+    """PyTorch's autocast would give cuDNN's in fp16."""
+    model = LSTMLanguageModel(20, width=16, layers=2, dropout=0.0, columns=4).cuda()
+    with torch.autocast("cuda", torch.bfloat16):
+        logits, state = model(torch.zeros(5, 4, dtype=torch.long, device="cuda"))
+    assert (logits.dtype, state.dtype) == (torch.bfloat16, torch.float32)
 
 
 @pytest.mark.parametrize("preset", ["resnet-eg", "lstm-eg", "transformer-eg"])

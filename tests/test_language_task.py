@@ -215,6 +215,7 @@ def test_autocast_gives_nearly_the_same_loss_and_keeps_the_state_in_full_precisi
     plain = task.loss(model, task.batch(0, 0))[0].item()
     with torch.autocast("cpu", torch.bfloat16):
         loss, _ = task.loss(model, task.batch(0, 0))
+        logits, state = model(task.batch(0, 0).words)
     loss.backward()
     assert math.isclose(loss.item(), plain, rel_tol=1e-2)
-    assert model.hidden.dtype == torch.float32
+    assert (logits.dtype, state.dtype, model.hidden.dtype) == (torch.bfloat16, torch.float32, torch.float32)

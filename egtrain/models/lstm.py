@@ -1,7 +1,12 @@
 """An LSTM language model (Zaremba et al. 2014, arXiv 1409.2329) with tied embeddings (arXiv 1608.05859)."""
 
+import warnings
+
 import torch
 from torch import Tensor, nn
+
+# On a GPU: the weights of all layers lie in one flat tensor, and cuDNN copies them into an order of its own.
+warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous")
 
 INITIAL_RANGE = 0.05
 """Half the width of the uniform distribution of all weights, that of Zaremba et al.'s medium model."""
@@ -45,8 +50,9 @@ class LSTMLanguageModel(nn.Module):
             state = self.hidden.new_zeros(len(self.layers), 2, words.shape[1], self.hidden.shape[-1])
         outputs = self.dropout(self.embedding(words))
         states = []
-        # On a CPU without native bf16, oneDNN has no LSTM in it; most of the time goes into the output anyway.
-        with torch.autocast("cpu", enabled=False):
+        # In bf16, autocast would run cuDNN's LSTM in fp16, without a loss scale, and oneDNN has none on a CPU without
+        # native bf16. Most of the time goes into the output anyway.
+        with torch.autocast(words.device.type, enabled=False):
             for layer, (hidden, cell) in zip(self.layers, state, strict=True):
                 outputs, (hidden, cell) = layer(outputs, (hidden[None], cell[None]))
                 outputs = self.dropout(outputs)
