@@ -1,8 +1,12 @@
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from egtrain.models.resnet import ResNet, Shortcut
+from egtrain.models.vgg import VGG
 
 
 def size(model: nn.Module) -> int:
@@ -60,6 +64,35 @@ def test_the_identity_shortcut_takes_every_second_pixel_and_adds_zero_channels()
     x = torch.randn(2, 4, 8, 8)
     assert torch.equal(shortcut(x)[:, :4], x[:, :, ::2, ::2])
     assert torch.equal(shortcut(x)[:, 4:], torch.zeros(2, 4, 4, 4))
+
+
+class ActivationGradients(TorchDispatchMode):
+    """Collects the operands of every ReLU's backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operands: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.threshold_backward.default:
+            self.operands += args[:2]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("model", "activations"),
+    [(ResNet(8, 8, 10), 7), (ResNet(8, 8, 10, "projection"), 7), (VGG(11, 8, 10), 8)],
+    ids=["identity", "projection", "vgg"],
+)
+def test_gradients_stay_channels_last_on_their_whole_way_back(model: nn.Module, activations: int) -> None:
+    """A gradient in another layout than its activation's takes ReLU ten times as long."""
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    logits = model(torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last))
+    with ActivationGradients() as seen:
+        logits.logsumexp(dim=1).sum().backward()
+    assert len(seen.operands) == 2 * activations
+    for operand in seen.operands:
+        assert operand.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_images_of_a_batch_do_not_mix_in_evaluation() -> None:

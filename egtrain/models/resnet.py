@@ -51,7 +51,7 @@ class ResNet(nn.Module):
         """Map images [batch, 3, height, width] to logits [batch, classes]."""
         x = F.relu(self.stem_norm(self.stem(images)), inplace=True)
         x = self.blocks(x)
-        logits: Tensor = self.head(x.mean(dim=(2, 3)))
+        logits: Tensor = self.head(mean_over_pixels(x))
         return logits
 
 
@@ -89,12 +89,21 @@ class ZeroPaddedShortcut(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [batch, channels, height, width] to [batch, channels + extra, height/stride, width/stride]."""
-        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.extra_channels))
+        # Pooling single pixels is slicing whose gradient stays channels-last.
+        return F.pad(F.avg_pool2d(x, 1, self.stride), (0, 0, 0, 0, 0, self.extra_channels))
 
 
 def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
     """Return a padded 3×3 convolution without bias."""
     return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+
+
+def mean_over_pixels(x: Tensor) -> Tensor:
+    """Return the mean [batch, channels] of features [batch, channels, height, width].
+
+    Unlike that of `Tensor.mean`, its gradient stays channels-last: the layers below would pay for a change of layout.
+    """
+    return F.avg_pool2d(x, x.shape[2:]).flatten(1)
 
 
 def batch_norm(channels: int) -> nn.BatchNorm2d:

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from egtrain.models.resnet import batch_norm, conv3x3
+from egtrain.models.resnet import batch_norm, conv3x3, mean_over_pixels
 
 
 class VGG(nn.Module):
@@ -46,5 +46,5 @@ class VGG(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images [batch, 3, height, width] to logits [batch, classes]."""
-        logits: Tensor = self.head(self.features(images).mean(dim=(2, 3)))
+        logits: Tensor = self.head(mean_over_pixels(self.features(images)))
         return logits
