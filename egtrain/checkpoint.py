@@ -37,6 +37,7 @@ FORMAT = 1
 MAGIC = b"egtrain\n"
 """The last bytes of every checkpoint file."""
 INDEX = "index.json"
+LOCK = ".lock"
 FAULT_VARIABLE = "EGTRAIN_TEST_FAULT"
 """Environment variable, for tests only: see `_kill_at`."""
 
@@ -264,30 +265,24 @@ class RunLock:
     """
 
     def __init__(self, directory: Path, patience_seconds: float = 2.0) -> None:
-        self._directory = directory
+        self._path = directory / LOCK
         self._patience = patience_seconds
         self._file: int | None = None
 
     def __enter__(self) -> Self:
-        try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(self._directory / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise UsageError(
-                f"cannot write to {self._directory} ({error.strerror}): choose another directory with --output"
-            ) from error
         # A restarted run may meet the last moments of the killed one.
         deadline = time.monotonic() + self._patience
-        while not self._try_lock(self._file):
+        while (file := self._open_and_lock()) is None:
             if time.monotonic() >= deadline:
-                owner = os.read(self._file, 20).decode("ascii", "replace").strip()
-                os.close(self._file)
-                self._file = None
+                owner = ""
+                with suppress(OSError):
+                    owner = self._path.read_text(encoding="ascii", errors="replace").strip()
                 raise UsageError(
-                    f"another run (process {owner or 'unknown'}) is writing to {self._directory}: "
+                    f"another run (process {owner or 'unknown'}) is writing to {self._path.parent}: "
                     "wait for it to end, or choose another directory with --output"
                 )
             time.sleep(0.05)
+        self._file = file
         # Information only: what locks is the operating system, so a full disk does not matter here.
         with suppress(OSError):
             os.ftruncate(self._file, 0)
@@ -301,16 +296,29 @@ class RunLock:
             os.close(self._file)
             self._file = None
 
-    @staticmethod
-    def _try_lock(file: int) -> bool:
+    def _open_and_lock(self) -> int | None:
+        """Return the open file that is locked now, or None where another process has it."""
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise UsageError(
+                f"cannot write to {self._path.parent} ({error.strerror}): choose another directory with --output"
+            ) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            return False
+            os.close(file)
+            return None
         except OSError:
             # A file system without locks: the guard is missing there, and the run goes on.
-            return True
-        return True
+            return file
+        # Who held it before may have deleted it, as a run does that could not start.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file), self._path.stat()):
+                return file
+        os.close(file)
+        return None
 
 
 def _write(content: dict[str, Any], file: BinaryIO, kill_at: Callable[[str], None]) -> None:

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from egtrain.build import (
     outputs_of,
     worker_state_bytes,
 )
-from egtrain.checkpoint import CheckpointStore, RunLock, write_atomically
+from egtrain.checkpoint import LOCK, CheckpointStore, RunLock, write_atomically
 from egtrain.config import Config, config_to_yaml, flat_settings
 from egtrain.errors import DataError, InterruptedRun, UsageError
 from egtrain.progress import Display, headline
@@ -118,9 +118,14 @@ def prepare_for_ranks(directory: Path, config: Config, resume: bool) -> None:
 
 
 def withdraw(directory: Path) -> None:
-    """Forget a run that could not start, so that the command can be given again once what was wrong is put right."""
-    if not (directory / METRICS).exists():
-        (directory / CONFIG).unlink(missing_ok=True)
+    """Remove what a run that could not start has made, so that the command can be given again once that is mended."""
+    if (directory / METRICS).exists():
+        return
+    (directory / CONFIG).unlink(missing_ok=True)
+    with suppress(OSError):  # a directory that holds something else stays
+        (directory / CHECKPOINTS).rmdir()
+        (directory / LOCK).unlink()
+        directory.rmdir()
 
 
 def require_fresh(directory: Path, resume: bool) -> None:

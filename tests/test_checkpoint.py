@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import io
 import json
 import math
@@ -18,7 +19,7 @@ import pytest
 import torch
 
 from egtrain import checkpoint
-from egtrain.checkpoint import INDEX, MAGIC, CheckpointStore, RunLock, read_checkpoint, write_atomically
+from egtrain.checkpoint import INDEX, LOCK, MAGIC, CheckpointStore, RunLock, read_checkpoint, write_atomically
 from egtrain.errors import DataError, EgtrainError, UsageError
 
 FAULT_POINTS = ["save-before-write", "save-mid-write", "save-before-sync", "save-before-rename", "save-before-index"]
@@ -541,6 +542,29 @@ def test_a_second_run_in_one_directory_is_refused(tmp_path: Path) -> None:
             pass
     with RunLock(tmp_path / "run", patience_seconds=0):
         pass
+
+
+def test_a_lock_that_its_holder_has_deleted_protects_nothing(tmp_path: Path) -> None:
+    """As a run does that could not start; who then waits for the old file would hold no one off."""
+    with RunLock(tmp_path):
+        (tmp_path / LOCK).unlink()
+        with RunLock(tmp_path, patience_seconds=0), pytest.raises(UsageError, match=f"process {os.getpid()}"):
+            RunLock(tmp_path, patience_seconds=0).__enter__()
+
+
+def test_a_file_put_in_place_of_the_lock_that_was_waited_for_is_locked_instead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flock = fcntl.flock
+
+    def deleted_meanwhile(file: int, operation: int) -> None:
+        flock(file, operation)
+        monkeypatch.undo()
+        (tmp_path / LOCK).unlink()
+
+    monkeypatch.setattr("fcntl.flock", deleted_meanwhile)
+    with RunLock(tmp_path), pytest.raises(UsageError, match=f"process {os.getpid()}"):
+        RunLock(tmp_path, patience_seconds=0).__enter__()
 
 
 def test_the_lock_of_a_killed_run_is_taken_over(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from egtrain.checkpoint import RunLock, write_atomically
+from egtrain.checkpoint import LOCK, RunLock, write_atomically
 from egtrain.config import differences
 from egtrain.config_files import load_config
 from egtrain.errors import DivergedError, EgtrainError, InterruptedRun, UsageError
@@ -196,7 +196,7 @@ def run_cells(plan: Plan, folder: Folder, *, jobs: int, gpus: Sequence[str], ret
                 statuses[cell.name] = Status.waiting
     waiting = deque(cell for cell in plan.cells if statuses[cell.name] is Status.waiting)
     for cell in waiting:
-        if (folder.run(cell) / ".lock").exists():
+        if (folder.run(cell) / LOCK).exists():
             with RunLock(folder.run(cell), patience_seconds=ORPHAN_SECONDS):
                 pass
     for cell in plan.cells:
