@@ -610,6 +610,20 @@ def test_noise_changes_with_every_step_and_seed() -> None:
     assert not torch.equal(other.shift()["matrix"], first)
 
 
+@pytest.mark.parametrize("distribution", ["gaussian", "uniform"])
+def test_noise_is_drawn_in_one_go_in_whatever_order_the_weights_lie(distribution: Any) -> None:
+    """Drawn number by number, as torch does into channels-last weights, Gaussian noise costs 4 % of a step."""
+    drawn = []
+    for like in (torch.zeros(6 * 5 * 9), torch.zeros(6, 5, 3, 3).to(memory_format=torch.channels_last)):
+        weights = nn.Parameter(like)
+        noise = Noise(size=1.0, distribution=distribution, scaling="none", norm_and_bias=True)
+        extrapolation = Extrapolation(torch.optim.SGD([weights], lr=0.1), noise)
+        with extrapolation.shifted():
+            drawn.append(weights.detach().clone().as_strided((6 * 5 * 9,), (1,)))
+            weights.grad = torch.zeros_like(weights)
+    assert torch.equal(*drawn)
+
+
 @pytest.mark.parametrize("scaling", ["layer", "filter"])
 @pytest.mark.parametrize("distribution", ["gaussian", "uniform"])
 def test_noise_leaves_out_norms_and_biases_unless_asked(distribution: Any, scaling: Any) -> None:
