@@ -1,6 +1,5 @@
 """A finished or interrupted run, read back: its configuration, model and task."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from egtrain.models.loading import load_weights
 from egtrain.tasks import Split, Task
 from egtrain.tasks.translation import TranslationTask
 from egtrain.workers import Ranks
+from egtrain.yaml_reader import write_value
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def load_run(
     """
     directory = Path(path)
     file = config_file_of(directory)
-    overrides = [] if data_dir is None else [f"data.dir={json.dumps(str(Path(data_dir).absolute()))}"]
+    overrides = [] if data_dir is None else [f"data.dir={write_value(str(Path(data_dir).absolute()))}"]
     config = load_config(file, overrides)
     store = CheckpointStore(directory / "checkpoints", higher_is_better=TASKS[config.task.name].higher_is_better)
     if checkpoint == "last":

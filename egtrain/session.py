@@ -55,27 +55,29 @@ def _train_until(stop: launch.StopSignal, directory: Path, config: Config, resum
         config = config.model_copy(update={"precision": native_precision(config.precision, ranks.device)})
         first = ranks.rank == 0
 
+        replaced: list[bytes | None] = []
+
         def begin() -> None:
             closing.enter_context(RunLock(directory))
-            prepare(directory, config, going_on)
+            replaced.append(prepare(directory, config, going_on))
             launch.claim_directory(directory)
 
         launch.only_first_rank(ranks, begin)
         try:
             run = build_run(config, ranks)
+            store = CheckpointStore(
+                directory / CHECKPOINTS,
+                keep=config.checkpoint.keep,
+                higher_is_better=run.task.higher_is_better,
+                warn=None if first else lambda message: None,
+            )
+            newest = launch.first_rank_first(ranks, store.load_newest) if going_on else None
+            if newest is not None:
+                load_into(run, newest[1], directory)
         except (UsageError, DataError):
-            if first and not resume:
-                withdraw(directory)
+            if first:
+                withdraw(directory, replaced[0])
             raise
-        store = CheckpointStore(
-            directory / CHECKPOINTS,
-            keep=config.checkpoint.keep,
-            higher_is_better=run.task.higher_is_better,
-            warn=None if first else lambda message: None,
-        )
-        newest = launch.first_rank_first(ranks, store.load_newest) if going_on else None
-        if newest is not None:
-            load_into(run, newest[1], directory)
         if newest is not None and run.step == run.steps and (directory / SUMMARY).is_file():
             if first:
                 print(f"{directory} is complete: there is nothing left to train", file=sys.stderr)
@@ -96,29 +98,35 @@ def _train_until(stop: launch.StopSignal, directory: Path, config: Config, resum
             print_result(summary, directory, as_json)
 
 
-def prepare(directory: Path, config: Config, resume: bool) -> None:
-    """Make a run directory and write its configuration.
+def prepare(directory: Path, config: Config, resume: bool) -> bytes | None:
+    """Make a run directory, write its configuration, and return the one that was there.
 
     Raises:
         UsageError: the directory holds a run already, and this is another.
     """
     require_fresh(directory, resume)
     (directory / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-    write_atomically(directory / CONFIG, config_to_yaml(config).encode())
+    file = directory / CONFIG
+    replaced = file.read_bytes() if file.exists() else None
+    write_atomically(file, config_to_yaml(config).encode())
+    return replaced
 
 
-def prepare_for_ranks(directory: Path, config: Config, resume: bool) -> None:
-    """Make a run directory, for ranks that are started next.
+def prepare_for_ranks(directory: Path, config: Config, resume: bool) -> bytes | None:
+    """Make a run directory, for ranks that are started next, and return the configuration that was there.
 
     Raises:
         UsageError: the directory holds a run already, and this is another; or another process is at work in it.
     """
     with RunLock(directory):
-        prepare(directory, config, resume)
+        return prepare(directory, config, resume)
 
 
-def withdraw(directory: Path) -> None:
-    """Remove what a run that could not start has made, so that the command can be given again once that is mended."""
+def withdraw(directory: Path, replaced: bytes | None) -> None:
+    """Undo `prepare` for a run that could not start, so that the command can be given again once that is mended."""
+    if replaced is not None:
+        write_atomically(directory / CONFIG, replaced)
+        return
     if (directory / METRICS).exists():
         return
     (directory / CONFIG).unlink(missing_ok=True)

@@ -28,6 +28,8 @@ from helpers import (
 
 import egtrain
 from egtrain.checkpoint import RunLock
+from egtrain.cli.options import overrides_of
+from egtrain.config_files import load_config
 
 pytestmark = pytest.mark.timeout(120)
 Undisturbed = Callable[..., dict[str, Any]]
@@ -69,7 +71,7 @@ Run = Callable[..., Result]
         (["--preset", "quickstart", "--workers", "0"], 2, "--workers must be at least 1, not 0"),
         (["--preset", "quickstart", "--nproc", "3"], 2, "16 workers cannot be shared by 3 ranks: use --nproc 1, 2, 4"),
         (["--preset", "quickstart", "--nproc", "0"], 2, "use --nproc 1, 2, 4, 8, 16"),
-        (["--preset", "quickstart", "--workers", "1000"], 2, "larger than the 8192 training samples: lower --workers"),
+        (["--preset", "quickstart", "--workers", "1000"], 2, "larger than the 8192 training samples: take fewer"),
         (["--preset", "quickstart", "--workers", "2147483647", "--nproc", "3"], 2, "use --nproc 1"),
         ([], 2, "name what to train: --preset NAME (see `egtrain presets`), or --resume DIR"),
         (["--resume", "nowhere"], 2, "nowhere holds no run: there is no config.yaml; name a directory that"),
@@ -179,6 +181,34 @@ def test_resume_with_other_settings_shows_them_and_is_refused_unless_allowed(
     assert (result.code, result.stderr) == (0, "changed: epochs: 2 -> 3\n")
     assert outcome(tmp_path / "run") == undisturbed("schedule.decay=constant")
     assert "epochs: 3\n" in (tmp_path / "run/config.yaml").read_text()
+
+
+@pytest.mark.parametrize("further", [[], ["--nproc", "2"]], ids=["alone", "with ranks"])
+def test_changes_that_do_not_fit_the_checkpoint_leave_the_run_as_it_was(
+    further: list[str], egtrain_command: Run, images: Path, tmp_path: Path
+) -> None:
+    run_here(tmp_path / "run", config_of(images, "steps=2"))
+    config = (tmp_path / "run/config.yaml").read_bytes()
+    change = ["--set", "steps=3", "--set", "model.width=5", "--allow-changes"]
+    result = egtrain_command("train", "--resume", "run", *change, *further)
+    assert result.code == 2
+    if not further:  # ranks write to the process's own stderr
+        assert "the checkpoint is of another architecture" in result.stderr
+    assert (tmp_path / "run/config.yaml").read_bytes() == config
+
+
+def test_epochs_take_back_the_steps_of_a_preset(egtrain_command: Run, tmp_path: Path) -> None:
+    (tmp_path / "steps.yaml").write_text("inherits: [quickstart]\nsteps: 100\n")
+    result = egtrain_command("train", "--preset", "steps.yaml", "--epochs", "3", "--dry-run", "--json")
+    assert json.loads(result.stdout)["steps"] == 3 * 16
+    both = egtrain_command("train", "--preset", "steps.yaml", "--epochs", "3", "--steps", "2")
+    assert (both.code, both.line) == (2, "--epochs and --steps exclude each other: give one")
+
+
+def test_a_folder_may_have_any_name(tmp_path: Path) -> None:
+    folder = tmp_path / 'data \U0001f600 "a": #b'
+    overrides = overrides_of(None, folder, False, None, {})
+    assert load_config("quickstart", overrides).data.dir == str(folder)
 
 
 def test_resume_with_the_same_settings_needs_no_leave(egtrain_command: Run, images: Path, tmp_path: Path) -> None:

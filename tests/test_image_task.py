@@ -130,7 +130,7 @@ def test_a_further_batch_is_independent_of_the_first(data: ImageData) -> None:
 
 def test_a_batch_larger_than_the_data_is_refused_with_the_fix(data: ImageData) -> None:
     with pytest.raises(
-        UsageError, match=r"a batch of 19 x 4 = 76 is larger than the 75 training samples: lower --work"
+        UsageError, match=r"a batch of 19 x 4 = 76 is larger than the 75 training samples: take fewer work"
     ):
         task_on(data, workers=19)
     assert task_on(data, workers=1, worker_batch_size=SAMPLES).steps_per_epoch == 1

@@ -1,11 +1,12 @@
 """Options that several commands have, and the way from options to settings."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from egtrain.errors import UsageError
 
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. optimizer.lr=0.2.")
@@ -38,12 +39,25 @@ def overrides_of(
         data_dir: `--data-dir`.
         offline: `--offline`.
         device: `--device`.
-        options: those of one command, by the setting that each is for.
+        options: those of one command, by the setting that each is for. `epochs` takes back the steps that a preset
+            may count instead.
+
+    Raises:
+        UsageError: both epochs and steps were given.
     """
-    common = {
+    # Imported here, so that --help does not wait for it.
+    from egtrain.yaml_reader import write_value
+
+    given: dict[str, object] = {
         "data.name": data,
         "data.dir": None if data_dir is None else str(data_dir.absolute()),
         "data.offline": offline or None,
         "device": device,
+        **options,
     }
-    return [f"{key}={json.dumps(value)}" for key, value in (common | dict(options)).items() if value is not None]
+    given = {key: value for key, value in given.items() if value is not None}
+    if "epochs" in given:
+        if "steps" in given:
+            raise UsageError("--epochs and --steps exclude each other: give one")
+        given["steps"] = None
+    return [f"{key}={write_value(value)}" for key, value in given.items()]

@@ -85,8 +85,6 @@ def sweep_batch(
     # Imported here, like torch below, so that --help does not wait for it.
     from egtrain.sweep.plan import Request, checked_presets
 
-    if epochs is not None and steps is not None:
-        raise UsageError("--epochs and --steps exclude each other: give one, equal samples or equal steps for all")
     if not within >= 0:
         raise UsageError("--within takes a percentage of at least 0, such as 1")
     given = overrides_of(data, data_dir, offline, device, {"epochs": epochs, "steps": steps}) + (settings or [])

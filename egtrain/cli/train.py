@@ -98,11 +98,11 @@ def train(
         launch.require_dividing(config.workers, ranks)
         if ranks > 1 or max_restarts:
             # The ranks go on with a run that has no checkpoint yet; so does one that torchrun has restarted.
-            session.prepare_for_ranks(directory, config, resume is not None)
+            replaced = session.prepare_for_ranks(directory, config, resume is not None)
             arguments = ["train", "--resume", str(directory), *(["--json"] if as_json else [])]
             code = launch.launch(ranks, arguments, max_restarts)
-            if resume is None and code in (UsageError.exit_code, DataError.exit_code):
-                session.withdraw(directory)
+            if code in (UsageError.exit_code, DataError.exit_code):
+                session.withdraw(directory, replaced)
             raise typer.Exit(code)
     session.train_in(directory, config, resume=resume is not None, as_json=as_json)
 
