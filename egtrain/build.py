@@ -320,7 +320,7 @@ def build_run(config: Config, ranks: Ranks, data: Data | None = None) -> Run:
     post_local = None
     if plan.local_start is not None and config.post_local.period is not None:
         post_local = PostLocal(optimizer, workers.mine, start=plan.local_start, period=config.post_local.period)
-    evaluate_every = config.evaluate_every * plan.steps_per_epoch
+    evaluate_every = max(1, round(config.evaluate_every * plan.steps_per_epoch))
     return Run(
         task=task,
         model=model,

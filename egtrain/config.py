@@ -20,6 +20,7 @@ from egtrain.config_sections import (
     Model,
     NoExtrapolation,
     Optimizer,
+    Positive,
     PostLocalConfig,
     ResnetModel,
     ScheduleConfig,
@@ -59,8 +60,8 @@ class Config(Section):
     """CPU threads a rank; null: the cores divided by the ranks, or 1 with deterministic."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto: CUDA where there is a GPU."""
-    evaluate_every: Count = 1
-    """Epochs between evaluations."""
+    evaluate_every: Positive = 1.0
+    """Epochs between evaluations, also a fraction of one."""
     task: Annotated[Task, Field(discriminator="name")] = ImageSettings()
     """What is learned, and how it is measured; the keys depend on name."""
     data: DataConfig = DataConfig()

@@ -36,8 +36,10 @@ def facts_of(config: Config) -> Facts:
     samples = SAMPLES - config.data.validation
     steps_per_epoch = samples // config.batch_size
     steps = config.steps or config.epochs * steps_per_epoch
-    twice = 2 if config.extrapolation.name in ("fresh", "sam") else 1
-    return Facts(samples, steps_per_epoch, steps, twice * steps * config.batch_size, "accuracy", True)
+    second = range(0)
+    if config.extrapolation.name in ("fresh", "sam"):
+        second = range(0, round((config.extrapolation.until or 1) * steps), config.extrapolation.every)
+    return Facts(samples, steps_per_epoch, steps, second, "accuracy", True)
 
 
 def plan_of(
@@ -136,7 +138,8 @@ def test_a_grid_holds_out_a_tenth_for_validation_and_says_so() -> None:
 
 
 def test_equal_steps_have_equally_many_warm_up_steps() -> None:
-    plan = plan_of(batch_sizes=(64, 256), settings=["steps=100"])
+    # 384 does not divide the data: its epochs are an eighth of those of 64, not a sixth.
+    plan = plan_of(batch_sizes=(64, 256, 384), settings=["steps=100"])
     warmups = {c.config.schedule.warmup_epochs * facts_of(c.config).steps_per_epoch for c in plan.cells}
     assert warmups == {32}
     assert any("equal steps and unequal cost" in note for note in plan.notes)
@@ -145,7 +148,34 @@ def test_equal_steps_have_equally_many_warm_up_steps() -> None:
 def test_runs_are_evaluated_often_enough_for_curves() -> None:
     assert {c.config.evaluate_every for c in plan_of(settings=["epochs=100", "evaluate_every=100"]).cells} == {100}
     assert {c.config.evaluate_every for c in plan_of(settings=["epochs=10"]).cells} == {1}
-    assert plan_of(settings=["steps=1600"], batch_sizes=(64,)).cells[0].config.evaluate_every == 5
+    # With equal steps an epoch of a small batch can be longer than the whole run.
+    for cell in plan_of(settings=["steps=40"], batch_sizes=(32, 512)).cells:
+        assert cell.config.evaluate_every * facts_of(cell.config).steps_per_epoch == pytest.approx(2)
+
+
+def test_a_grid_of_texts_is_selected_on_their_own_validation_part(tmp_path: Path) -> None:
+    plan, folder = plan_of(["quickstart-lstm"], (32, 64), rate_factors=(0.5, 1.0)), Folder(tmp_path)
+    assert {cell.config.data.validation for cell in plan.cells} == {0}
+    swept(plan, folder, lambda cell: [cell.rate_factor], lambda cell: 0.7)
+    results = read_results(plan, folder, target=None, within_percent=1)
+    assert [row.rate_factor for row in results.rows] == [1.0, 1.0]
+    assert results.curve_split == "validation"
+    write_results(results, tmp_path)
+    assert "validation_accuracy" in (tmp_path / "results.csv").read_text().splitlines()[0]
+
+
+def test_a_preset_that_says_how_its_rate_grows_is_taken_at_its_word() -> None:
+    # Its rate is for its own batch of 64.
+    rates = [cell.learning_rate for cell in plan_of(["quickstart-transformer"], (64, 1024)).cells]
+    assert rates == pytest.approx([1.6, 6.4])
+
+
+def test_only_batches_of_the_sweep_need_to_fit_the_data() -> None:
+    def facts(config: Config) -> Facts:
+        assert config.batch_size <= 64, "the preset's own batch, which nobody asked for"
+        return facts_of(config)
+
+    assert plan_of(batch_sizes=(32, 64), rate_factors=(0.5, 1.0), facts=facts).cells
 
 
 def test_a_cell_is_what_its_command_makes() -> None:
@@ -200,6 +230,11 @@ def egtrain_command(
         ("--preset quickstart --preset resnet-eg --batch-sizes 128", "resnet-eg has another data than quickstart"),
         ("--preset quickstart --batch-sizes 64 --within -1", "--within takes a percentage"),
         ("--preset quickstart --batch-sizes 64,8224", "at batch size 8224, a batch of 257 x 32"),
+        ("--preset quickstart --batch-sizes 64 --epochs 2", "takes 256 steps of 256, and the learning rate ends"),
+        ("--preset quickstart --batch-sizes 64 --steps 300 --set schedule.decay=step --set 'schedule.milestones=[0.5]'",
+         "warm-up takes 256 steps of 300, and the learning rate falls at 150: lower schedule.warmup_epochs"),
+        ("--preset quickstart-sgd --preset steps.yaml --batch-sizes 64",
+         "one of quickstart-sgd and steps counts steps, the other epochs: give --epochs"),
         ("--preset quickstart --batch-sizes 64 --jobs s", "--jobs must be a number of processes or auto, not 's'"),
         ("--preset quickstart --batch-sizes 64 --output run", "run holds a run: choose another --output"),
     ],
@@ -207,8 +242,12 @@ def egtrain_command(
 def test_a_wrong_request_is_one_line_with_the_fix_and_starts_nothing(
     options: str, message: str, egtrain_command: Callable[..., Result], tmp_path: Path
 ) -> None:
-    for name, text in (("x/quickstart.yaml", "inherits: [quickstart]\n"), ("run/config.yaml", "")):
-        (tmp_path / name).parent.mkdir()
+    for name, text in (
+        ("x/quickstart.yaml", "inherits: [quickstart]\n"),
+        ("run/config.yaml", ""),
+        ("steps.yaml", "inherits: [quickstart]\nsteps: 100\n"),
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     result = egtrain_command("sweep-batch", *shlex.split(options))
     assert (result.code, result.stdout) == (2, "")
@@ -232,7 +271,7 @@ class FakeCells:
         self.started.append(cell.name)
         self.gpus[cell.name] = gpu
         code = self.codes.get(cell.name, 0)
-        write_run(cell, folder, [0.5, 0.6], finished=code == 0 and self.seconds == "0")
+        write_run(cell, folder, [0.5, 0.6], finished=code == 0 and float(self.seconds) < 1)
         folder.log(cell).write_text(f"egtrain: it went wrong with {code}\n")
         shell = f"trap 'kill $!; exit 75' TERM; sleep {self.seconds} & wait; exit {code}"
         return ShellProcess(shell)
@@ -255,7 +294,7 @@ def write_run(cell: Cell, folder: Folder, curve: Sequence[float], *, finished: b
     run = folder.run(cell)
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.yaml").write_text(config_to_yaml(cell.config))
-    split = "validation" if cell.config.data.validation else "test"
+    split = "validation" if cell.config.data.validation or cell.config.task.name != "image" else "test"
     lines: list[dict[str, Any]] = [
         {"step": cell.steps, "split": "train", "accuracy": 0.9, "noise_scale": 100.0 * cell.seed + 200}
     ]
@@ -319,6 +358,23 @@ def test_a_failed_cell_is_recorded_and_repeated_only_when_asked(fake: FakeCells,
     run(plan, folder, retry=True)
     assert fake.started == [bad.name, worse.name]
     execution.require_success(plan, folder)
+
+
+def test_the_exit_code_goes_by_what_the_table_shows(fake: FakeCells, tmp_path: Path) -> None:
+    plan, folder = plan_of(), Folder(tmp_path / "sweep")
+    mended, infinite = plan.cells[0], plan.cells[1]
+    fake.codes = {mended.name: 1}
+    run(plan, folder)
+    write_run(mended, folder, [0.5])  # by `egtrain train --resume`
+    execution.require_success(plan, folder)
+    summary = folder.run(infinite) / "summary.json"
+    summary.write_text(summary.read_text().replace("0.7", "null"))
+    with pytest.raises(EgtrainError, match=f"1 of 4 cells failed \\({infinite.name}\\)"):
+        execution.require_success(plan, folder)
+    text = printed(read_results(plan, folder, target=None, within_percent=1))
+    assert f"{infinite.name}: diverged: a final metric is not a number" in text
+    run(plan, folder, retry=True)
+    assert folder.status(infinite) is Status.done
 
 
 def test_so_many_cells_run_at_a_time_and_each_has_a_gpu_of_its_own(
@@ -423,6 +479,19 @@ def test_rows_hold_mean_deviation_and_gap_to_the_smallest_batch(tmp_path: Path) 
     assert results.noise_scale == pytest.approx((200, 300, 400))
 
 
+def test_a_batch_that_a_seed_did_not_survive_is_as_good_as_none(tmp_path: Path) -> None:
+    plan, folder = plan_of(["quickstart"], (64, 256, 512), seeds=3), Folder(tmp_path)
+    swept(plan, folder, lambda cell: [0.4, 0.5, 0.6], lambda cell: 0.8)
+    lost = cell_of(plan, "quickstart", 512, seed=2)
+    (folder.run(lost) / "summary.json").unlink()
+    folder.note_end(lost, 4)
+    results = read_results(plan, folder, target=0.5, within_percent=1)
+    assert results.largest_batch_within("quickstart") == 256
+    assert results.rows[1].steps_to_target is not None
+    assert (results.rows[2].steps_to_target, results.rows[2].reached) == (None, 2)
+    assert "2 of 3 seeds" in printed(results)
+
+
 def test_a_metric_that_is_to_fall_is_read_the_other_way_round(tmp_path: Path) -> None:
     plan, folder = replace(plan_of(batch_sizes=(64, 256), seeds=2), higher_is_better=False), Folder(tmp_path)
     swept(plan, folder, lambda cell: [4.0, 2.0], lambda cell: 2.0 if cell.batch_size == 64 else 2.1)
@@ -468,6 +537,9 @@ def test_two_gradients_a_sample_are_said_and_counted(tmp_path: Path) -> None:
     assert "Gradients a sample: sam 2, all others 1." in printed(results)
     costs = [row.gradient_evaluations_to_target for row in results.rows]
     assert costs == [20480, 20480, 10240, 10240]
+    # They count to the target, and end before it with --set extrapolation.until.
+    half = replace(cell_of(plan, "sam", 64), second_gradients=range(0, 80, 2))
+    assert [half.gradients_until(step) for step in (0, 1, 40, 80, 160)] == [0, 128, 60 * 64, 120 * 64, 200 * 64]
 
 
 @pytest.mark.parametrize(("presets", "batch_sizes"), [(1, (64,)), (9, (32, 64, 96, 128, 192, 256, 512))])

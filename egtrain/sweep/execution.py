@@ -91,7 +91,9 @@ class Folder:
             if other := differences(cell.config, found):
                 raise UsageError(f"{run} holds another run ({'; '.join(other)}): move it away")
             if (run / "summary.json").exists():
-                return Status.done
+                final = json.loads((run / "summary.json").read_text(encoding="utf-8"))["final"]
+                finite = all(value is not None for metrics in final.values() for value in metrics.values())
+                return Status.done if finite else Status.diverged
         if self.failure(cell).exists():
             return Status(self.read_failure(cell)["status"])
         return Status.waiting
@@ -105,7 +107,7 @@ class Folder:
         """Write down how a cell's process ended, and return how the cell stands now."""
         if exit_code == 0:
             self.failure(cell).unlink(missing_ok=True)
-            return Status.done
+            return self.status(cell)
         if exit_code == InterruptedRun.exit_code:
             return Status.waiting
         status = Status.diverged if exit_code == DivergedError.exit_code else Status.failed
@@ -192,7 +194,7 @@ def run_cells(plan: Plan, folder: Folder, *, jobs: int, gpus: Sequence[str], ret
     if retry:
         for cell in plan.cells:
             if statuses[cell.name] in (Status.failed, Status.diverged):
-                folder.failure(cell).unlink()
+                folder.failure(cell).unlink(missing_ok=True)
                 statuses[cell.name] = Status.waiting
     waiting = deque(cell for cell in plan.cells if statuses[cell.name] is Status.waiting)
     for cell in waiting:
@@ -262,7 +264,7 @@ def devices_for(plan: Plan, jobs: str) -> tuple[int, list[str]]:
 
 def require_success(plan: Plan, folder: Folder) -> None:
     """Raise EgtrainError where cells have failed."""
-    failed = [cell for cell in plan.cells if folder.failure(cell).exists()]
+    failed = [cell for cell in plan.cells if folder.status(cell) is not Status.done]
     if failed:
         names = ", ".join(cell.name for cell in failed[:3]) + (" and others" if len(failed) > 3 else "")
         raise EgtrainError(

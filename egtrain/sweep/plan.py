@@ -16,6 +16,7 @@ from typing import Any, Literal, Self
 from egtrain.config import Config, config_to_yaml, flat_settings
 from egtrain.config_files import load_config
 from egtrain.errors import UsageError
+from egtrain.yaml_reader import write_value
 
 Scaling = Literal["linear", "sqrt", "none"]
 Growth = Literal["workers", "worker-batch"]
@@ -117,7 +118,8 @@ class Facts:
     steps_per_epoch: int
     steps: int
     """Of the whole run."""
-    gradient_evaluations: int
+    second_gradients: range
+    """The steps that take two gradients."""
     metric: str
     higher_is_better: bool
     data: str = ""
@@ -140,8 +142,18 @@ class Cell:
     config: Config
     steps: int
     steps_per_epoch: int
-    gradient_evaluations: int
-    """Per-sample gradients, as planned; the run's summary has what was counted."""
+    second_gradients: range
+    """The steps that take two gradients."""
+
+    @property
+    def gradient_evaluations(self) -> int:
+        """Per-sample gradients, as planned; the run's summary has what was counted."""
+        return self.gradients_until(self.steps)
+
+    def gradients_until(self, step: int) -> int:
+        """Return the per-sample gradients of so many updates."""
+        second = self.second_gradients
+        return (step + len(range(second.start, min(second.stop, step), second.step))) * self.batch_size
 
     def arguments(self, directory: Path) -> list[str]:
         """Return what follows `egtrain` on the command line that makes the run in a directory."""
@@ -206,10 +218,11 @@ class Plan:
             UsageError: a batch is larger than the data, or the validation split takes all of them.
             DataError: the data are missing or damaged.
         """
-        before = facts_of(presets[0].config)
+        shared = presets[0].config
         validation = request.validation
-        if validation is None and request.has_grid:
-            validation = presets[0].config.data.validation or max(1, before.samples // 10)
+        if validation is None and request.has_grid and shared.task.name == "image" and not shared.data.validation:
+            smallest = shared.model_copy(update=_grown(request.grow, presets[0], min(request.batch_sizes)))
+            validation = max(1, facts_of(smallest).samples // 10)
         equal_steps = any(preset.config.steps is not None for preset in presets)
         cells = [
             _cell(request, preset, batch_size, number, rate, length, validation, facts_of)
@@ -253,8 +266,11 @@ def checked_presets(request: Request) -> list[Preset]:
     presets = []
     for source in request.presets:
         config = load_config(source, list(request.settings))
-        own = config.optimizer.lr_scaling if config.optimizer.base_batch_size is not None else "linear"
-        presets.append(Preset(source, config, request.scaling or own))
+        # Where a rate is for the preset's own batch, `none` says that it is used as it is, not that it never grows.
+        as_it_is = config.optimizer.base_batch_size is None and config.optimizer.lr_scaling == "none"
+        presets.append(
+            Preset(source, config, request.scaling or ("linear" if as_it_is else config.optimizer.lr_scaling))
+        )
     first = presets[0]
     for number, preset in enumerate(presets):
         if preset.name in [other.name for other in presets[:number]]:
@@ -266,7 +282,7 @@ def checked_presets(request: Request) -> list[Preset]:
                     "leave one of them out, or set it for both"
                 )
         if (preset.config.steps is None) != (first.config.steps is None):
-            raise UsageError(f"{preset.name} counts steps and {first.name} epochs, or the reverse: give --epochs")
+            raise UsageError(f"one of {first.name} and {preset.name} counts steps, the other epochs: give --epochs")
         for batch_size in request.batch_sizes:
             _grown(request.grow, preset, batch_size)
     if len(request.length_factors) > 1 and not any(preset.length for preset in presets):
@@ -308,12 +324,19 @@ def facts_from_data(offline: bool = False) -> Callable[[Config], Facts]:
         except UsageError as error:
             raise UsageError(f"at batch size {config.batch_size}, {error}") from None
         plan, direction = build_plan(config, task.steps_per_epoch), build_direction(config)
-        twice = len(plan.extrapolated_steps) if direction is not None and "fresh" in direction.needs else 0
+        falls = min(plan.milestones, default=plan.steps)
+        if plan.warmup_steps >= max(falls, 1):
+            raise UsageError(
+                f"at batch size {config.batch_size}, the warm-up takes {plan.warmup_steps} steps of {plan.steps}, and "
+                f"the learning rate {'ends' if falls == plan.steps else 'falls'} at {falls}: lower "
+                "schedule.warmup_epochs with --set"
+            )
+        twice = direction is not None and "fresh" in direction.needs
         return Facts(
             samples=task.samples,
             steps_per_epoch=plan.steps_per_epoch,
             steps=plan.steps,
-            gradient_evaluations=(plan.steps + twice) * config.batch_size,
+            second_gradients=plan.extrapolated_steps if twice else range(0),
             metric=task.metric,
             higher_is_better=task.higher_is_better,
             data=str(getattr(loaded[key], "digest", "")),
@@ -364,17 +387,25 @@ def _cell(
         values[f"extrapolation.{preset.length}"] = length_factor * (1 / workers if own == "1/K" else own)
     if validation is not None:
         values["data.validation"] = validation
-    if base.steps is not None:
-        # The same number of warm-up steps for every batch size, like the run's.
-        values["schedule.warmup_epochs"] = base.schedule.warmup_epochs * batch_size / min(request.batch_sizes)
     if base.device == "cpu" and base.threads is None:
         values["threads"] = 1  # a constant: the number of threads changes the order of sums
     config = load_config(preset.source, _all_settings(request, base, values))
     facts = facts_of(config)
+    epochs = facts.steps / facts.steps_per_epoch
+    often = epochs / EVALUATIONS
+    if base.steps is not None:
+        # The same number of warm-up steps for every batch size, like the run's.
+        smallest = config.model_copy(update=_grown(request.grow, preset, min(request.batch_sizes)))
+        longer = facts_of(smallest).steps_per_epoch / facts.steps_per_epoch
+        values["schedule.warmup_epochs"] = base.schedule.warmup_epochs * longer
+    else:
+        often = min(max(1, int(often)), base.evaluate_every)
     if not request.sets("evaluate_every"):
-        often = max(1, facts.steps // facts.steps_per_epoch // EVALUATIONS)
-        values["evaluate_every"] = often if config.steps is not None else min(often, base.evaluate_every)
+        values["evaluate_every"] = often
     settings = _all_settings(request, base, values)
+    config = load_config(preset.source, settings)
+    if base.steps is not None:
+        facts = facts_of(config)
     name = f"{preset.name}-b{batch_size}"
     if len(request.rate_factors) > 1:
         name += f"-lr{rate_factor:.12g}"
@@ -389,10 +420,10 @@ def _cell(
         length_factor=length_factor,
         name=f"{name}-s{base.seed + number}",
         settings=tuple(settings),
-        config=load_config(preset.source, settings),
+        config=config,
         steps=facts.steps,
         steps_per_epoch=facts.steps_per_epoch,
-        gradient_evaluations=facts.gradient_evaluations,
+        second_gradients=facts.second_gradients,
     )
 
 
@@ -403,7 +434,7 @@ def _all_settings(request: Request, base: Config, values: Mapping[str, Any]) -> 
     for key, value in values.items():
         section, _, name = key.rpartition(".")
         if (plain[section] if section else plain)[name] != value:
-            own.append(f"{key}={json.dumps(value)}")
+            own.append(f"{key}={write_value(value)}")
     return [*request.settings, *own]
 
 
@@ -438,9 +469,9 @@ def _rule(request: Request, presets: Sequence[Preset], equal_steps: bool) -> str
     bases = ", ".join(dict.fromkeys(f"{p.config.optimizer.lr:g} at {p.base_batch_size}" for p in presets))
     return (
         f"{growth}. The learning rate grows from {bases} ({rates}). Warm-up takes the same number of "
-        f"{'steps' if equal_steps else 'epochs'} and starts from the same rate at every B. The extrapolation follows: "
-        "a ratio is one of the learning rate, and 1/K falls as K grows. A factor of the grid multiplies the learning "
-        "rate and the start of its warm-up alike."
+        f"{'steps' if equal_steps else 'epochs'} and starts from the same rate at every B. Of an extrapolation, a "
+        "ratio is one of the learning rate, and 1/K falls as K grows; a rate, size or radius stays. A factor of the "
+        "grid multiplies the learning rate and the start of its warm-up alike."
     )
 
 

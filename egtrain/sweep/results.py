@@ -77,7 +77,7 @@ class Row:
     reached: int
     """Seeds that came to the target."""
     steps_to_target: float | None
-    """Mean over the seeds; None unless all that ended well came to the target."""
+    """Mean over the seeds; None unless all of them came to the target."""
     samples_to_target: float | None
     gradient_evaluations_to_target: float | None
 
@@ -114,8 +114,11 @@ class Results:
         ]
 
     def largest_batch_within(self, preset: str) -> int | None:
-        """Return the largest batch whose mean is at most so many per cent worse than the smallest batch's."""
-        rows = [row for row in self.rows_of(preset) if row.mean is not None]
+        """Return the largest batch whose mean is at most so many per cent worse than the smallest batch's.
+
+        A batch that a seed did not survive is none of them; nor is anything, if it is the smallest one.
+        """
+        rows = [row for row in self.rows_of(preset) if row.mean is not None and not row.failed]
         if not rows or rows[0].batch_size != self.plan.batch_sizes[0] or rows[0].mean is None:
             return None
         allowed = abs(rows[0].mean) * self.within_percent / 100
@@ -132,7 +135,6 @@ class Results:
 def read_results(plan: Plan, folder: Folder, *, target: float | None, within_percent: float) -> Results:
     """Read what the runs of a sweep have left and select the best point of each grid."""
     cells = tuple(_read_cell(cell, folder, plan.metric) for cell in plan.cells)
-    split = "validation" if plan.cells[0].config.data.validation else "test"
     selected = frozenset(name for key in _row_keys(plan) for name in _selected(plan, cells, *key))
     chosen = [result for result in cells if result.cell.name in selected and result.status is Status.done]
     given = target is not None
@@ -151,7 +153,7 @@ def read_results(plan: Plan, folder: Folder, *, target: float | None, within_per
         cells=cells,
         selected=selected,
         rows=tuple(rows),
-        curve_split=split,
+        curve_split=_watched_split(plan.cells[0]),
         target=target,
         target_given=given,
         within_percent=within_percent,
@@ -275,14 +277,14 @@ def notes_on(results: Results) -> list[str]:
 def _read_cell(cell: Cell, folder: Folder, metric: str) -> CellResult:
     status = folder.status(cell)
     if status is not Status.done:
-        message = folder.read_failure(cell)["message"] if folder.failure(cell).exists() else ""
+        message = "a final metric is not a number" if (folder.run(cell) / "summary.json").exists() else ""
+        if folder.failure(cell).exists():
+            message = folder.read_failure(cell)["message"]
         return CellResult(cell, status, message)
     run = folder.run(cell)
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    if any(values.get(metric) is None for values in summary["final"].values()):
-        return CellResult(cell, Status.diverged, f"the final {metric} is not a number")
     curve, scales, seconds = [], [], None
-    split = "validation" if "validation" in summary["final"] else "test"
+    split = _watched_split(cell)
     with (run / "metrics.jsonl").open(encoding="utf-8") as file:
         for text in file:
             line = json.loads(text)
@@ -302,6 +304,11 @@ def _read_cell(cell: Cell, folder: Folder, metric: str) -> CellResult:
         noise_scale=statistics.median(scales) if scales else None,
         seconds=seconds,
     )
+
+
+def _watched_split(cell: Cell) -> str:
+    """Return the split that a run is evaluated on during training; texts have a validation part of their own."""
+    return "validation" if cell.config.data.validation or cell.config.task.name != "image" else "test"
 
 
 def _row_keys(plan: Plan) -> list[tuple[str, int]]:
@@ -334,9 +341,7 @@ def _row(plan: Plan, members: Sequence[CellResult], target: float | None, smalle
     mean = statistics.fmean(values) if values else None
     found = [r.steps_to(target, plan.higher_is_better) for r in done] if target is not None else []
     reached = [steps for steps in found if steps is not None]
-    to_target = statistics.fmean(reached) if reached and len(reached) == len(done) else None
-    samples = None if to_target is None else to_target * cell.batch_size
-    gradients = None if samples is None else samples * done[0].gradient_evaluations / done[0].samples
+    all_came = len(reached) == len(members)
     return Row(
         preset=cell.preset,
         batch_size=cell.batch_size,
@@ -354,9 +359,9 @@ def _row(plan: Plan, members: Sequence[CellResult], target: float | None, smalle
         steps=statistics.fmean(r.steps for r in done) if done else None,
         gradient_evaluations=statistics.fmean(r.gradient_evaluations for r in done) if done else None,
         reached=len(reached),
-        steps_to_target=to_target,
-        samples_to_target=samples,
-        gradient_evaluations_to_target=gradients,
+        steps_to_target=statistics.fmean(reached) if all_came else None,
+        samples_to_target=statistics.fmean(reached) * cell.batch_size if all_came else None,
+        gradient_evaluations_to_target=statistics.fmean(map(cell.gradients_until, reached)) if all_came else None,
     )
 
 
@@ -422,4 +427,4 @@ def _count(number: float | None) -> str:
 def _to_target(row: Row) -> str:
     if row.steps_to_target is not None:
         return f"{row.steps_to_target:,.0f}"
-    return f"{row.reached} of {row.seeds} seeds" if row.seeds else "–"
+    return f"{row.reached} of {row.seeds + row.failed} seeds" if row.seeds else "–"
