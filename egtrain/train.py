@@ -93,19 +93,43 @@ class Run:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned, on any number of ranks."""
+        """Restore what `state_dict` returned, on any number of ranks; settings stay this run's.
+
+        Where the next step is no local one here, the workers go on from the mean of their weights.
+
+        Raises:
+            ValueError: the state belongs to another base optimizer, extrapolation or number of workers.
+        """
         self.step = state["step"]
         load_weights(self.model, state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.workers.load_state_dict(state["workers"])
+        load_optimizer_state(self.optimizer, state["optimizer"])
+        local = self.post_local is not None and self.post_local.is_local(self.step)
+        self.workers.load_state_dict(state["workers"] if local else {**state["workers"], "parameters": None})
         self.noise_scale = NoiseScale(**state["noise_scale"])
         mine = slice(self.workers.mine.start, self.workers.mine.stop)
         if self.extrapolation is not None:
             extrapolation = dict(state["extrapolation"])
             extrapolation["own"] = [rows[mine] for rows in extrapolation["own"]]
+            if self.clip_norm is None:
+                extrapolation["clip_factor"] = None
             self.extrapolation.load_state_dict(extrapolation)
-        if self.post_local is not None and state["post_local"] is not None:
+        if self.post_local is not None and local and state["post_local"] is not None:
             self.post_local.load_state_dict({name: rows[mine] for name, rows in state["post_local"].items()})
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Restore what an optimizer remembers of its steps; PyTorch would take its settings from the state, too.
+
+    Raises:
+        ValueError: the state belongs to another optimizer.
+    """
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    for saved, own in zip(state["param_groups"], settings, strict=True):
+        if unknown := saved.keys() - own.keys() - {"params"}:
+            raise ValueError(f"the optimizer is another one: it has no {', '.join(sorted(unknown))}")
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
 
 
 class OnItsWay:
@@ -211,7 +235,7 @@ def take_local_step(
     run: Run, post_local: PostLocal, learning_rate: float, stop_requested: Callable[[], bool]
 ) -> Tensor:
     """Make one update of each worker's own weights, and average them where a period ends."""
-    if run.step == post_local.start:
+    if not post_local.optimizers:
         post_local.begin()
         run.workers.begin_local_phase()
     run.workers.begin_step()

@@ -14,6 +14,7 @@ from tiny_run import RATES, TinyTask, tiny_net, tiny_run, train_watched
 from torch import Tensor
 
 from egtrain.build import build_run
+from egtrain.checkpoint import read_checkpoint
 from egtrain.errors import DivergedError, InterruptedRun
 from egtrain.optim import Direction, LocalGradient
 from egtrain.optim.post_local import PostLocal
@@ -232,6 +233,27 @@ def test_a_run_goes_on_where_it_was_in_both_phases(
     else:
         run_here(tmp_path / "run", config, resume=True)
     assert outcome(tmp_path / "run") == undisturbed(*LOCAL)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(LOCAL, ()), (LOCAL, (*LOCAL, "post_local.start=0.9")), ((), LOCAL)],
+    ids=["no more", "later", "already begun"],
+)
+def test_a_run_goes_on_where_its_local_phase_was_moved(
+    before: tuple[str, ...], after: tuple[str, ...], images: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InterruptedRun):
+        run_here(tmp_path / "run", config_of(images, *before), stop_after=7)
+    (file,) = (tmp_path / "run/checkpoints").glob("step-00000007.pt")
+    then = read_checkpoint(file)[1]["model"]
+    run_here(tmp_path / "run", config_of(images, *after), resume=True)
+    last = read_checkpoint(tmp_path / "run/checkpoints/step-00000012.pt")[1]
+    assert last["step"] == 12
+    assert not torch.equal(last["model"]["stem.weight"], then["stem.weight"])
+    # The steps after it start from the mean of the workers' weights, not anew.
+    change = torch.linalg.vector_norm(last["model"]["stem.weight"] - then["stem.weight"])
+    assert change < torch.linalg.vector_norm(then["stem.weight"])
 
 
 def test_a_local_phase_is_another_run_with_fewer_synchronisations(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import (
     EXTRAPOLATIONS,
     STEPS,
@@ -31,8 +32,11 @@ from helpers import (
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from egtrain.__main__ import main
+from egtrain.build import build_run
 from egtrain.config import Config
 from egtrain.errors import InterruptedRun, UsageError
+from egtrain.train import take_step
+from egtrain.workers import Ranks
 
 pytestmark = pytest.mark.timeout(120)
 Undisturbed = Callable[..., dict[str, Any]]
@@ -260,6 +264,21 @@ def test_a_run_goes_on_in_another_place(images: Path, undisturbed: Undisturbed, 
     assert outcome(tmp_path / "there") == undisturbed()
 
 
+def test_settings_that_are_changed_on_purpose_are_those_of_the_run(images: Path) -> None:
+    before = build_run(config_of(images, "optimizer.clip_norm=0.01"), Ranks())
+    take_step(before, 0.1)
+    run = build_run(config_of(images, "optimizer.weight_decay=0.1", "optimizer.momentum=0.5"), Ranks())
+    run.load_state_dict(before.state_dict())
+    (group,) = run.optimizer.param_groups
+    assert (group["weight_decay"], group["momentum"]) == (0.1, 0.5)
+    assert torch.equal(run.workers.parameters, before.workers.parameters)
+    # ζ no longer takes a clipping factor where gradients are not clipped.
+    assert before.extrapolation is not None
+    assert run.extrapolation is not None
+    assert before.extrapolation.state_dict()["clip_factor"] < 1
+    assert run.extrapolation.state_dict()["clip_factor"] is None
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -267,6 +286,7 @@ def test_a_run_goes_on_in_another_place(images: Path, undisturbed: Undisturbed, 
         ("workers=8", "it is of 4 workers, and the run has 8"),
         ("model.depth=14", "the checkpoint is of another architecture"),
         ("extrapolation.name=global", "the extrapolation state belongs to"),
+        ("optimizer.name=lars", "the optimizer is another one: it has no dampening"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(change: str, reason: str, images: Path, tmp_path: Path) -> None:
