@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -307,6 +308,7 @@ def build_run(config: Config, ranks: Ranks, data: Data | None = None) -> Run:
         DataError: the data are missing or damaged.
         UsageError: the batch is larger than the data, or the ranks do not divide the workers.
     """
+    config = config.model_copy(update={"precision": native_precision(config.precision, ranks.device)})
     set_numerics(config, ranks)
     if data is None:
         data = first_rank_first(ranks, lambda: load_data(config))
@@ -368,6 +370,9 @@ def set_numerics(config: Config, ranks: Ranks) -> None:
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(config.deterministic)
     torch.backends.cudnn.benchmark = not config.deterministic
+    # PyTorch's default on a GPU is TF32, whose 10 bits would round much of a small shift away.
+    cudnn: Any = torch.backends.cudnn
+    cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee" if config.precision == "fp32" else "tf32"
     if config.deterministic:
         # Of the values for which PyTorch promises equal matrix products, the one for which it promises equal LSTMs too.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")

@@ -49,7 +49,7 @@ class Config(Section):
     steps: Count | None = None
     """Length of the run in updates, instead of epochs."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """fp32; bf16: automatic mixed precision; auto: bf16 where the device computes in it natively, else fp32."""
+    """fp32, no TF32; bf16: mixed precision; auto: bf16 where the device computes in it natively, else fp32."""
     channels_last: bool = True
     """Keep images channels-last in memory."""
     compile: bool = False

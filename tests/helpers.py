@@ -124,12 +124,15 @@ def torch_as_it_was() -> Iterator[None]:
     """Take back what a run sets for its whole process."""
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     benchmark, workspace = torch.backends.cudnn.benchmark, os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    cudnn: Any = torch.backends.cudnn
+    precisions = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
     try:
         yield
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic)
         torch.backends.cudnn.benchmark = benchmark
+        cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = precisions
         if workspace is None:
             os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 

@@ -1,11 +1,15 @@
 """What only a GPU can show; each promise has a test on the CPU too."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from helpers import config_of, outcome, run_here
 
 from egtrain.build import build_run
 from egtrain.config_files import load_config
+from egtrain.errors import InterruptedRun
 from egtrain.evaluate import evaluate
 from egtrain.models.lstm import LSTMLanguageModel
 from egtrain.train import Run, take_step
@@ -38,13 +42,32 @@ def test_deterministic_training_repeats_bit_for_bit(preset: str) -> None:
     assert np.array_equal(rows, again)
 
 
-def test_the_first_step_is_that_of_the_cpu() -> None:
-    settings = ["precision=fp32", "task.augment=false", "seed=5"]
-    _, on_gpu = stepped("resnet-sgd", torch.device("cuda"), *settings, steps=1)
-    assert np.isfinite(on_gpu).all()
-    # The order of the images is drawn on the device, so the batches differ; the initial loss is log(10) on both.
-    _, on_cpu = stepped("resnet-sgd", torch.device("cpu"), *settings, steps=1)
-    assert on_gpu[0, 0] == pytest.approx(on_cpu[0, 0], abs=0.05)
+def test_the_loss_of_images_is_that_of_the_cpu() -> None:
+    config = load_config("resnet-sgd", [*TINY, *MODELS["resnet"], "precision=fp32"])
+    runs = {name: build_run(config, Ranks(device=torch.device(name))) for name in ("cpu", "cuda")}
+    # The order of the images is drawn on the device, so the batches of a step differ.
+    images, labels = runs["cpu"].task.batch(0, 0)
+    losses = [run.task.loss(run.model, (images.to(name), labels.to(name)))[0].item() for name, run in runs.items()]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("preset", ["resnet-eg", "resnet-eg-lars", "lstm-eg", "transformer-eg"])
+def test_a_step_does_not_wait_for_the_device(preset: str) -> None:
+    run, _ = stepped(preset, torch.device("cuda"), "deterministic=false")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        take_step(run, 0.05)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("further", [[], ["post_local.period=3", "post_local.start=0.3"]], ids=["shared", "local"])
+def test_an_interrupted_run_ends_as_if_it_was_not(further: list[str], images: Path, tmp_path: Path) -> None:
+    config = config_of(images, *further, "device=cuda")
+    whole = outcome(run_here(tmp_path / "whole", config))
+    with pytest.raises(InterruptedRun):
+        run_here(tmp_path / "run", config, stop_after=5)
+    assert outcome(run_here(tmp_path / "run", config, resume=True)) == whole
 
 
 @pytest.mark.parametrize("preset", ["lstm-eg", "transformer-eg"])

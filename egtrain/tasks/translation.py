@@ -203,7 +203,8 @@ class TranslationTask:
 
     def _pairs(self, chosen: Tensor) -> Pairs:
         source, target = self._lengths[chosen].max(dim=0).values.tolist()
-        rows = chosen.to(self.device)
+        # From pinned memory, so that the host need not wait for the device.
+        rows = (chosen.pin_memory() if self.device.type == "cuda" else chosen).to(self.device, non_blocking=True)
         return _with_beginning(self._source[rows, :source].long(), self._target[rows, :target].long())
 
 
