@@ -340,6 +340,7 @@ def build_run(config: Config, ranks: Ranks, data: Data | None = None) -> Run:
         seed=config.seed,
         evaluate_every=evaluate_every,
         checkpoint_every=config.checkpoint.every or evaluate_every,
+        data=data.digest,
         unread_steps=0 if ranks.device.type == "cpu" else 1,
     )
 
@@ -361,13 +362,14 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def threads_of_a_rank() -> int:
+    """Return the cores that there are for each process of this run on this machine."""
+    return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def set_numerics(config: Config, ranks: Ranks) -> None:
     """Set the process's threads and its choice of kernels."""
-    threads = config.threads
-    if threads is None:
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        threads = 1 if config.deterministic else max(1, cores() // local_ranks)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(config.threads or (1 if config.deterministic else threads_of_a_rank()))
     torch.use_deterministic_algorithms(config.deterministic)
     torch.backends.cudnn.benchmark = not config.deterministic
     # PyTorch's default on a GPU is TF32, whose 10 bits would round much of a small shift away.

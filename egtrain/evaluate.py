@@ -1,5 +1,9 @@
 """Evaluation of a model on a held-out split, shared by the ranks, the same for any number of them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -17,7 +21,8 @@ def evaluate(task: Task, model: nn.Module, split: Split, ranks: Ranks, precision
     sums = torch.zeros(task.evaluation_batches(split), len(task.sums), dtype=torch.float64)
     training = model.training
     model.eval()
-    with torch.inference_mode(), torch.autocast(ranks.device.type, torch.bfloat16, enabled=precision == "bf16"):
+    autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=precision == "bf16")
+    with torch.inference_mode(), autocast, _float32_as_in_training(precision):
         for index in range(ranks.rank, len(sums), ranks.count):
             sums[index] = task.evaluate_batch(model, split, index).cpu()
     model.train(training)
@@ -26,3 +31,16 @@ def evaluate(task: Task, model: nn.Module, split: Split, ranks: Ranks, precision
         dist.all_reduce(on_device)
         sums = on_device.cpu()
     return task.metrics_of(sums.sum(dim=0).tolist(), split)
+
+
+@contextmanager
+def _float32_as_in_training(precision: str) -> Iterator[None]:
+    """Keep TF32, which is PyTorch's default on a GPU, out of an evaluation in fp32, also in a process of its own."""
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+    if precision == "fp32":
+        cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = before

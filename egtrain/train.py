@@ -48,6 +48,8 @@ class Run:
     """In steps."""
     unread_steps: int
     """Steps that may be queued on the device before the host reads the first one's statistics: 1 keeps a GPU busy."""
+    data: str = ""
+    """A digest of the data."""
     noise_scale: NoiseScale = field(default_factory=NoiseScale)
     step: int = 0
     """Completed updates."""
@@ -75,6 +77,7 @@ class Run:
         self.workers.average_for_evaluation()
         state: dict[str, Any] = {
             "step": self.step,
+            "data": self.data,
             "model": {name: t.detach().cpu().clone() for name, t in self.model.state_dict().items()},
             "optimizer": self.optimizer.state_dict(),
             "workers": self.workers.state_dict(),
@@ -98,8 +101,10 @@ class Run:
         Where the next step is no local one here, the workers go on from the mean of their weights.
 
         Raises:
-            ValueError: the state belongs to another base optimizer, extrapolation or number of workers.
+            ValueError: the state belongs to other data, another base optimizer, extrapolation or number of workers.
         """
+        if state.get("data") != self.data:
+            raise ValueError("the data are not those that it was trained on")
         self.step = state["step"]
         load_weights(self.model, state["model"])
         load_optimizer_state(self.optimizer, state["optimizer"])

@@ -5,9 +5,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from helpers import command_line, config_of, metrics_in, newest_checkpoint, run_here
+from helpers import command_line, config_of, metrics_in, newest_checkpoint, run_here, write_images
 
 import egtrain
 from egtrain.errors import DataError, UsageError
@@ -97,6 +98,45 @@ def test_a_damaged_checkpoint_that_is_named_is_refused_in_a_line(
     result = command_line(capsys, "eval", str(plain), "--checkpoint", str(file))
     assert (result.code, result.stdout) == (3, "")
     assert str(file) in result.line
+
+
+def test_fp32_is_not_evaluated_in_tf32(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = egtrain.load_run(plain)
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+    seen = []
+
+    def counts(*_: object) -> torch.Tensor:
+        seen.append((cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision))
+        return torch.ones(2, dtype=torch.float64)
+
+    monkeypatch.setattr(run.task, "evaluate_batch", counts)
+    run.evaluate("test")
+    assert set(seen) == {("ieee", "ieee")}
+    assert (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision) == before
+
+
+def test_a_run_knows_its_data_again_elsewhere_and_when_they_have_changed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_images(tmp_path / "here.npz")
+    config = config_of(file, "steps=2")
+    directory = run_here(tmp_path / "run", config)
+    (tmp_path / "there").mkdir()
+    moved = file.rename(tmp_path / "there/here.npz")
+    capsys.readouterr()
+    result = command_line(capsys, "eval", str(directory), "--data-dir", str(tmp_path / "there"), "--json")
+    assert json.loads(result.stdout)["accuracy"] == final_of(directory)["test"]["accuracy"]
+
+    with np.load(moved) as arrays:
+        changed = {name: arrays[name] for name in arrays}
+    changed["x_train"][0] += 1
+    np.savez(file, **changed)
+    result = command_line(capsys, "eval", str(directory))
+    assert (result.code, result.stdout) == (3, "")
+    assert "the data are not those that" in result.line
+    with pytest.raises(UsageError, match="the data are not those that it was trained on"):
+        run_here(directory, config, resume=True)
 
 
 def test_a_checkpoint_of_another_net_is_refused_in_a_line(

@@ -2,10 +2,12 @@
 
 import csv
 import json
+import math
 import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,15 +19,26 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 import egtrain
+from egtrain.config_files import load_config
+from egtrain.errors import UsageError
 from egtrain.figures import new_figure
 from egtrain.optim.randomness import generator_for
-from egtrain.sharpness import comparison, measure, picture
+from egtrain.sharpness import comparison, measure, picture, subjects
 from egtrain.sharpness.frozen_loss import FrozenLoss
-from egtrain.sharpness.results import Comparison, MeasuredCheckpoint, MeasuredRun, Record, RecordStore, barrier
+from egtrain.sharpness.results import (
+    Comparison,
+    MeasuredCheckpoint,
+    MeasuredRun,
+    Record,
+    RecordStore,
+    barrier,
+    require_comparable,
+)
 from egtrain.sharpness.spectrum import eigenvalues, trace
 
 pytestmark = pytest.mark.timeout(120)
 
+SHARP_LABELS = ["task.label_smoothing=0"]
 SMALL: dict[str, dict[str, Any]] = {
     "eigenvalues": {"count": 2, "steps": 4},
     "density": {"vectors": 1, "steps": 5},
@@ -465,6 +478,28 @@ def test_unequal_training_losses_and_loose_eigenvalues_are_warned_of() -> None:
     assert "more than 10%" in warning
     (warning,) = warnings(measured_run(7, "h"))
     assert "eigenvalues of h have not converged" in warning
+    assert warning.endswith("use --thorough")
+    (warning,) = Comparison({"thorough": True}, {}, (measured_run(7, "h"),)).warnings
+    assert "use --thorough" not in warning
+
+
+def test_a_label_finds_its_run_however_the_path_is_written(tmp_path: Path) -> None:
+    odd = tmp_path / "a=b"
+    labels = [f"{tmp_path}//run/=one", f"{tmp_path}/./a=b=two = 2"]
+    assert subjects._given_labels([tmp_path / "run", odd], labels) == {tmp_path / "run": "one", odd: "two = 2"}
+
+
+def test_runs_that_smooth_their_labels_differently_are_not_compared() -> None:
+    own, other = (subjects._asked_for(load_config("transformer-eg", change)) for change in ([], SHARP_LABELS))
+    with pytest.raises(UsageError, match="label smoothing"):
+        require_comparable(("own", own), ("other", other))
+
+
+def test_a_perplexity_is_that_of_the_mean_loss() -> None:
+    loss = SimpleNamespace(value=lambda: (2.0, 99.0))
+    task = SimpleNamespace(training_metric="perplexity")
+    bench = measure._Bench(loss, task, None, [], None)  # type: ignore[arg-type]
+    assert bench.measure("level", {})[0] == {"train": {"loss": 2.0, "perplexity": math.exp(2.0)}}
 
 
 def test_the_barrier_is_the_rise_above_the_straight_line() -> None:

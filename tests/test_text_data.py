@@ -174,6 +174,11 @@ def test_what_is_kept_serves_only_the_text_and_the_number_that_it_was_learned_fo
     assert "heim 0 de" in pairs_in(put(tmp_path / "q", other)).train.target_text
 
 
+def test_fewer_subwords_than_characters_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"task.subwords: 16 is too small, as the training text has \d+ different"):
+        pairs_in(put(tmp_path / "p", PAIRS), subwords=16)
+
+
 def test_a_text_too_small_for_so_many_subwords_has_fewer(tmp_path: Path) -> None:
     assert 30 < pairs_in(put(tmp_path / "p", PAIRS), subwords=4000).subwords.size < 200
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from egtrain.data.arrays import ImageArrays
 from egtrain.data.cifar import CIFAR10, CIFAR100, read_layout
-from egtrain.data.fetch import find_or_download, locate
+from egtrain.data.fetch import data_folders, find_or_download, locate
 from egtrain.data.npz import read_npz
 from egtrain.data.synthetic_images import make_synthetic_images
 from egtrain.errors import UsageError
@@ -67,7 +67,7 @@ def load_images(
         drawn = make_synthetic_images()
         arrays, ceiling = drawn.arrays, drawn.ceiling
     elif name.startswith("npz:"):
-        arrays = read_npz(_npz_path(name))
+        arrays = read_npz(_npz_path(name, data_dir))
     else:
         raise _unknown(name)
     return _split(name, arrays, ceiling, train_samples, validation)
@@ -81,7 +81,7 @@ def locate_images(name: str, *, data_dir: Path | None, offline: bool) -> str:
     if name == "synthetic":
         return "made when needed"
     if name.startswith("npz:"):
-        path = _npz_path(name)
+        path = _npz_path(name, data_dir)
         return f"found: {path}" if path.is_file() else f"missing: {path}"
     if name not in _CIFAR:
         raise _unknown(name)
@@ -91,8 +91,11 @@ def locate_images(name: str, *, data_dir: Path | None, offline: bool) -> str:
 _CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 
 
-def _npz_path(name: str) -> Path:
-    return Path(name.removeprefix("npz:")).expanduser()
+def _npz_path(name: str, data_dir: Path | None) -> Path:
+    """Return the file as it is named, or else where the first of the data folders has it, also after a move."""
+    path = Path(name.removeprefix("npz:")).expanduser()
+    places = [place for folder in data_folders(data_dir) for place in (folder / path, folder / path.name)]
+    return next((place for place in (path, *places) if place.is_file()), path)
 
 
 def _unknown(name: str) -> UsageError:

@@ -339,21 +339,29 @@ def _train(sentences: list[str], size: int) -> bytes:
 
     learned = io.BytesIO()
     trainer: Any = SentencePieceTrainer
-    trainer.train(
-        sentence_iterator=iter(sentences),
-        model_writer=learned,
-        vocab_size=size,
-        model_type="bpe",
-        character_coverage=1.0,
-        hard_vocab_limit=False,
-        num_threads=1,
-        pad_id=PAD,
-        unk_id=UNK,
-        bos_id=BOS,
-        eos_id=EOS,
-        minloglevel=2,
-        max_sentence_length=1_000_000,
-    )
+    try:
+        trainer.train(
+            sentence_iterator=iter(sentences),
+            model_writer=learned,
+            vocab_size=size,
+            model_type="bpe",
+            character_coverage=1.0,
+            hard_vocab_limit=False,
+            num_threads=1,
+            pad_id=PAD,
+            unk_id=UNK,
+            bos_id=BOS,
+            eos_id=EOS,
+            minloglevel=2,
+            max_sentence_length=1_000_000,
+        )
+    except RuntimeError:
+        # Each character is a subword, as are the four special ones.
+        characters = len(set().union(*sentences))
+        raise UsageError(
+            f"task.subwords: {size} is too small, as the training text has {characters:,} different characters; "
+            f"use at least {characters + 4}"
+        ) from None
     return learned.getvalue()
 
 

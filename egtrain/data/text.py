@@ -162,8 +162,8 @@ def _official(path: Path, file: TextFile) -> bytes:
     content = read_text(path)
     if hashlib.sha1(content, usedforsecurity=False).hexdigest() != file.sha1:
         raise DataError(
-            f"{path}: not the official file (its SHA-1 is not {file.sha1}); read another text with --data text:FOLDER, "
-            "or delete the folder to have WikiText-2 downloaded"
+            f"{path}: not the official file (its SHA-1 is not {file.sha1}); read a text of your own with --data "
+            "text:FOLDER, or name a folder without this file with --data-dir, to have WikiText-2 downloaded"
         )
     return content
 

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from egtrain import launch
+from egtrain.build import threads_of_a_rank
 from egtrain.checkpoint import RunLock
 from egtrain.errors import EgtrainError, InterruptedRun, UsageError
 from egtrain.figures import save_figure
@@ -71,6 +73,8 @@ def plot(
     works: list[list[Work]] = []
     try:
         with launch.StopSignal() as stop, launch.joined_ranks(device) as ranks, ExitStack() as closing:
+            if ranks.count > 1:
+                torch.set_num_threads(threads_of_a_rank())  # torchrun leaves them one
             launch.only_first_rank(ranks, lambda: closing.enter_context(RunLock(output)))
             models, task, sample, precisions = launch.first_rank_first(
                 ranks, lambda: load_subjects(subjects, samples, data_dir, offline, str(ranks.device))

@@ -1,5 +1,6 @@
 """What is measured, with which numbers and in which order; each finished metric is stored before the next begins."""
 
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -313,6 +314,8 @@ class _Bench:
         match metric:
             case "level":
                 value, score = loss.value()
+                if self._task.training_metric == "perplexity":
+                    score = math.exp(value)  # which the mean over batches is not
                 train = {"loss": value, self._task.training_metric: score}
                 return {"train": train, **({"test": self._tested} if self._tested else {})}, {}
             case "eigenvalues":

@@ -28,7 +28,8 @@ CAVEATS = (
     "Read with care: sharpness follows the learning rate more closely than it follows generalisation, so compare runs "
     "of one learning rate first.",
     "λ_max, trace, density and ε-sharpness also change when weights are rescaled in a way that leaves the function as "
-    "it is; the adaptive average and worst values and the filter-normalised landscapes do not.",
+    "it is; the adaptive average and worst values do not, nor do the filter-normalised landscapes where a whole layer, "
+    "or a filter before BatchNorm, is rescaled.",
 )
 
 
@@ -118,12 +119,15 @@ class Comparison:
         loose = [
             run.label
             for run in self.runs
-            if "eigenvalues" in run.records and not all(run.records["eigenvalues"].values["converged"])
+            if any(
+                "eigenvalues" in checkpoint.records and not all(checkpoint.records["eigenvalues"].values["converged"])
+                for checkpoint in run.checkpoints
+            )
         ]
         if loose:
+            more = "" if self.settings.get("thorough") else ": use --thorough"
             found.append(
-                f"eigenvalues of {', '.join(loose)} have not converged (marked ~; a residual is in {NAME}.json): "
-                "use --thorough"
+                f"eigenvalues of {', '.join(loose)} have not converged (their residuals are in {NAME}.json){more}"
             )
         return found
 

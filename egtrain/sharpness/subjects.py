@@ -76,13 +76,12 @@ def _given_labels(paths: Sequence[Path], labels: Sequence[str]) -> dict[Path, st
     given: dict[Path, str] = {}
     for label in labels:
         # A path may hold an equals sign itself.
-        matching = [path for path in paths if label.startswith((f"{path}=", f"{path}/="))]
-        if not matching:
+        ends = [place for place, character in enumerate(label) if character == "=" and Path(label[:place]) in paths]
+        if not ends:
             name = label.partition("=")[0]
             hint = did_you_mean(name, [str(path) for path in paths])
             raise UsageError(f"--label {label} is of no run here: write PATH=TEXT with a path as it is named{hint}")
-        path = max(matching, key=lambda p: len(str(p)))
-        text = label.removeprefix(str(path)).removeprefix("/").removeprefix("=").strip()
+        path, text = Path(label[: ends[-1]]), label[ends[-1] + 1 :].strip()
         if not text:
             raise UsageError(f"--label {label} has no text: write PATH=TEXT")
         if path in given:
@@ -163,6 +162,7 @@ def _asked_for(config: Config) -> dict[str, Any]:
         "data": data.name,
         "training samples": data.train_samples or "all",
         "validation samples": data.validation,
+        "label smoothing": getattr(config.task, "label_smoothing", 0.0),
     }
 
 
