@@ -112,7 +112,9 @@ def load_run(
     place = torch.device(device)
     data = load_data(config, offline)
     if state.get("data") != data.digest:
-        raise DataError(f"the data are not those that {directory} was trained on: name the folder of those, --data-dir")
+        raise DataError(
+            f"the data are not those that {directory} was trained on: name the folder that has those, with --data-dir"
+        )
     model = build_model(config, outputs_of(data), place)
     load_weights(model, state["model"])
     config = config.model_copy(update={"precision": native_precision(config.precision, place)})

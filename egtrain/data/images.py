@@ -92,10 +92,12 @@ _CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 
 
 def _npz_path(name: str, data_dir: Path | None) -> Path:
-    """Return the file as it is named, or else where the first of the data folders has it, also after a move."""
+    """Return the file as it is named, or else within the first of the data folders that has it."""
     path = Path(name.removeprefix("npz:")).expanduser()
-    places = [place for folder in data_folders(data_dir) for place in (folder / path, folder / path.name)]
-    return next((place for place in (path, *places) if place.is_file()), path)
+    places = [path, *(folder / path for folder in data_folders(data_dir))]
+    if data_dir is not None:
+        places.append(data_dir / path.name)  # it has moved there
+    return next((place for place in places if place.is_file()), path)
 
 
 def _unknown(name: str) -> UsageError:
