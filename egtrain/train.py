@@ -125,12 +125,15 @@ class Run:
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Restore what an optimizer remembers of its steps; PyTorch would take its settings from the state, too.
 
+    The learning rate is no setting here, but that of the last step.
+
     Raises:
         ValueError: the state belongs to another optimizer.
     """
-    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    remembered = {"params", "lr"}
+    settings = [{name: group[name] for name in group.keys() - remembered} for group in optimizer.param_groups]
     for saved, own in zip(state["param_groups"], settings, strict=True):
-        if unknown := saved.keys() - own.keys() - {"params"}:
+        if unknown := saved.keys() - own.keys() - remembered:
             raise ValueError(f"the optimizer is another one: it has no {', '.join(sorted(unknown))}")
     optimizer.load_state_dict(state)
     for group, own in zip(optimizer.param_groups, settings, strict=True):

@@ -83,12 +83,13 @@ def _small() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def runs(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with finished runs: sgd, eg with another batch, and wide with another network."""
+    """Return a folder with finished runs: sgd, eg with another batch, wide with another network, one of other data."""
     folder = tmp_path_factory.mktemp("runs")
     small = ["model.width=2", "evaluate_every=10", "checkpoint.every=6", "checkpoint.keep=all"]
     run_here(folder / "sgd", config_of(images, *small, "log.tensorboard=true", extrapolation="none"))
     run_here(folder / "eg", config_of(images, *small, "worker_batch_size=4", "steps=6", "seed=1"))
     run_here(folder / "wide", config_of(images, "model.width=4", "steps=1", "evaluate_every=10"))
+    run_here(folder / "elsewhere", config_of(changed_images(images, folder), *small, "steps=1"))
     return folder
 
 
@@ -327,7 +328,7 @@ def test_all_checkpoints_give_curves_over_the_steps(
         (["sgd/checkpoints/step-00000099.pt"], 3, "there is no checkpoint file"),
         (["lonely.pt"], 2, "lonely.pt is a checkpoint without its run"),
         (["sgd", "other"], 2, "sgd and other cannot be compared: their training samples differ (all and 100)"),
-        (["sgd", "sgd-elsewhere", "--samples", "20"], 2, "their training data differ"),
+        (["sgd", "elsewhere", "--samples", "20"], 2, "their training data differ"),
         (["sgd", "wide", "--metrics", "between", "--samples", "20"], 2, "sgd and wide have different networks"),
         (["sgd", "--device", "tpu"], 2, "device"),
     ],
@@ -343,19 +344,15 @@ def test_what_cannot_be_measured_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("sgd", "eg", "wide"):
+    for name in ("sgd", "eg", "wide", "elsewhere"):
         (tmp_path / name).symlink_to(runs / name)
     (tmp_path / "lonely.pt").write_bytes((runs / "sgd" / "checkpoints" / "step-00000006.pt").read_bytes())
     text = (runs / "sgd" / "config.yaml").read_text()
-    for name, old, new in (
-        ("other", "train_samples: null", "train_samples: 100"),
-        ("sgd-elsewhere", str(images), str(changed_images(images, tmp_path))),
-    ):
-        assert old in text
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.yaml").write_text(text.replace(old, new))
-        (tmp_path / name / "checkpoints").symlink_to(runs / "sgd" / "checkpoints")
-    if "sgd-elsewhere" in arguments:
+    assert "train_samples: null" in text
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/config.yaml").write_text(text.replace("train_samples: null", "train_samples: 100"))
+    (tmp_path / "other/checkpoints").symlink_to(runs / "sgd" / "checkpoints")
+    if "elsewhere" in arguments:
         # Under one name, so that only the data tell.
         monkeypatch.setattr("egtrain.sharpness.subjects._asked_for", lambda config: {})
     result = command_line(capsys, "plot-sharpness", *arguments)

@@ -267,6 +267,6 @@ def test_statistics_of_workers_are_their_own(images: Path, tmp_path: Path) -> No
 
 
 def test_a_batch_larger_than_the_data_is_refused_and_the_directory_stays_free(images: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"a batch of 32 x 8 = 256 is larger than the 150 training samples: lower"):
+    with pytest.raises(UsageError, match=r"a batch of 32 x 8 = 256 is larger than the 150 training samples: take"):
         run_here(tmp_path / "run", config_of(images, "workers=32"))
     run_here(tmp_path / "run", config_of(images, "steps=1"))
