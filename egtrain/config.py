@@ -81,6 +81,11 @@ class Config(Section):
         """Samples B in the batch of one update, K·b."""
         return self.workers * self.worker_batch_size
 
+    @property
+    def has_validation(self) -> bool:
+        """Whether there is a validation split; texts have one of their own."""
+        return self.task.name != "image" or self.data.validation > 0
+
     def local_start_fraction(self) -> float | None:
         """Return the fraction of the run at which the local phase begins, or None where there is none."""
         if self.post_local.period is None:

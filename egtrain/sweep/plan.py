@@ -220,7 +220,7 @@ class Plan:
         """
         shared = presets[0].config
         validation = request.validation
-        if validation is None and request.has_grid and shared.task.name == "image" and not shared.data.validation:
+        if validation is None and request.has_grid and not shared.has_validation:
             smallest = shared.model_copy(update=_grown(request.grow, presets[0], min(request.batch_sizes)))
             validation = max(1, facts_of(smallest).samples // 10)
         equal_steps = any(preset.config.steps is not None for preset in presets)
@@ -339,7 +339,7 @@ def facts_from_data(offline: bool = False) -> Callable[[Config], Facts]:
             second_gradients=plan.extrapolated_steps if twice else range(0),
             metric=task.metric,
             higher_is_better=task.higher_is_better,
-            data=str(getattr(loaded[key], "digest", "")),
+            data=loaded[key].digest,
         )
 
     return facts_of

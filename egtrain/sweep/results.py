@@ -307,8 +307,8 @@ def _read_cell(cell: Cell, folder: Folder, metric: str) -> CellResult:
 
 
 def _watched_split(cell: Cell) -> str:
-    """Return the split that a run is evaluated on during training; texts have a validation part of their own."""
-    return "validation" if cell.config.data.validation or cell.config.task.name != "image" else "test"
+    """Return the split that a run is evaluated on during training."""
+    return "validation" if cell.config.has_validation else "test"
 
 
 def _row_keys(plan: Plan) -> list[tuple[str, int]]:
