@@ -53,15 +53,15 @@ class Run:
     noise_scale: NoiseScale = field(default_factory=NoiseScale)
     step: int = 0
     """Completed updates."""
+    gradient_evaluations: int = 0
+    """Per-sample gradients taken so far, by all workers."""
 
-    @property
-    def gradient_evaluations(self) -> int:
-        """Per-sample gradients taken so far, by all workers."""
-        twice = 0
-        if self.extrapolation is not None and "fresh" in self.extrapolation.direction.needs:
-            steps = self.extrapolated_steps
-            twice = len(range(steps.start, min(steps.stop, self.step), steps.step))
-        return (self.step + twice) * self.task.batch_size
+    def count_update(self) -> None:
+        """Count a completed update, and the gradients that it took."""
+        extrapolation = self.extrapolation if self.step in self.extrapolated_steps else None
+        twice = extrapolation is not None and "fresh" in extrapolation.direction.needs
+        self.gradient_evaluations += (2 if twice else 1) * self.task.batch_size
+        self.step += 1
 
     def synchronisations(self, step: int) -> int:
         """Return how many times gradients or weights were averaged over the workers in the first `step` updates."""
@@ -77,6 +77,7 @@ class Run:
         self.workers.average_for_evaluation()
         state: dict[str, Any] = {
             "step": self.step,
+            "gradient_evaluations": self.gradient_evaluations,
             "data": self.data,
             "model": {name: t.detach().cpu().clone() for name, t in self.model.state_dict().items()},
             "optimizer": self.optimizer.state_dict(),
@@ -88,6 +89,7 @@ class Run:
         if self.extrapolation is not None:
             extrapolation = self.extrapolation.state_dict()
             extrapolation["own"] = [self.workers.gather(rows) for rows in extrapolation["own"]]
+            del extrapolation["workers"]
             state["extrapolation"] = extrapolation
         if self.post_local is not None and self.post_local.optimizers:
             device = self.workers.ranks.device
@@ -105,7 +107,9 @@ class Run:
         """
         if state.get("data") != self.data:
             raise ValueError("the data are not those that it was trained on")
-        self.step = state["step"]
+        if (state["extrapolation"] is None) != (self.extrapolation is None):
+            raise ValueError(f"it was trained with{'out' if state['extrapolation'] is None else ''} extrapolation")
+        self.step, self.gradient_evaluations = state["step"], state["gradient_evaluations"]
         load_weights(self.model, state["model"])
         load_optimizer_state(self.optimizer, state["optimizer"])
         local = self.post_local is not None and self.post_local.is_local(self.step)
@@ -115,6 +119,7 @@ class Run:
         if self.extrapolation is not None:
             extrapolation = dict(state["extrapolation"])
             extrapolation["own"] = [rows[mine] for rows in extrapolation["own"]]
+            extrapolation["workers"] = list(self.workers.mine)
             if self.clip_norm is None:
                 extrapolation["clip_factor"] = None
             self.extrapolation.load_state_dict(extrapolation)
@@ -235,7 +240,7 @@ def take_step(run: Run, learning_rate: float, stop_requested: Callable[[], bool]
             run.extrapolation.clip_past_gradients(factor)
     run.optimizer.step()
     run.workers.undo_unless_finite()
-    run.step += 1
+    run.count_update()
     return statistics
 
 
@@ -256,7 +261,7 @@ def take_local_step(
         post_local.optimizers[worker].step()
         run.workers.keep_own_weights(worker)
     statistics = run.workers.report_only(stop_requested())
-    run.step += 1
+    run.count_update()
     if post_local.averages_after(run.step):
         run.workers.average_own_weights()
     return statistics

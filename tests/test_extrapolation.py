@@ -1,6 +1,8 @@
 """Every choice of ζ agrees with the slow reference, and keeps the promises of the framework."""
 
+import copy
 import io
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -406,16 +408,64 @@ def test_an_exception_in_the_block_leaves_no_trace(direction: Direction) -> None
     assert same(loop.weights(), undisturbed.weights())
 
 
+@every_direction
+def test_a_ctrl_c_while_the_weights_are_shifted_leaves_no_trace(
+    direction: Direction, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = UserLoop(direction, torch.float32)
+    loop.step()
+    before = loop.weights()
+    subtract = torch._foreach_sub_
+
+    def interrupted(weights: list[Tensor], zeta: list[Tensor]) -> None:
+        subtract(weights, zeta)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "_foreach_sub_", interrupted)
+        with pytest.raises(KeyboardInterrupt), loop.shifted(1):
+            pass
+    assert same(loop.weights(), before)
+    loop.step()
+
+
 @pytest.mark.parametrize("length", [{"ratio": 0.5}, {"rate": 0.03}, {"size": 0.1, "scaling": "layer"}])
 def test_a_clipped_past_gradient_is_scaled_in_every_group_at_its_own_rate(length: dict[str, Any]) -> None:
     plain, clipped = UserLoop(LocalGradient(**length)), UserLoop(LocalGradient(**length))
+    clipped.extrapolation.clip_past_gradients(0.25)
     for loop in (plain, clipped):
         loop.step()
-    clipped.extrapolation.clip_past_gradients(torch.tensor(0.25, dtype=torch.float64))
     # Where a size sets the length, how long the gradient is makes no difference.
     factor = 1.0 if "size" in length else 0.25
     for before, after in zip(plain.shift().values(), clipped.shift().values(), strict=True):
         torch.testing.assert_close(after, factor * before, rtol=1e-4, atol=1e-15)
+
+
+@pytest.mark.parametrize("row", [LocalGradient, GradientNoise])
+def test_a_clipping_factor_is_that_of_one_step(row: Any) -> None:
+    """A loop may tell it only where it clips."""
+    told_once, told_always = UserLoop(row(ratio=0.5)), UserLoop(row(ratio=0.5))
+    for loop in (told_once, told_always):
+        loop.extrapolation.clip_past_gradients(torch.tensor(0.25))
+        loop.step()
+        if loop is told_always:
+            loop.extrapolation.clip_past_gradients(torch.tensor([1.0]))
+        loop.step()
+        loop.step()
+    assert same(told_once.weights(), told_always.weights())
+
+
+def test_a_forgotten_gradient_is_as_none_before() -> None:
+    loop = UserLoop(LocalGradient(ratio=0.5))
+    loop.step()
+    with loop.shifted(1):
+        torch.autograd.backward(loop.model(float("nan")))
+    loop.extrapolation.forget(1)
+    assert not any(shift.any() for shift in loop.shift(1).values())
+    assert loop.shift(0)["matrix"].any()
+    loop.extrapolation.forget()
+    assert not loop.shift(0)["matrix"].any()
+    UserLoop(Noise(size=0.1)).extrapolation.forget()
 
 
 @every_direction
@@ -480,15 +530,37 @@ def test_a_run_resumes_bit_for_bit(zeta: Zeta, direction: Direction | None, base
 
 
 @pytest.mark.parametrize(
-    ("other", "workers"),
-    [(GlobalGradient(ratio=0.5), 3), (GradientNoise(ratio=0.5), 3), (Noise(size=0.1), 3), (LocalGradient(rate=1), 2)],
-    ids=["another direction", "more state", "less state", "other workers"],
+    ("other", "workers", "what"),
+    [
+        (GlobalGradient(ratio=0.5), 3, "belongs to other parameters, workers or another direction"),
+        (GradientNoise(ratio=0.5), 3, "belongs to other parameters, workers or another direction"),
+        (Noise(size=0.1), 3, "belongs to other parameters, workers or another direction"),
+        (LocalGradient(ratio=0.5), 2, r"that of the workers \[0, 1, 2\], and carried here are \[0, 1\]"),
+        (LocalGradient(ratio=0.5), range(3, 6), r"carried here are \[3, 4, 5\]: every process loads what it has saved"),
+    ],
+    ids=["another direction", "more state", "less state", "fewer workers", "those of another process"],
 )
-def test_a_state_that_does_not_fit_is_refused(other: Direction, workers: int) -> None:
+def test_a_state_that_does_not_fit_is_refused(other: Direction, workers: int | range, what: str) -> None:
     loop = UserLoop(LocalGradient(ratio=0.5))
     loop.step()
-    with pytest.raises(ValueError, match="belongs to other parameters, workers or another direction"):
+    with pytest.raises(ValueError, match=what):
         UserLoop(other, workers=workers).extrapolation.load_state_dict(loop.extrapolation.state_dict())
+
+
+@every_direction
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda loop: pickle.loads(pickle.dumps(loop))])
+def test_a_copy_goes_on_by_itself(direction: Direction, copied: Callable[[UserLoop], UserLoop]) -> None:
+    original = UserLoop(direction)
+    original.step()
+    copy_of_it = copied(original)
+    for _ in range(3):
+        original.step()
+    before = original.weights()
+    for _ in range(3):
+        copy_of_it.step()
+    assert same(copy_of_it.weights(), before)
+    assert same(original.weights(), before)
+    assert copy_of_it.extrapolation.steps == original.extrapolation.steps == 4
 
 
 # Awkward parameters
@@ -535,6 +607,25 @@ def test_a_parameter_may_be_frozen_later(direction: Direction) -> None:
     loop.model.unused.requires_grad_(False)
     loop.step()
     loop.step()
+
+
+@every_direction
+@pytest.mark.parametrize("how", ["unfrozen", "added"])
+def test_parameters_that_would_not_be_shifted_are_refused(direction: Direction, how: str) -> None:
+    loop = UserLoop(direction)
+    loop.step()
+    if how == "unfrozen":
+        loop.model.frozen.requires_grad_(True)
+    else:
+        loop.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    group = 0 if how == "unfrozen" else 2
+    with (
+        pytest.raises(
+            RuntimeError, match=f"group {group} has parameters that were added or unfrozen since: make a new"
+        ),
+        loop.shifted(),
+    ):
+        pass
 
 
 @every_direction
@@ -805,6 +896,8 @@ def test_the_second_gradient_is_not_added_to_the_first(direction: Direction) -> 
         ({"size": 0.1}, "size goes with scaling"),
         ({"ratio": 0.1, "scaling": "layer"}, "size goes with scaling"),
         ({"rate": 0.1, "scaling": "filter"}, "size goes with scaling"),
+        ({"size": 0.1, "scaling": "layers"}, "scaling must be one of none, layer, filter, not 'layers'"),
+        ({"ratio": 0.1, "precondition": "adam"}, "precondition must be one of base, none, not 'adam'"),
         ({"ratio": -0.1}, "ratio must be a finite number of at least 0"),
         ({"rate": float("nan")}, "rate must be a finite number of at least 0"),
         ({"size": float("inf"), "scaling": "layer"}, "size must be a finite number of at least 0"),
@@ -813,6 +906,12 @@ def test_the_second_gradient_is_not_added_to_the_first(direction: Direction) -> 
 def test_lengths_that_do_not_go_together_are_refused(direction: Any, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         direction(**settings)
+
+
+@pytest.mark.parametrize("settings", [{"distribution": "normal"}, {"scaling": "Layer"}])
+def test_noise_of_an_unknown_kind_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="must be one of"):
+        Noise(size=0.1, **settings)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from egtrain.optim import LAMB, LARS, Extrapolation, FreshGradient, LocalGradient, Momentum
+from egtrain.optim import LAMB, LARS, Extrapolation, FreshGradient, GlobalGradient, LocalGradient, Momentum
 from egtrain.optim.extrapolation import Direction
 
 Array = NDArray[np.float64]
@@ -362,6 +362,71 @@ def test_the_shift_has_the_scale_of_the_bases_own_step(name: str) -> None:
             zeta = 0 * x if g is None else 0.5 * settings["lr"] * factor_of(used.state.get(p, {}), settings) * g
             torch.testing.assert_close(x - y, zeta, rtol=1e-9, atol=1e-14)
         used.step()
+
+
+class ForeignAdam(torch.optim.Optimizer):
+    """Adam as some packages have it, with the number of updates as a Python integer; plain steps suffice here."""
+
+    def __init__(self, weights: nn.Parameter, counted: str) -> None:
+        super().__init__([weights], {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8})
+        self.counted = counted
+
+    @torch.no_grad()
+    def step(self, closure: object = None) -> None:
+        (group,) = self.param_groups
+        (weights,) = group["params"]
+        state = self.state[weights]
+        state["exp_avg_sq"] = 0.99 * state.get("exp_avg_sq", 0) + 0.01 * weights.grad**2
+        if self.counted != "nowhere":
+            counter = group if self.counted == "in the group" else state
+            counter["step"] = counter.get("step", 0) + 1
+
+
+@pytest.mark.parametrize("counted", ["in the group", "in the state"])
+def test_optimizers_from_elsewhere_scale_the_shift_too(counted: str) -> None:
+    weights = nn.Parameter(torch.ones(3))
+    used = ForeignAdam(weights, counted)
+    extrapolation = Extrapolation(used, LocalGradient(rate=0.25))
+    for step in range(3):
+        with extrapolation.shifted():
+            # All gradients are the same, so they are their own second moment.
+            torch.testing.assert_close(weights.detach(), torch.full((3,), 0.75 if step else 1.0))
+            weights.grad = torch.full((3,), 5.0)
+        used.step()
+
+
+def test_an_optimizer_that_does_not_count_its_updates_is_no_base() -> None:
+    weights = nn.Parameter(torch.ones(3))
+    used = ForeignAdam(weights, "nowhere")
+    with Extrapolation(used, LocalGradient(rate=0.25, precondition="none")).shifted():
+        weights.grad = torch.full((3,), 5.0)
+    used.step()
+    extrapolation = Extrapolation(used, LocalGradient(rate=0.25))
+    with (
+        pytest.raises(ValueError, match="how many updates it made: give the direction precondition='none'"),
+        extrapolation.shifted(),
+    ):
+        pass
+
+
+def test_along_the_mean_gradient_there_is_no_closure() -> None:
+    weights = nn.Parameter(torch.ones(3))
+    used = torch.optim.SGD([weights], lr=0.1)
+
+    def closure() -> float:
+        with extrapolation.shifted():
+            weights.grad = weights.detach().clone()
+        return 0.0
+
+    extrapolation = Extrapolation(used, LocalGradient(ratio=0.5))
+    used.step(closure)
+    assert extrapolation.steps == 1
+    used = torch.optim.SGD([weights], lr=0.1)
+    extrapolation = Extrapolation(used, GlobalGradient(ratio=0.5))
+    for arguments, named in (((closure,), {}), ((), {"closure": closure})):
+        with pytest.raises(RuntimeError, match="has to see it before the update: call step"):
+            used.step(*arguments, **named)
+    used.step(closure=None)
 
 
 @pytest.mark.parametrize("name", ["adam", "amsgrad", "lamb", "nadam", "radam"])

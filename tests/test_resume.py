@@ -279,6 +279,27 @@ def test_settings_that_are_changed_on_purpose_are_those_of_the_run(images: Path)
     assert run.extrapolation.state_dict()["clip_factor"] is None
 
 
+def test_gradients_are_counted_by_the_settings_that_they_were_taken_with(images: Path) -> None:
+    run = build_run(config_of(images, "extrapolation.name=sam", "extrapolation.radius=0.05"), Ranks())
+    for _ in range(2):
+        take_step(run, 0.1)
+    batch = run.task.batch_size
+    assert run.gradient_evaluations == 4 * batch
+    state = run.state_dict()
+    seldom = ("extrapolation.name=sam", "extrapolation.radius=0.05", "extrapolation.every=4")
+    run = build_run(config_of(images, *seldom), Ranks())
+    run.load_state_dict(state)
+    for _ in range(3):
+        take_step(run, 0.1)
+    assert run.gradient_evaluations == 8 * batch
+
+
+def test_extrapolation_does_not_begin_in_the_middle_of_a_run(images: Path) -> None:
+    run = build_run(config_of(images, "extrapolation.name=none"), Ranks())
+    with pytest.raises(ValueError, match="it was trained without extrapolation"):
+        build_run(config_of(images), Ranks()).load_state_dict(run.state_dict())
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -286,6 +307,7 @@ def test_settings_that_are_changed_on_purpose_are_those_of_the_run(images: Path)
         ("workers=8", "it is of 4 workers, and the run has 8"),
         ("model.depth=14", "the checkpoint is of another architecture"),
         ("extrapolation.name=global", "the extrapolation state belongs to"),
+        ("extrapolation.name=none", "it was trained with extrapolation"),
         ("optimizer.name=lars", "the optimizer is another one: it has no dampening"),
     ],
 )

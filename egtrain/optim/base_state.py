@@ -55,7 +55,7 @@ class BaseState:
             members = [i for i, g in enumerate(self._groups) if g == number]
             if known := [i for i in members if "exp_avg_sq" in states[i]]:
                 moments = [states[i].get("max_exp_avg_sq", states[i]["exp_avg_sq"]) for i in known]
-                steps = [states[i]["step"] for i in known]
+                steps = [_step_of(states[i], group) for i in known]
                 found = second_moment_roots(moments, steps, beta2=group["betas"][1], eps=group["eps"])
                 roots.update(zip(known, found, strict=True))
             # What is divided by infinity is zero.
@@ -65,6 +65,18 @@ class BaseState:
     def _states(self) -> list[dict[str, Any]]:
         # Not by [], which would make entries.
         return [self._optimizer.state.get(p, {}) for p in self._parameters]
+
+
+def _step_of(state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+    """Return how many updates a parameter had: by itself in torch's optimizers, by its group in some others.
+
+    Raises:
+        ValueError: the optimizer does not say.
+    """
+    step = state.get("step", group.get("step"))
+    if step is None:
+        raise ValueError("the optimizer does not say how many updates it made: give the direction precondition='none'")
+    return torch.as_tensor(step)
 
 
 def second_moment_roots(moments: list[Tensor], steps: list[Tensor], *, beta2: float, eps: float) -> list[Tensor]:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from egtrain.optim.base_state import BaseState, require_momentum
 from egtrain.optim.randomness import generator_for
 
 Scaling = Literal["none", "layer", "filter"]
+Precondition = Literal["base", "none"]
 Need = Literal["own", "mean", "fresh", "momentum"]
 
 
@@ -59,7 +60,10 @@ class Extrapolation:
     Inside `with extrapolation.shifted(worker):` the parameters are x_t − ζ^k_t; outside they are the optimizer's own.
     The gradient that `.grad` holds when the block ends is remembered as that worker's (with DistributedDataParallel
     that is a mean: call `remember_local_gradients` before training). Forward and backward both belong in the block (a
-    backward pass after it raises autograd's version error).
+    backward pass after it takes the gradient at neither point, unless autograd notices and raises). Not with
+    `torch.amp.GradScaler`, whose scale the remembered gradients would have.
+
+    A copy (`copy.deepcopy`, pickle) of the optimizer together with its extrapolation works on its own.
 
     Args:
         optimizer: any `torch.optim.Optimizer` with dense gradients; its learning rates are read at every shift.
@@ -88,11 +92,17 @@ class Extrapolation:
         self._own = {k: self._zeros() for k in self.workers} if "own" in direction.needs else {}
         self._mean = self._zeros() if "mean" in direction.needs else []
         self._clip_factor: Tensor | None = None
+        self._next_clip_factor: Tensor | None = None
         self._inside = False
         # Where .grad is a mean by the end of a block, a hook has brought the gradients of these parameters before.
         self._hooked = False
         self._arrivals: Counter[int] = Counter()
-        optimizer.register_step_pre_hook(self._remember_mean)
+        optimizer.register_step_pre_hook(self._begin_update)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # The copy of an optimizer has no hooks.
+        self.optimizer.register_step_pre_hook(self._begin_update)
 
     @contextmanager
     def shifted(self, worker: int | None = None, *, gradient: Callable[[], object] | None = None) -> Iterator[None]:
@@ -106,8 +116,9 @@ class Extrapolation:
 
         Raises:
             ValueError: the worker is not one of `workers`, or `gradient` is missing.
-            RuntimeError: the blocks are nested, a gradient is sparse, or a whole group had no gradient in the block;
-                or, with `remember_local_gradients`, the gradients were not averaged once in the block.
+            RuntimeError: the blocks are nested, a gradient is sparse, a whole group had no gradient in the block, or
+                the optimizer got further parameters; or, with `remember_local_gradients`, the gradients were not
+                averaged once in the block.
         """
         if worker is None:
             if len(self.workers) > 1:
@@ -117,15 +128,18 @@ class Extrapolation:
             raise ValueError(f"worker {worker} is not carried here; carried are {self.workers}")
         if self._inside:
             raise RuntimeError("shifted() blocks cannot be nested: leave the first before entering the next")
+        self._require_known_parameters()
         self._arrivals.clear()
         zeta = self._zeta(worker, gradient)
-        self._inside = True
         with torch.no_grad():
             torch._foreach_copy_(self._unshifted, self._parameters)
-            torch._foreach_sub_(self._parameters, zeta)
-        del zeta
-        torch.clear_autocast_cache()
+        # From here on, whatever happens, a Ctrl-C among it, the weights are put back.
         try:
+            self._inside = True
+            with torch.no_grad():
+                torch._foreach_sub_(self._parameters, zeta)
+            del zeta
+            torch.clear_autocast_cache()
             yield
         finally:
             with torch.no_grad():
@@ -164,29 +178,46 @@ class Extrapolation:
         if self._inside and self._own:
             self._copy_gradients(self._own[self.workers[0]], numbers)
 
-    def clip_past_gradients(self, factor: Tensor) -> None:
-        """Tell by which factor (a scalar tensor) the mean gradient of this step was clipped.
+    def clip_past_gradients(self, factor: Tensor | float) -> None:
+        """Tell by which factor (a scalar) the mean gradient of this step was clipped.
 
         Past gradients are kept unclipped; ζ takes the factor of the step that they came from. Call it before the
-        optimizer's step wherever gradients are clipped.
+        optimizer's step wherever gradients are clipped; a step without a call is one that was not clipped.
         """
-        self._clip_factor = factor.detach().clone()
+        device = self._parameters[0].device
+        self._next_clip_factor = torch.as_tensor(factor, device=device).detach().reshape(()).clone()
+
+    def forget(self, worker: int | None = None) -> None:
+        """Take a worker's past gradient (or that of all workers here) to be zero, as it is before the first.
+
+        For a loop that skips an update whose loss or gradient is not finite: shifted along such a gradient, no later
+        loss would be finite.
+        """
+        for k in self.workers if worker is None else [worker]:
+            for past in self._own.get(k, []):
+                past.zero_()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state; `own` stacks the workers along dimension 0 of each parameter, in the order of `workers`."""
         return {
             "steps": self.steps,
+            "workers": list(self.workers),
             "clip_factor": self._clip_factor,
             "own": [torch.stack(rows) for rows in zip(*self._own.values(), strict=True)],
             "mean": [m.clone() for m in self._mean],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned, for the same parameters and number of workers.
+        """Restore what `state_dict` returned, for the same parameters and workers.
 
         Raises:
             ValueError: the state belongs to other parameters, workers or another direction.
         """
+        if self._own and state["workers"] != list(self.workers):
+            raise ValueError(
+                f"the extrapolation state is that of the workers {state['workers']}, and carried here are "
+                f"{list(self.workers)}: every process loads what it has saved itself"
+            )
         own = [torch.stack(rows) for rows in zip(*self._own.values(), strict=True)]
         if [m.shape for m in (*own, *self._mean)] != [m.shape for m in (*state["own"], *state["mean"])]:
             raise ValueError("the extrapolation state belongs to other parameters, workers or another direction")
@@ -230,6 +261,16 @@ class Extrapolation:
                 )
             )
 
+    def _require_known_parameters(self) -> None:
+        """Raise RuntimeError where the optimizer trains parameters that would not be shifted."""
+        known = set(map(id, self._parameters))
+        for number, group in enumerate(self.optimizer.param_groups):
+            if any(p.requires_grad and id(p) not in known for p in group["params"]):
+                raise RuntimeError(
+                    f"parameter group {number} has parameters that were added or unfrozen since: "
+                    "make a new optimizer and Extrapolation for them"
+                )
+
     def _require_gradients(self) -> None:
         """Raise RuntimeError for a parameter group in which a gradient was possible and there is none."""
         empty = {i for i, p in zip(self._groups, self._parameters, strict=True) if p.requires_grad}
@@ -265,11 +306,18 @@ class Extrapolation:
             for kept, g in zip(copies, gradients, strict=True):
                 kept.zero_() if g is None else kept.copy_(g)
 
-    def _remember_mean(self, *_: object) -> None:
+    def _begin_update(self, _: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._inside:
             raise RuntimeError("optimizer.step() belongs after the shifted() block, where the weights are x again")
         if "mean" in self.direction.needs:
+            # Not after the update: torch's SGD makes its step in the memory of the gradients.
+            if any(callable(value) for value in (*args, *kwargs.values())):
+                raise RuntimeError(
+                    "extrapolation along the mean gradient has to see it before the update: "
+                    "call step() without a closure"
+                )
             self._copy_gradients(self._mean)
+        self._clip_factor, self._next_clip_factor = self._next_clip_factor, None
         self.steps += 1
 
 
@@ -315,11 +363,13 @@ class Length:
     size: float | None = None
     """s: ‖ζ_l‖ = s·‖x_l‖ for each layer or filter l; goes with `scaling`."""
     scaling: Scaling = "none"
-    precondition: Literal["base", "none"] = "base"
+    precondition: Precondition = "base"
     """`base`: along the gradient as the base optimizer scales it, by its trust ratios (LARS, LAMB) and second moments
     (Adam, LAMB). Where a size sets the length, there is no trust ratio in it."""
 
     def __post_init__(self) -> None:
+        require_one_of(Scaling, scaling=self.scaling)
+        require_one_of(Precondition, precondition=self.precondition)
         given = {name: getattr(self, name) for name in ("ratio", "rate", "size") if getattr(self, name) is not None}
         if len(given) != 1:
             raise ValueError(f"give exactly one of ratio, rate and size, not {sorted(given) or 'none'}")
@@ -353,3 +403,10 @@ def require_sizes(**sizes: float) -> None:
     for name, value in sizes.items():
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{name} must be a finite number of at least 0, not {value}")
+
+
+def require_one_of(known: object, **choices: str) -> None:
+    """Raise ValueError for a choice that is none of the names in a `Literal`."""
+    for name, value in choices.items():
+        if value not in get_args(known):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(known))}, not {value!r}")

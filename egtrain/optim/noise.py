@@ -6,7 +6,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from egtrain.optim.extrapolation import Need, Point, Scaling, require_sizes, scaled_to_weights
+from egtrain.optim.extrapolation import Need, Point, Scaling, require_one_of, require_sizes, scaled_to_weights
+
+Distribution = Literal["gaussian", "uniform"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +20,7 @@ class Noise:
     """
 
     size: float
-    distribution: Literal["gaussian", "uniform"] = "gaussian"
+    distribution: Distribution = "gaussian"
     scaling: Scaling = "filter"
     norm_and_bias: bool = False
     """Whether parameters with fewer than two dimensions (biases, normalisation) are shifted too."""
@@ -27,6 +29,8 @@ class Noise:
 
     def __post_init__(self) -> None:
         require_sizes(size=self.size)
+        require_one_of(Distribution, distribution=self.distribution)
+        require_one_of(Scaling, scaling=self.scaling)
 
     def zeta(self, at: Point) -> list[Tensor]:
         """Return ζ, drawn for the worker and the step."""
