@@ -284,9 +284,9 @@ def print_plan(config: Config, directory: Path, nproc: int | None, as_json: bool
     launch.require_dividing(config.workers, ranks)
     device = launch.pick_device(config.device)
     try:
-        data = load_data(config, offline=True)
-    except DataError:
-        data = None
+        data, missing = load_data(config, offline=True), None
+    except DataError as error:
+        data, missing = None, f"steps and rates are not known, since {error}"
     plan: dict[str, Any] = {
         "directory": str(directory),
         "data": f"{config.data.name}, {locate_data(config)}",
@@ -297,6 +297,7 @@ def print_plan(config: Config, directory: Path, nproc: int | None, as_json: bool
         "worker_batch_size": config.worker_batch_size,
         "ranks": ranks,
         "extrapolation": config.extrapolation.name,
+        "missing": missing,
     }
     if data is not None:
         task = build_task(config, data, torch.device("cpu"))

@@ -293,6 +293,7 @@ def test_a_dry_run_without_the_data_says_so(egtrain_command: Run) -> None:
     plan = json.loads(result.stdout)
     assert (plan["batch_size"], plan["workers"]) == (2048, 16)
     assert "missing" in plan["data"]
+    assert plan["missing"].startswith("steps and rates are not known, since CIFAR-10 was not found in ")
 
 
 def test_json_stands_alone_on_standard_output(egtrain_command: Run, images: Path, tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """Batch-size sweeps: the plan and its one rule, cells that run once, and what is read off them."""
 
+import io
 import itertools
 import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import threading
@@ -26,7 +28,8 @@ from egtrain.sweep.display import Display
 from egtrain.sweep.execution import Folder, Status, run_cells
 from egtrain.sweep.picture import draw
 from egtrain.sweep.plan import Cell, Facts, Plan, Request, checked_presets
-from egtrain.sweep.results import Results, print_results, read_results, write_results
+from egtrain.sweep.report import print_results, write_results
+from egtrain.sweep.results import Results, read_results
 
 SAMPLES = 1024
 
@@ -143,6 +146,20 @@ def test_equal_steps_have_equally_many_warm_up_steps() -> None:
     warmups = {c.config.schedule.warmup_epochs * facts_of(c.config).steps_per_epoch for c in plan.cells}
     assert warmups == {32}
     assert any("equal steps and unequal cost" in note for note in plan.notes)
+
+
+def test_what_an_epoch_leaves_out_is_said() -> None:
+    (note,) = [note for note in plan_of(batch_sizes=(64, 384)).notes if "left out" in note]
+    assert "256 at 384, of 1,024 samples" in note
+    assert not [note for note in plan_of(batch_sizes=(64, 512)).notes if "left out" in note]
+
+
+def test_the_precision_is_settled_once_for_all_machines() -> None:
+    for native in ("bf16", "fp32"):
+        cells = plan_of(settings=["precision=auto"], native_precision=native).cells
+        assert {cell.config.precision for cell in cells} == {native}
+        assert all(f"precision={native}" in cell.settings for cell in cells)
+    assert {c.config.precision for c in plan_of(settings=["precision=fp32"], native_precision="bf16").cells} == {"fp32"}
 
 
 def test_runs_are_evaluated_often_enough_for_curves() -> None:
@@ -402,8 +419,6 @@ def test_so_many_cells_run_at_a_time_and_each_has_a_gpu_of_its_own(
 @pytest.mark.parametrize(
     ("further", "difference"),
     [
-        ({"seeds": 2}, "seeds: 1 -> 2"),
-        ({"batch_sizes": (64, 512)}, r"batch_sizes: \[64, 256\] -> \[64, 512\]"),
         ({"settings": ["optimizer.lr=0.8"]}, "presets quickstart optimizer.lr: 1.6 -> 0.8"),
         ({"scaling": "sqrt"}, "lr_scaling quickstart: linear -> sqrt"),
         ({"facts": lambda config: replace(facts_of(config), data="other")}, "data:  -> other"),
@@ -417,6 +432,37 @@ def test_a_changed_sweep_in_the_same_folder_is_refused(
     folder.claim(plan_of())
     with pytest.raises(UsageError, match=f"holds another sweep .*{difference}.*choose another --output"):
         folder.claim(plan_of(**further))
+
+
+def test_a_sweep_in_the_same_folder_may_grow_and_shrink(fake: FakeCells, tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "sweep")
+    steps: list[tuple[dict[str, Any], int]] = [
+        ({"presets": ["quickstart"], "batch_sizes": (64,)}, 2),
+        ({"presets": ["quickstart"], "batch_sizes": (64, 256)}, 2),
+        ({"batch_sizes": (64, 256)}, 4),
+        ({"seeds": 2}, 8),
+        ({"seeds": 1}, 0),
+        ({"rate_factors": (2.0, 0.5, 1.0)}, 4),
+    ]
+    for changes, new in steps:
+        fake.started.clear()
+        plan = plan_of(**{"rate_factors": (0.5, 1.0), "validation": 100, **changes})
+        run(plan, folder)
+        assert len(fake.started) == new
+        assert {folder.status(cell) for cell in plan.cells} == {Status.done}
+    # Of what was left out meanwhile it still knows the settings.
+    with pytest.raises(UsageError, match=r"presets quickstart-sgd optimizer.lr"):
+        folder.claim(plan_of(rate_factors=(0.5, 1.0), validation=100, settings=["optimizer.lr=0.1"], seeds=2))
+    commands = json.loads((folder.path / "sweep.json").read_text())["commands"]
+    assert len(commands) == 20
+
+
+def test_what_differs_only_in_cells_is_refused_too(tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "sweep")
+    folder.claim(plan_of(settings=["steps=40"], batch_sizes=(64, 256)))
+    # The warm-up has as many steps as that of the smallest batch.
+    with pytest.raises(UsageError, match=r"holds another sweep \(the configurations of its cells\)"):
+        folder.claim(plan_of(settings=["steps=40"], batch_sizes=(32, 64, 256)))
 
 
 def test_another_run_in_the_place_of_a_cell_is_refused(fake: FakeCells, tmp_path: Path) -> None:
@@ -516,6 +562,69 @@ def test_a_grid_is_selected_on_validation_and_quoted_on_test(tmp_path: Path) -> 
     assert [(row.rate_factor, row.mean) for row in results.rows] == [(1.0, 0.5), (2.0, 0.8)]
 
 
+def test_what_makes_a_selection_doubtful_is_said(tmp_path: Path) -> None:
+    plan, folder = plan_of(["quickstart"], (64, 256), 1, rate_factors=(0.5, 1.0, 2.0)), Folder(tmp_path)
+    best = {64: 1.0, 256: 2.0}
+    swept(plan, folder, lambda cell: [0.9 if cell.rate_factor == best[cell.batch_size] else 0.3], lambda cell: 0.5)
+    text = printed(read_results(plan, folder, target=None, within_percent=1))
+    assert "Selected at an end of --lr-grid, beyond which there may be a better one: quickstart at 256 (×2)." in text
+    assert "--retry" not in text
+    lost = cell_of(plan, "quickstart", 64, rate_factor=1.0)
+    (folder.run(lost) / "summary.json").unlink()
+    folder.note_end(lost, -9)
+    text = printed(read_results(plan, folder, target=None, within_percent=1))
+    assert "Selected without 1 failed runs" in text
+    assert "killed by SIGKILL" in text
+    # Diverging is a result, not a failure.
+    folder.note_end(lost, 4)
+    assert "Selected without" not in printed(read_results(plan, folder, target=None, within_percent=1))
+
+
+def test_presets_are_compared_seed_by_seed(tmp_path: Path) -> None:
+    plan, folder = plan_of(seeds=3), Folder(tmp_path)
+    gains = {64: (0.01, 0.02, 0.03), 256: (0.0, -0.02, -0.04)}
+
+    def test_of(cell: Cell) -> float:
+        gain = gains[cell.batch_size][cell.seed] if cell.preset == "quickstart-sgd" else 0.0
+        return 0.5 + 0.1 * cell.seed + gain
+
+    swept(plan, folder, lambda cell: [0.5], test_of)
+    lost = cell_of(plan, "quickstart", 256, seed=0)
+    (folder.run(lost) / "summary.json").unlink()
+    folder.note_end(lost, 1)
+    results = read_results(plan, folder, target=None, within_percent=1)
+    small, large = results.differences()
+    assert (small.preset, small.batch_size, small.seeds) == ("quickstart-sgd", 64, 3)
+    assert small.mean == pytest.approx(0.02)
+    assert small.standard_error == pytest.approx(0.01 / 3**0.5)
+    assert (large.batch_size, large.seeds) == (256, 2)
+    assert large.mean == pytest.approx(-0.03)
+    text = printed(results)
+    assert (
+        "less quickstart, test accuracy in points, paired by seed, ± standard error: +2.00 ± 0.58 at 64, -3.00" in text
+    )
+    assert "the standard deviation over the seeds" in text
+    write_results(results, tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text())["differences"][1]["seeds"] == 2
+
+
+def test_test_results_are_not_shown_before_a_point_is_selected(tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "sweep")
+    for factors, shown in (((0.5, 1.0), "validation accuracy 40.00 %"), ((1.0,), "test accuracy 70.00 %")):
+        plan = plan_of(["quickstart"], (64,), rate_factors=factors)
+        cell = plan.cells[0]
+        swept(plan, folder, lambda cell: [0.4], lambda cell: 0.7)
+        line = {"step": cell.steps, "split": "test", "accuracy": 0.7, "wall": {"seconds": 1.0}}
+        with (folder.run(cell) / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        written = io.StringIO()
+        with Display(plan, written) as display:
+            display.started(cell, folder.run(cell))
+            display.ended(cell, "done")
+        assert shown in written.getvalue()
+        shutil.rmtree(folder.path)
+
+
 def test_steps_to_a_target_are_those_of_the_first_evaluation_that_reaches_it(tmp_path: Path) -> None:
     plan, folder = plan_of(batch_sizes=(64, 256), seeds=2), Folder(tmp_path)
     swept(plan, folder, lambda cell: [0.3, 0.55, 0.4, 0.7 if cell.seed else 0.6], lambda cell: 0.7)
@@ -595,9 +704,12 @@ def test_a_killed_sweep_goes_on_and_its_cells_are_undisturbed_runs(
     # Finished: the runs are only read again, here for another target.
     result = egtrain_command(*command, "--target", "0.2", "--json")
     assert json.loads(result.stdout)["target"]["value"] == 0.2
-    changed = egtrain_command(*command, "--seeds", "2")
+    # In the processes' own output there is nothing but that of `train`.
+    assert "Warning" not in "".join(log.read_text() for log in (tmp_path / "sweep" / "logs").iterdir())
+    assert "1 of them are finished" in egtrain_command(*command, "--batch-sizes", "64,128", "--dry-run").stdout
+    changed = egtrain_command(*command, "--set", "optimizer.lr=0.3")
     assert changed.code == 2
-    assert "sweep holds another sweep (seeds: 1 -> 2)" in changed.line
+    assert "sweep holds another sweep (presets quickstart optimizer.lr: " in changed.line
 
 
 def test_the_plan_estimates_the_time_from_a_few_steps_and_leaves_nothing(

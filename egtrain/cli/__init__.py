@@ -13,7 +13,7 @@ from egtrain.cli.sweep_batch import sweep_batch
 from egtrain.cli.train import train
 
 app = typer.Typer(
-    help="Train neural networks with very large batches without losing accuracy, by extrapolation.\n\n"
+    help="Train neural networks with very large batches by extrapolation, and measure what it gains.\n\n"
     "Start with: egtrain train --preset quickstart",
     no_args_is_help=True,
     add_completion=False,

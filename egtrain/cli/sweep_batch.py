@@ -53,9 +53,12 @@ def sweep_batch(
         Growth, typer.Option(help="What makes a batch larger: more workers, or more samples for each.")
     ] = Growth.workers,
     validation: Annotated[
-        int | None, typer.Option(help="Training samples held out for choosing; default with a grid: a tenth.")
+        int | None,
+        typer.Option(help="Training samples held out for choosing; default with a grid: a tenth of their number."),
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Length of every run in epochs: equal samples.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Length of every run in epochs: equal samples, if B divides them.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Length of every run in updates: equal steps.")] = None,
     data: DataName = None,
     data_dir: DataDir = None,
@@ -70,9 +73,10 @@ def sweep_batch(
     within: Annotated[float, typer.Option(metavar="PERCENT", help="What counts as as good as the smallest batch.")] = 1,
     retry: Annotated[bool, typer.Option("--retry", help="Run failed and diverged cells again.")] = False,
     output: Annotated[
-        Path | None, typer.Option(help="Folder of the sweep; default: runs/sweep-PRESETS. The same one goes on.")
+        Path | None,
+        typer.Option(help="Folder of the sweep; default: runs/sweep-PRESETS. The same one goes on, and may grow."),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and run nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; run and download nothing.")] = False,
     estimate: Annotated[
         bool, typer.Option("--estimate/--no-estimate", help="Time a few steps of each preset for the plan.")
     ] = True,
@@ -111,9 +115,10 @@ def sweep_batch(
         from egtrain.sweep.display import Display
         from egtrain.sweep.picture import draw
         from egtrain.sweep.plan import Plan, facts_from_data, on_device
-        from egtrain.sweep.preview import measured_speeds, print_plan
-        from egtrain.sweep.results import as_json as results_as_json
-        from egtrain.sweep.results import print_results, read_results, write_results
+        from egtrain.sweep.preview import measured_speeds, print_plan, print_standing
+        from egtrain.sweep.report import as_json as results_as_json
+        from egtrain.sweep.report import print_results, write_results
+        from egtrain.sweep.results import read_results
 
     request, presets = on_device(request)
     plan = Plan.made(request, presets, facts_from_data(offline=dry_run))
@@ -128,11 +133,13 @@ def sweep_batch(
             print(json.dumps(plan.as_json(folder.path / "cells")))
         else:
             print_plan(plan, console, count, speeds)
+            print_standing(plan, folder, console)
         return
     with RunLock(folder.path):
         begun = (folder.path / execution.PLAN).exists()
         folder.claim(plan)
         print_plan(plan, console, count, measured_speeds(plan, gpus, console) if estimate and not begun else None)
+        print_standing(plan, folder, console)
         with Display(plan, stream) as display:
             execution.run_cells(plan, folder, jobs=count, gpus=gpus, retry=retry, display=display)
         results = read_results(plan, folder, target=target, within_percent=within)

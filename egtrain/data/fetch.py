@@ -163,7 +163,7 @@ def find_or_download(data_set: DataSet[AnyLayout], data_dir: Path | None, offlin
     looked_at = f"{data_set.title} was not found in {', '.join(map(str, folders))}"
     if offline:
         raise DataError(
-            f"{looked_at} and --offline forbids to download it; name the folder that holds"
+            f"{looked_at} and must not be downloaded (--offline, --dry-run); name the folder that holds"
             f" {_folder_names(data_set)} with --data-dir, or use --data synthetic"
         )
     target = folders[0]

@@ -58,6 +58,7 @@ def _run(arguments: list[str], gpu: str | None, log: str, folder: str, environme
     os.environ.update(environment if gpu is None else {**environment, "CUDA_VISIBLE_DEVICES": gpu})
     threading.Thread(target=_stop_with_the_sweep, daemon=True).start()
     sys.argv = ["egtrain", *arguments]
+    sys.modules.pop("egtrain.__main__", None)  # from the sweep's own start; runpy would warn in every log
     runpy.run_module("egtrain", run_name="__main__", alter_sys=True)
 
 

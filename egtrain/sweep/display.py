@@ -32,9 +32,11 @@ class _Watched:
     step: int = 0
     shown: str = "starting"
 
-    def look(self, metric: str) -> None:
-        """Read how far the cell is."""
+    def look(self, metric: str, unseen: str | None) -> None:
+        """Read how far the cell is, and its last metric that is not of the unseen split."""
         for line in reversed(last_lines(self.directory / "metrics.jsonl")):
+            if line["split"] == unseen:
+                continue
             self.step = line["step"]
             value = line.get(metric)
             self.shown = f"{line['split']} {metric} {metric_text(metric, value)}" if value is not None else ""
@@ -54,11 +56,13 @@ class Display:
 
     def __init__(self, plan: Plan, stream: TextIO) -> None:
         self._plan = plan
+        # Before a point of the grid is selected, nobody is to look at test results.
+        self._unseen = "test" if plan.has_grid else None
         self._console = Console(file=stream, highlight=False)
         self._running: list[_Watched] = []
         self._ended = 0
         self._done_before = self._done = 0.0
-        """Gradient evaluations: of cells that were finished before, and of those and the ones since."""
+        """Gradient evaluations: what was there before (of a cell that goes on, a part), and of all ended cells."""
         self._started = self._looked = time.monotonic()
         self._live: Live | None = None
         if can_redraw(self._console):
@@ -85,6 +89,8 @@ class Display:
 
     def started(self, cell: Cell, directory: Path) -> None:
         """Take a cell that begins to run."""
+        if before := last_lines(directory / "metrics.jsonl"):
+            self._done_before += cell.gradient_evaluations * before[-1]["step"] / cell.steps
         self._running.append(_Watched(cell, directory))
         self.refresh(now=True)
 
@@ -92,7 +98,7 @@ class Display:
         """Take a cell whose process is over."""
         (watched,) = [one for one in self._running if one.cell is cell]
         self._running.remove(watched)
-        watched.look(self._plan.metric)
+        watched.look(self._plan.metric, self._unseen)
         number = ""
         if status != "waiting":
             self._ended += 1
@@ -111,7 +117,7 @@ class Display:
             return
         self._looked = time.monotonic()
         for watched in self._running:
-            watched.look(self._plan.metric)
+            watched.look(self._plan.metric, self._unseen)
         self._live.update(self._render(), refresh=True)
 
     def message(self, text: str) -> None:

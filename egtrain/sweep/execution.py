@@ -57,25 +57,27 @@ class Folder:
         return self.path / "failures" / f"{cell.name}.json"
 
     def claim(self, plan: Plan) -> None:
-        """Make this the folder of the plan's sweep.
+        """Make this the folder of the plan's sweep, or one with more or fewer cells of the same kind.
 
         Raises:
             UsageError: it is another sweep's, or a run.
         """
         file = self.path / PLAN
+        record = plan.as_json(self.path / "cells")
         if file.exists():
             try:
-                before = json.loads(file.read_text(encoding="utf-8"))["identity"]
+                before = json.loads(file.read_text(encoding="utf-8"))
+                _refuse_changes(before["identity"], plan.identity, self.path)
+                for part in ("presets", "lr_scaling", "precision", "cells"):
+                    record["identity"][part] = {**before["identity"][part], **record["identity"][part]}
+                record["commands"] = {**before["commands"], **record["commands"]}
             except (ValueError, KeyError, TypeError):
                 raise UsageError(f"{file} is damaged: choose another --output") from None
-            _refuse_changes(before, plan.identity, self.path)
-            return
-        if (self.path / "config.yaml").exists():
+        elif (self.path / "config.yaml").exists():
             raise UsageError(f"{self.path} holds a run: choose another --output")
         for folder in ("cells", "logs", "failures"):
             (self.path / folder).mkdir(parents=True, exist_ok=True)
-        text = json.dumps(plan.as_json(self.path / "cells"), indent=1)
-        write_atomically(file, f"{text}\n".encode())
+        write_atomically(file, f"{json.dumps(record, indent=1)}\n".encode())
 
     def status(self, cell: Cell) -> Status:
         """Return how a cell stands.
@@ -86,8 +88,6 @@ class Folder:
         run = self.run(cell)
         if (run / "config.yaml").exists():
             found = load_config(run / "config.yaml")
-            if cell.config.precision == "auto":  # what it came to on the device is written down
-                found = found.model_copy(update={"precision": "auto"})
             if other := differences(cell.config, found):
                 raise UsageError(f"{run} holds another run ({'; '.join(other)}): move it away")
             if (run / "summary.json").exists():
@@ -128,15 +128,23 @@ def last_words(log: Path, exit_code: int) -> str:
 
 
 def _refuse_changes(before: dict[str, Any], after: dict[str, Any], path: Path) -> None:
-    cells = "cells"
-    lines = changed({k: v for k, v in before.items() if k != cells}, {k: v for k, v in after.items() if k != cells})
-    if not lines and before.get(cells) != after[cells]:
-        lines = ["the configurations of its cells"]
+    """Raise UsageError where what two sweeps have in common is not the same in both."""
+    lines = changed(_common(before, after), _common(after, before))
+    if any(line.startswith("cells ") for line in lines):
+        lines = [line for line in lines if not line.startswith("cells ")] or ["the configurations of its cells"]
     if lines:
         more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
         raise UsageError(
             f"{path} holds another sweep ({'; '.join(lines[:3])}{more}): undo the change, or choose another --output"
         )
+
+
+def _common(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Return an identity without the presets and cells that another one has not."""
+    return {
+        part: {name: v for name, v in value.items() if name in other[part]} if isinstance(value, dict) else value
+        for part, value in one.items()
+    }
 
 
 class StopRequest:

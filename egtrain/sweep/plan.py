@@ -25,6 +25,8 @@ FORMAT = 1
 """Version of sweep.json and results.json."""
 EVALUATIONS = 20
 """At least so many evaluations a run, where its epochs allow it: curves and steps to a target are read off them."""
+UNEQUAL = 0.01
+"""Runs whose samples differ by less than this share of them count as equally long."""
 LENGTHS = ("ratio", "rate", "size", "radius")
 """Keys of an extrapolation that say how far it goes; a variant has one of them."""
 
@@ -47,7 +49,9 @@ class Request:
     scaling: Scaling | None = None
     """None: each preset's own."""
     validation: int | None = None
-    """None: a tenth of the training samples where there is a grid, else what the preset says."""
+    """None: a tenth of the number of training samples where there is a grid, else what the preset says."""
+    native_precision: str | None = None
+    """What `auto` comes to on the device; a sweep that goes on elsewhere keeps to it."""
 
     def __post_init__(self) -> None:
         for option, values in (
@@ -193,7 +197,7 @@ class Plan:
     notes: tuple[str, ...]
     """What a reader of the results has to know."""
     identity: dict[str, Any] = field(repr=False)
-    """What makes it this sweep and no other."""
+    """What makes it this sweep and no other, however many batch sizes, seeds and grid points it has."""
 
     @property
     def presets(self) -> tuple[str, ...]:
@@ -233,6 +237,7 @@ class Plan:
             for length in (request.length_factors if preset.length else (1.0,))
         ]
         first = facts_of(cells[0].config)
+        firsts = [next(cell for cell in cells if cell.preset == preset.name) for preset in presets]
         return cls(
             cells=tuple(cells),
             metric=first.metric,
@@ -243,14 +248,11 @@ class Plan:
             identity={
                 "presets": {preset.name: flat_settings(preset.config) for preset in presets},
                 "lr_scaling": {preset.name: preset.scaling for preset in presets},
-                "batch_sizes": sorted(request.batch_sizes),
-                "seeds": request.seeds,
-                "lr_grid": list(request.rate_factors),
-                "ratio_grid": list(request.length_factors),
                 "grow": request.grow,
                 "validation": cells[0].config.data.validation,
                 "data": first.data,
                 "device": cells[0].config.device,
+                "precision": {preset.name: cell.config.precision for preset, cell in zip(presets, firsts, strict=True)},
                 "cells": {cell.name: cell.digest for cell in cells},
             },
         )
@@ -291,19 +293,22 @@ def checked_presets(request: Request) -> list[Preset]:
 
 
 def on_device(request: Request) -> tuple[Request, list[Preset]]:
-    """Return the request and its presets with the device settled, which numbers depend on; it needs torch.
+    """Return the request and its presets with device and precision settled, which numbers depend on; it needs torch.
 
     Raises:
         UsageError: CUDA is asked for and there is none, or as `checked_presets`.
     """
     import torch
 
+    from egtrain.build import native_precision
+
     wanted = checked_presets(request)[0].config.device
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UsageError("no CUDA device was found: use --device cpu, or install a CUDA build of torch")
     if wanted == "auto":
-        found = "cuda" if torch.cuda.is_available() else "cpu"
-        request = replace(request, settings=(*request.settings, f"device={found}"))
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+        request = replace(request, settings=(*request.settings, f"device={wanted}"))
+    request = replace(request, native_precision=native_precision("auto", torch.device(wanted)))
     return request, checked_presets(request)
 
 
@@ -387,6 +392,8 @@ def _cell(
         values[f"extrapolation.{preset.length}"] = length_factor * (1 / workers if own == "1/K" else own)
     if validation is not None:
         values["data.validation"] = validation
+    if base.precision == "auto" and request.native_precision is not None:
+        values["precision"] = request.native_precision
     if base.device == "cpu" and base.threads is None:
         values["threads"] = 1  # a constant: the number of threads changes the order of sums
     config = load_config(preset.source, _all_settings(request, base, values))
@@ -469,7 +476,8 @@ def _rule(request: Request, presets: Sequence[Preset], equal_steps: bool) -> str
     bases = ", ".join(dict.fromkeys(f"{p.config.optimizer.lr:g} at {p.base_batch_size}" for p in presets))
     return (
         f"{growth}. The learning rate grows from {bases} ({rates}). Warm-up takes the same number of "
-        f"{'steps' if equal_steps else 'epochs'} and starts from the same rate at every B. Of an extrapolation, a "
+        f"{'steps' if equal_steps else 'epochs'} and starts from the same rate at every B, or from the peak where "
+        "that is lower. Of an extrapolation, a "
         "ratio is one of the learning rate, and 1/K falls as K grows; a rate, size or radius stays. A factor of the "
         "grid multiplies the learning rate and the start of its warm-up alike."
     )
@@ -487,6 +495,17 @@ def _notes(cells: Sequence[Cell], facts: Facts, has_grid: bool, equal_steps: boo
         notes.append(
             "Of each grid the point with the best mean validation result over all seeds is selected, for each preset "
             "and batch size; quoted is the test result of those same runs."
+        )
+    left_out = {
+        cell.batch_size: facts.samples - cell.steps_per_epoch * cell.batch_size
+        for cell in cells
+        if facts.samples - cell.steps_per_epoch * cell.batch_size >= UNEQUAL * facts.samples
+    }
+    if left_out and not equal_steps:
+        at = ", ".join(f"{left:,} at {batch_size:,}" for batch_size, left in sorted(left_out.items()))
+        notes.append(
+            f"What does not fill a batch is left out of an epoch: {at}, of {facts.samples:,} samples. Those runs take "
+            "fewer gradients; a batch size that divides the samples takes as many as the others."
         )
     if equal_steps:
         notes.append(

@@ -14,7 +14,7 @@ from rich.text import Text
 from egtrain.errors import EgtrainError
 from egtrain.progress import duration
 from egtrain.sweep.cell import started_egtrain, warm_up
-from egtrain.sweep.execution import last_words
+from egtrain.sweep.execution import Folder, Status, last_words
 from egtrain.sweep.plan import Cell, Plan
 
 MEASURED_STEPS = 4
@@ -56,6 +56,15 @@ def print_plan(plan: Plan, console: Console, jobs: int, speeds: dict[str, Speed]
     total = sum(cell.gradient_evaluations for cell in plan.cells)
     seconds = f", about {duration(estimated_seconds(plan.cells, speeds, jobs))}" if speeds else ""
     console.print(f"{len(plan.cells)} runs, {jobs} at a time, {total:,} gradient evaluations{seconds}", soft_wrap=True)
+
+
+def print_standing(plan: Plan, folder: Folder, console: Console) -> None:
+    """Print what of a sweep has been done before, if anything has."""
+    left = [cell for cell in plan.cells if folder.status(cell) is not Status.done]
+    done = len(plan.cells) - len(left)
+    if done:
+        gradients = sum(cell.gradient_evaluations for cell in left)
+        console.print(f"{done} of them are finished; {gradients:,} gradient evaluations are left", soft_wrap=True)
 
 
 def measured_speeds(plan: Plan, gpus: list[str], console: Console) -> dict[str, Speed] | None:

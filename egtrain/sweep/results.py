@@ -1,24 +1,13 @@
-"""What came of a sweep: each cell's numbers, the selected cells of each grid, and tables of them."""
+"""What came of a sweep: each cell's numbers, the selected cells of each grid, and comparisons of them."""
 
-import csv
-import io
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-from egtrain.checkpoint import write_atomically
-from egtrain.progress import FRACTIONS
 from egtrain.sweep.execution import Folder, Status
-from egtrain.sweep.plan import FORMAT, Cell, Plan
-from egtrain.sweep.text import mean_text, metric_text, target_text
+from egtrain.sweep.plan import Cell, Plan
 
 
 @dataclass(frozen=True)
@@ -83,6 +72,20 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Difference:
+    """A preset less the first one at a batch size, seed by seed, each at its selected point of the grid."""
+
+    preset: str
+    batch_size: int
+    seeds: int
+    """That ended well with both."""
+    mean: float
+    """Of the test metric."""
+    standard_error: float | None
+    """None for a single seed."""
+
+
+@dataclass(frozen=True)
 class Results:
     """What a sweep found."""
 
@@ -126,6 +129,25 @@ class Results:
         good = [row for row in rows if row.mean is not None and sign * (row.mean - rows[0].mean) >= -allowed - 1e-12]
         return max(row.batch_size for row in good)
 
+    def differences(self) -> list[Difference]:
+        """Return how each further preset differs from the first."""
+        first, *others = self.plan.presets
+        found = []
+        for preset in others:
+            for batch_size in self.plan.batch_sizes:
+                one, other = (
+                    {r.cell.seed: v for r in self.selected_cells(p, batch_size) if (v := self._test(r)) is not None}
+                    for p in (first, preset)
+                )
+                pairs = [other[seed] - one[seed] for seed in one if seed in other]
+                if pairs:
+                    error = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else None
+                    found.append(Difference(preset, batch_size, len(pairs), statistics.fmean(pairs), error))
+        return found
+
+    def _test(self, result: CellResult) -> float | None:
+        return result.metric("test", self.plan.metric)
+
     def gradients_per_sample(self, preset: str) -> float | None:
         """Return how many gradients a preset takes of a sample, a whole number or a fraction above one."""
         done = [r for r in self.cells if r.cell.preset == preset and r.status is Status.done and r.samples]
@@ -159,119 +181,6 @@ def read_results(plan: Plan, folder: Folder, *, target: float | None, within_per
         within_percent=within_percent,
         noise_scale=_quartiles(scales),
     )
-
-
-def write_results(results: Results, path: Path) -> None:
-    """Write results.json and results.csv into a folder; what depends on the clock is under `wall` or in wall_seconds.
-
-    Raises:
-        EgtrainError: they could not be written.
-    """
-    text = json.dumps(as_json(results), indent=1, allow_nan=False)
-    write_atomically(path / "results.json", f"{text}\n".encode())
-    rows = [_cell_record(results, result) for result in results.cells]
-    wall = [record.pop("wall") for record in rows]
-    written = io.StringIO(newline="")
-    writer = csv.DictWriter(written, [*rows[0], "wall_seconds"], lineterminator="\n")
-    writer.writeheader()
-    for record, clock in zip(rows, wall, strict=True):
-        writer.writerow({**record, "wall_seconds": clock["seconds"]})
-    write_atomically(path / "results.csv", written.getvalue().encode())
-
-
-def as_json(results: Results) -> dict[str, Any]:
-    """Return what results.json holds; fractions, nats and samples."""
-    plan = results.plan
-    rows = []
-    for row in results.rows:
-        record = asdict(row)
-        record["length"] = None if row.length is None else {row.length[0]: row.length[1]}
-        rows.append(record)
-    return {
-        "format": FORMAT,
-        "metric": plan.metric,
-        "higher_is_better": plan.higher_is_better,
-        "selected_on": "validation" if plan.has_grid else None,
-        "notes": [plan.rule, *plan.notes],
-        "target": {"value": results.target, "split": results.curve_split, "given": results.target_given},
-        "noise_scale": None
-        if results.noise_scale is None
-        else dict(zip(("lower_quartile", "median", "upper_quartile"), results.noise_scale, strict=True)),
-        "within_percent": results.within_percent,
-        "presets": [
-            {
-                "preset": preset,
-                "largest_batch_within": results.largest_batch_within(preset),
-                "gradients_per_sample": results.gradients_per_sample(preset),
-            }
-            for preset in plan.presets
-        ],
-        "rows": rows,
-        "cells": [_cell_record(results, result) for result in results.cells],
-    }
-
-
-def print_results(results: Results, console: Console) -> None:
-    """Print the table, the largest batch of each preset, and what a reader has to know."""
-    plan = results.plan
-    name = plan.metric
-    lengths = [row for row in results.rows if row.length is not None]
-    columns: list[tuple[str, Callable[[Row], str]]] = [
-        ("preset", lambda row: row.preset),
-        ("batch", lambda row: f"{row.batch_size:,}"),
-        ("K", lambda row: str(row.workers)),
-        ("rate", lambda row: f"{row.learning_rate:.4g}" + _factor(row.rate_factor)),
-    ]
-    if lengths:
-        columns.append(
-            (
-                "shift",
-                lambda row: "–" if row.length is None else f"{row.length[1]:.3g}{_factor(row.length_factor)}",
-            )
-        )
-    unit = " (points)" if name in FRACTIONS else ""
-    columns += [
-        (f"test {name}", lambda row: mean_text(name, row.mean, row.standard_deviation)),
-        (f"gap{unit}", lambda row: "" if row.gap is None else metric_text(name, row.gap, signed=True)),
-        ("seeds", lambda row: str(row.seeds) + (f", {row.failed} failed" if row.failed else "")),
-        ("gradients", lambda row: _count(row.gradient_evaluations)),
-        ("steps", lambda row: _count(row.steps)),
-    ]
-    if results.target is not None:
-        columns.append((f"steps to {target_text(name, results.target)}", lambda row: _to_target(row)))
-    table = Table(box=None, pad_edge=False)
-    for number, (title, _) in enumerate(columns):
-        table.add_column(title, justify="right" if number else "left", no_wrap=True)
-    for row in results.rows:
-        table.add_row(*(Text(cell(row)) for _, cell in columns))
-    console.print(table)
-    for preset in plan.presets:
-        largest = results.largest_batch_within(preset)
-        said = "no result" if largest is None else f"{largest:,}"
-        console.print(
-            f"largest batch within {results.within_percent:g} % of the smallest batch's test {name}, {preset}: {said}",
-            soft_wrap=True,
-        )
-    for note in notes_on(results):
-        console.print(note, soft_wrap=True)
-    for result in results.cells:
-        if result.status is not Status.done:
-            console.print(f"{result.cell.name}: {result.status}: {result.message}", soft_wrap=True, markup=False)
-
-
-def notes_on(results: Results) -> list[str]:
-    """Return what a reader of the table has to know."""
-    plan = results.plan
-    notes = list(plan.notes)
-    costly = [p for p in plan.presets if (results.gradients_per_sample(p) or 1) > 1]
-    if costly:
-        factors = ", ".join(f"{p} {results.gradients_per_sample(p):.3g}" for p in costly)
-        notes.append(f"Gradients a sample: {factors}, all others 1.")
-    if results.target is not None:
-        what = target_text(plan.metric, results.target)
-        how = "" if results.target_given else ", the best that every run reaches (--target sets another)"
-        notes.append(f"The target is a {results.curve_split} {plan.metric} of {what}{how}.")
-    return notes
 
 
 def _read_cell(cell: Cell, folder: Folder, metric: str) -> CellResult:
@@ -381,50 +290,3 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float, float] | None:
         return values[0], values[0], values[0]
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return low, middle, high
-
-
-def _cell_record(results: Results, result: CellResult) -> dict[str, Any]:
-    cell, name = result.cell, results.plan.metric
-    steps = None if results.target is None else result.steps_to(results.target, results.plan.higher_is_better)
-    return {
-        "cell": cell.name,
-        "preset": cell.preset,
-        "batch_size": cell.batch_size,
-        "workers": cell.config.workers,
-        "worker_batch_size": cell.config.worker_batch_size,
-        "seed": cell.seed,
-        "rate_factor": cell.rate_factor,
-        "length_factor": cell.length_factor,
-        "learning_rate": cell.learning_rate,
-        "length": None if cell.length is None else cell.length[1],
-        "status": str(result.status),
-        "message": result.message,
-        "selected": cell.name in results.selected,
-        **{
-            f"{split}_{key}": result.metric(split, key)
-            for split in dict.fromkeys([results.curve_split, "test"])
-            for key in (name, "loss")
-        },
-        "steps": result.steps or None,
-        "samples": result.samples or None,
-        "gradient_evaluations": result.gradient_evaluations or None,
-        "steps_to_target": steps,
-        "samples_to_target": None if steps is None else steps * cell.batch_size,
-        "noise_scale": result.noise_scale,
-        "config": cell.digest,
-        "wall": {"seconds": result.seconds},
-    }
-
-
-def _factor(factor: float) -> str:
-    return "" if factor == 1 else f" (×{factor:g})"
-
-
-def _count(number: float | None) -> str:
-    return "–" if number is None else f"{number:,.0f}"
-
-
-def _to_target(row: Row) -> str:
-    if row.steps_to_target is not None:
-        return f"{row.steps_to_target:,.0f}"
-    return f"{row.reached} of {row.seeds + row.failed} seeds" if row.seeds else "–"
