@@ -26,7 +26,8 @@ from egtrain.optim import (
     Noise,
     SharpnessAware,
 )
-from egtrain.optim.extrapolation import Need, Point, scaled_to_weights
+from egtrain.optim.extrapolation import Need, Point
+from egtrain.optim.lengths import scaled_to_weights
 from egtrain.optim.randomness import generator_for, seed_for
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -27,8 +27,9 @@ from egtrain.sweep import execution
 from egtrain.sweep.display import Display
 from egtrain.sweep.execution import Folder, Status, run_cells
 from egtrain.sweep.picture import draw
-from egtrain.sweep.plan import Cell, Facts, Plan, Request, checked_presets
+from egtrain.sweep.plan import Cell, Facts, Plan
 from egtrain.sweep.report import print_results, write_results
+from egtrain.sweep.request import Request, checked_presets
 from egtrain.sweep.results import Results, read_results
 
 SAMPLES = 1024

@@ -87,7 +87,7 @@ def sweep_batch(
     Example: egtrain sweep-batch --preset quickstart --preset quickstart-sgd --batch-sizes 64,256,1024 --seeds 3
     """
     # Imported here, like torch below, so that --help does not wait for it.
-    from egtrain.sweep.plan import Request, checked_presets
+    from egtrain.sweep.request import Request, checked_presets
 
     if not within >= 0:
         raise UsageError("--within takes a percentage of at least 0, such as 1")
@@ -114,10 +114,11 @@ def sweep_batch(
         from egtrain.sweep import execution
         from egtrain.sweep.display import Display
         from egtrain.sweep.picture import draw
-        from egtrain.sweep.plan import Plan, facts_from_data, on_device
+        from egtrain.sweep.plan import Plan, facts_from_data
         from egtrain.sweep.preview import measured_speeds, print_plan, print_standing
         from egtrain.sweep.report import as_json as results_as_json
         from egtrain.sweep.report import print_results, write_results
+        from egtrain.sweep.request import on_device
         from egtrain.sweep.results import read_results
 
     request, presets = on_device(request)

@@ -6,7 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from egtrain.optim.extrapolation import Need, Point, require_sizes
+from egtrain.optim.extrapolation import Need, Point
+from egtrain.optim.lengths import require_sizes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from egtrain.optim.extrapolation import Need, Point, Scaling, require_one_of, require_sizes, scaled_to_weights
+from egtrain.optim.extrapolation import Need, Point
+from egtrain.optim.lengths import Scaling, require_one_of, require_sizes, scaled_to_weights
 
 Distribution = Literal["gaussian", "uniform"]
 

@@ -6,7 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from egtrain.optim.extrapolation import Length, Need, Point
+from egtrain.optim.extrapolation import Need, Point
+from egtrain.optim.lengths import Length
 
 
 @dataclass(frozen=True, kw_only=True)
