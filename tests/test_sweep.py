@@ -574,11 +574,11 @@ def test_what_makes_a_selection_doubtful_is_said(tmp_path: Path) -> None:
     (folder.run(lost) / "summary.json").unlink()
     folder.note_end(lost, -9)
     text = printed(read_results(plan, folder, target=None, within_percent=1))
-    assert "Selected without 1 failed runs" in text
+    assert "Failed runs (1) took no part in the selection" in text
     assert "killed by SIGKILL" in text
     # Diverging is a result, not a failure.
     folder.note_end(lost, 4)
-    assert "Selected without" not in printed(read_results(plan, folder, target=None, within_percent=1))
+    assert "took no part" not in printed(read_results(plan, folder, target=None, within_percent=1))
 
 
 def test_presets_are_compared_seed_by_seed(tmp_path: Path) -> None:

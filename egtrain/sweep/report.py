@@ -148,15 +148,16 @@ def _notes_on_selection(results: Results) -> list[str]:
         for row in results.rows:
             cells = [c for c in results.plan.cells if (c.preset, c.batch_size) == (row.preset, row.batch_size)]
             factors = {getattr(cell, what) for cell in cells}
-            if len(factors) > 1 and getattr(row, what) in (min(factors), max(factors)):
-                ends.append(f"{row.preset} at {row.batch_size:,} (×{getattr(row, what):g})")
+            factor = getattr(row, what)
+            if len(factors) > 1 and factor in (min(factors), max(factors)) and factor > 0:
+                ends.append(f"{row.preset} at {row.batch_size:,} (×{factor:g})")
         if ends:
             notes.append(
                 f"Selected at an end of {option}, beyond which there may be a better one: {', '.join(ends)}. "
                 "The same command with further factors runs only those."
             )
     if failed := sum(result.status is Status.failed for result in results.cells):
-        notes.append(f"Selected without {failed} failed runs, which may have been better: --retry runs them again.")
+        notes.append(f"Failed runs ({failed}) took no part in the selection: --retry runs them again.")
     return notes
 
 
