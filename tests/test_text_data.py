@@ -126,7 +126,7 @@ def test_an_altered_wikitext_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_missing_wikitext_says_where_it_was_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"WikiText-2 was not found in .*--offline .* that holds wikitext-2 with"):
+    with pytest.raises(DataError, match=r"WikiText-2 was not found in .*--offline, .* that holds wikitext-2 with"):
         load_text("wikitext2", data_dir=tmp_path, offline=True, max_vocabulary=None, train_tokens=None)
 
 
