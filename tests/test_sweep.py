@@ -626,6 +626,22 @@ def test_test_results_are_not_shown_before_a_point_is_selected(tmp_path: Path) -
         shutil.rmtree(folder.path)
 
 
+def test_what_a_cell_did_before_it_was_interrupted_is_no_work_of_this_start(tmp_path: Path) -> None:
+    plan, folder = plan_of(["quickstart"]), Folder(tmp_path / "sweep")
+    first, second = plan.cells
+    assert first.gradient_evaluations == second.gradient_evaluations
+    run = folder.run(first)
+    run.mkdir(parents=True)
+    half = {"step": first.steps // 2, "split": "train", "accuracy": 0.5, "wall": {"seconds": 1.0}}
+    (run / "metrics.jsonl").write_text(json.dumps(half) + "\n")
+    with Display(plan, io.StringIO()) as display:
+        display.started(first, run)
+        display._started -= 10
+        display.ended(first, "done")
+        # Half a cell in ten seconds; a whole one is left.
+        assert display.seconds_left() == pytest.approx(20, rel=0.05)
+
+
 def test_steps_to_a_target_are_those_of_the_first_evaluation_that_reaches_it(tmp_path: Path) -> None:
     plan, folder = plan_of(batch_sizes=(64, 256), seeds=2), Folder(tmp_path)
     swept(plan, folder, lambda cell: [0.3, 0.55, 0.4, 0.7 if cell.seed else 0.6], lambda cell: 0.7)

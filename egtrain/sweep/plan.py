@@ -150,7 +150,6 @@ class Plan:
             for length in (request.length_factors if preset.length else (1.0,))
         ]
         first = facts_of(cells[0].config)
-        firsts = [next(cell for cell in cells if cell.preset == preset.name) for preset in presets]
         return cls(
             cells=tuple(cells),
             metric=first.metric,
@@ -165,7 +164,7 @@ class Plan:
                 "validation": cells[0].config.data.validation,
                 "data": first.data,
                 "device": cells[0].config.device,
-                "precision": {preset.name: cell.config.precision for preset, cell in zip(presets, firsts, strict=True)},
+                "precision": {cell.preset: cell.config.precision for cell in cells},
                 "cells": {cell.name: cell.digest for cell in cells},
             },
         )

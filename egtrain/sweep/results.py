@@ -136,17 +136,18 @@ class Results:
         for preset in others:
             for batch_size in self.plan.batch_sizes:
                 one, other = (
-                    {r.cell.seed: v for r in self.selected_cells(p, batch_size) if (v := self._test(r)) is not None}
-                    for p in (first, preset)
+                    {
+                        result.cell.seed: value
+                        for result in self.selected_cells(name, batch_size)
+                        if (value := result.metric("test", self.plan.metric)) is not None
+                    }
+                    for name in (first, preset)
                 )
                 pairs = [other[seed] - one[seed] for seed in one if seed in other]
                 if pairs:
                     error = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else None
                     found.append(Difference(preset, batch_size, len(pairs), statistics.fmean(pairs), error))
         return found
-
-    def _test(self, result: CellResult) -> float | None:
-        return result.metric("test", self.plan.metric)
 
     def gradients_per_sample(self, preset: str) -> float | None:
         """Return how many gradients a preset takes of a sample, a whole number or a fraction above one."""
