@@ -444,6 +444,7 @@ def test_a_sweep_in_the_same_folder_may_grow_and_shrink(fake: FakeCells, tmp_pat
         ({"seeds": 2}, 8),
         ({"seeds": 1}, 0),
         ({"rate_factors": (2.0, 0.5, 1.0)}, 4),
+        ({"presets": ["quickstart"]}, 0),
     ]
     for changes, new in steps:
         fake.started.clear()
@@ -453,7 +454,7 @@ def test_a_sweep_in_the_same_folder_may_grow_and_shrink(fake: FakeCells, tmp_pat
         assert {folder.status(cell) for cell in plan.cells} == {Status.done}
     # Of what was left out meanwhile it still knows the settings.
     with pytest.raises(UsageError, match=r"presets quickstart-sgd optimizer.lr"):
-        folder.claim(plan_of(rate_factors=(0.5, 1.0), validation=100, settings=["optimizer.lr=0.1"], seeds=2))
+        folder.claim(plan_of(["quickstart-sgd"], rate_factors=(0.5, 1.0), validation=100, settings=["optimizer.lr=1"]))
     commands = json.loads((folder.path / "sweep.json").read_text())["commands"]
     assert len(commands) == 20
 
