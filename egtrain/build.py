@@ -378,3 +378,5 @@ def set_numerics(config: Config, ranks: Ranks) -> None:
     if config.deterministic:
         # Of the values for which PyTorch promises equal matrix products, the one for which it promises equal LSTMs too.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+        # In KiB, what those 8 buffers of 16 come to: PyTorch warns where cuBLASLt is to have more than cuBLAS.
+        os.environ.setdefault("CUBLASLT_WORKSPACE_SIZE", "128")

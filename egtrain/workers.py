@@ -125,7 +125,7 @@ class Workers:
             A flat tensor on the device: the table [workers, len(STATISTICS)] and, last, the squared norm of the mean
             gradient. `stop` becomes the sum of what the ranks said.
         """
-        self._table[self.mine.start, 5] = float(stop)
+        self._table[self.mine.start, 5].fill_(float(stop))  # assigning a number would wait for a GPU
         if self._kept is not None:
             for gradient in self.gather(self._kept):
                 self._sum.add_(gradient)
@@ -158,7 +158,7 @@ class Workers:
 
         The gradients stay where they are, so the last entry, the squared norm of their mean, is zero.
         """
-        self._table[self.mine.start, 5] = float(stop)
+        self._table[self.mine.start, 5].fill_(float(stop))
         if self.ranks.count > 1:
             dist.all_reduce(self._table)
         self._healthy &= torch.isfinite(self._table[:, 0:3:2]).all()

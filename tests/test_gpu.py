@@ -1,5 +1,6 @@
 """What only a GPU can show; each promise has a test on the CPU too."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +25,13 @@ MODELS = {
 }
 
 
-def stepped(preset: str, device: torch.device, *settings: str, steps: int = 3) -> tuple[Run, np.ndarray]:
+def stepped(
+    preset: str, device: torch.device, *settings: str, steps: int = 3, learning_rate: float = 0.05
+) -> tuple[Run, np.ndarray]:
     small = [*TINY, *MODELS[preset.partition("-")[0]]]
     run = build_run(load_config(preset, [*small, *settings]), Ranks(device=device))
     run.model.train()
-    rows = [take_step(run, 0.05).double().cpu().numpy() for _ in range(steps)]
+    rows = [take_step(run, learning_rate).double().cpu().numpy() for _ in range(steps)]
     return run, np.stack(rows)
 
 
@@ -54,8 +57,10 @@ def test_the_loss_of_images_is_that_of_the_cpu() -> None:
 @pytest.mark.parametrize("preset", ["resnet-eg", "resnet-eg-lars", "lstm-eg", "transformer-eg"])
 def test_a_step_does_not_wait_for_the_device(preset: str) -> None:
     run, _ = stepped(preset, torch.device("cuda"), "deterministic=false")
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+            torch.cuda.set_sync_debug_mode("error")
         take_step(run, 0.05)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -74,7 +79,11 @@ def test_an_interrupted_run_ends_as_if_it_was_not(further: list[str], images: Pa
 def test_the_first_steps_on_text_are_those_of_the_cpu(preset: str) -> None:
     """Mini-batches of text are chosen on the host, so the same words are seen."""
     settings = ["precision=fp32", "seed=5", "model.dropout=0"]
-    (_, on_gpu), (_, on_cpu) = (stepped(preset, torch.device(name), *settings) for name in ("cuda", "cpu"))
+    # Adam's first update has the sign of every gradient, also where it is nothing but rounding: a small one, therefore.
+    rate = 0.05 if preset.startswith("lstm") else 1e-4
+    (_, on_gpu), (_, on_cpu) = (
+        stepped(preset, torch.device(name), *settings, learning_rate=rate) for name in ("cuda", "cpu")
+    )
     assert on_gpu[:, 0] == pytest.approx(on_cpu[:, 0], rel=1e-3)
 
 
