@@ -51,8 +51,7 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise UsageError("no CUDA device was found: use --device cpu, or install a CUDA build of torch")
+    require_cuda()
     local_rank, local_ranks = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if local_ranks > torch.cuda.device_count():
         raise UsageError(
@@ -61,6 +60,12 @@ def pick_device(name: str) -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def require_cuda() -> None:
+    """Raise UsageError where there is no CUDA device."""
+    if not torch.cuda.is_available():
+        raise UsageError("no CUDA device was found: use --device cpu, or install a CUDA build of torch")
 
 
 @contextmanager

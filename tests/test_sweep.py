@@ -27,9 +27,9 @@ from egtrain.sweep import execution
 from egtrain.sweep.display import Display
 from egtrain.sweep.execution import Folder, Status, run_cells
 from egtrain.sweep.picture import draw
-from egtrain.sweep.plan import Cell, Facts, Plan
+from egtrain.sweep.plan import Cell, Facts, Plan, facts_from_data
 from egtrain.sweep.report import print_results, write_results
-from egtrain.sweep.request import Request, checked_presets
+from egtrain.sweep.request import Request, checked_presets, on_device
 from egtrain.sweep.results import Results, read_results
 
 SAMPLES = 1024
@@ -457,6 +457,25 @@ def test_a_sweep_in_the_same_folder_may_grow_and_shrink(fake: FakeCells, tmp_pat
         folder.claim(plan_of(["quickstart-sgd"], rate_factors=(0.5, 1.0), validation=100, settings=["optimizer.lr=1"]))
     commands = json.loads((folder.path / "sweep.json").read_text())["commands"]
     assert len(commands) == 20
+
+
+def test_a_finished_sweep_of_a_gpu_is_read_where_there_is_none(
+    egtrain_command: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    options = shlex.split("sweep-batch --preset quickstart-sgd --batch-sizes 64 --device cuda --output sweep")
+    result = egtrain_command(*options)
+    assert (result.code, result.stdout) == (2, "")
+    assert "no CUDA device was found: use --device cpu" in result.line
+    assert not (tmp_path / "sweep").exists()
+    request, presets = on_device(Request(("quickstart-sgd",), (64,), 1, settings=("device=cuda",)))
+    (cell,) = Plan.made(request, presets, facts_from_data()).cells
+    folder = Folder(tmp_path / "sweep")
+    write_run(cell, folder, [0.5, 0.6])
+    result = egtrain_command(*options)
+    assert result.code == 0
+    assert "70.00 %" in result.stdout
+    assert (tmp_path / "sweep" / "sweep.png").exists()
 
 
 def test_what_differs_only_in_cells_is_refused_too(tmp_path: Path) -> None:

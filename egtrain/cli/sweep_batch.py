@@ -125,6 +125,7 @@ def sweep_batch(
     plan = Plan.made(request, presets, facts_from_data(offline=dry_run))
     count, gpus = execution.devices_for(plan, jobs)
     folder = execution.Folder(folder_path)
+    execution.require_device(plan, folder)
     stream = sys.stderr if as_json else sys.stdout
     # A pipe or file has no width: its lines must not be broken.
     console = Console(file=stream, highlight=False, width=None if stream.isatty() else 200)

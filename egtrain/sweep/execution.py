@@ -270,6 +270,14 @@ def devices_for(plan: Plan, jobs: str) -> tuple[int, list[str]]:
     return min(most if jobs == "auto" else int(jobs), len(plan.cells)), gpus
 
 
+def require_device(plan: Plan, folder: Folder) -> None:
+    """Raise UsageError where cells are left to run on a GPU and there is none; finished ones can be read anywhere."""
+    from egtrain.launch import require_cuda
+
+    if plan.cells[0].config.device == "cuda" and any(folder.status(cell) is Status.waiting for cell in plan.cells):
+        require_cuda()
+
+
 def require_success(plan: Plan, folder: Folder) -> None:
     """Raise EgtrainError where cells have failed."""
     failed = [cell for cell in plan.cells if folder.status(cell) is not Status.done]

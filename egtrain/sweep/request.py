@@ -139,15 +139,13 @@ def on_device(request: Request) -> tuple[Request, list[Preset]]:
     """Return the request and its presets with device and precision settled, which numbers depend on; it needs torch.
 
     Raises:
-        UsageError: CUDA is asked for and there is none, or as `checked_presets`.
+        UsageError: as `checked_presets`.
     """
     import torch
 
     from egtrain.build import native_precision
 
     wanted = checked_presets(request)[0].config.device
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UsageError("no CUDA device was found: use --device cpu, or install a CUDA build of torch")
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
         request = replace(request, settings=(*request.settings, f"device={wanted}"))
