@@ -375,8 +375,8 @@ def set_numerics(config: Config, ranks: Ranks) -> None:
     # PyTorch's default on a GPU is TF32, whose 10 bits would round much of a small shift away.
     cudnn: Any = torch.backends.cudnn
     cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee" if config.precision == "fp32" else "tf32"
-    if config.deterministic:
+    if config.deterministic and "CUBLAS_WORKSPACE_CONFIG" not in os.environ:
         # Of the values for which PyTorch promises equal matrix products, the one for which it promises equal LSTMs too.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":16:8"
         # In KiB, what those 8 buffers of 16 come to: PyTorch warns where cuBLASLt is to have more than cuBLAS.
         os.environ.setdefault("CUBLASLT_WORKSPACE_SIZE", "128")
