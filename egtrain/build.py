@@ -372,7 +372,7 @@ def set_numerics(config: Config, ranks: Ranks) -> None:
     torch.set_num_threads(config.threads or (1 if config.deterministic else threads_of_a_rank()))
     torch.use_deterministic_algorithms(config.deterministic)
     torch.backends.cudnn.benchmark = not config.deterministic
-    # PyTorch's default on a GPU is TF32, whose 10 bits would round much of a small shift away.
+    # fp32 is to mean just that: PyTorch's default on a GPU is TF32, which has 10 bits of its 23.
     cudnn: Any = torch.backends.cudnn
     cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee" if config.precision == "fp32" else "tf32"
     if config.deterministic and "CUBLAS_WORKSPACE_CONFIG" not in os.environ:
