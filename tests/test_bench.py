@@ -5,10 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from egtrain import bench
-from egtrain.bench import VARIANTS, Comparison, compare_costs, median_interval
+from egtrain.bench import VARIANTS, Comparison, compare_costs, median_interval, seconds_taken
 from egtrain.cli import app
 from egtrain.errors import UsageError
 from egtrain.tasks.image import ImageTask
@@ -112,3 +113,24 @@ def test_the_command_prints_json_and_a_table() -> None:
 def test_a_wrong_name_is_refused_with_a_hint(variants: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         CliRunner().invoke(app, ["bench", "--preset", "quickstart", "--variants", variants], catch_exceptions=False)
+
+
+def test_a_gpu_is_timed_by_its_own_clock_while_the_host_runs_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            said.append("record")
+
+        def elapsed_time(self, end: "Event") -> float:
+            said.append("read")
+            return 40.0
+
+    monkeypatch.setattr("torch.cuda.Event", Event)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: said.append("wait"))
+    assert seconds_taken(lambda: said.append("step"), Ranks(device=torch.device("cuda"))) == 0.04
+    # The first step keeps the device busy while the host prepares the one that is timed.
+    assert said == ["step", "record", "step", "record", "wait", "read"]
