@@ -469,9 +469,12 @@ def test_a_finished_sweep_of_a_gpu_is_read_where_there_is_none(
     assert "no CUDA device was found: use --device cpu" in result.line
     assert not (tmp_path / "sweep").exists()
     request, presets = on_device(Request(("quickstart-sgd",), (64,), 1, settings=("device=cuda",)))
-    (cell,) = Plan.made(request, presets, facts_from_data()).cells
-    folder = Folder(tmp_path / "sweep")
-    write_run(cell, folder, [0.5, 0.6])
+    plan, folder = Plan.made(request, presets, facts_from_data()), Folder(tmp_path / "sweep")
+    folder.claim(plan)
+    result = egtrain_command(*options)
+    assert result.code == 2
+    assert "no CUDA device was found" in result.line
+    write_run(plan.cells[0], folder, [0.5, 0.6])
     result = egtrain_command(*options)
     assert result.code == 0
     assert "70.00 %" in result.stdout

@@ -111,6 +111,7 @@ def sweep_batch(
         from rich.console import Console
 
         from egtrain.checkpoint import RunLock
+        from egtrain.launch import require_cuda
         from egtrain.sweep import execution
         from egtrain.sweep.display import Display
         from egtrain.sweep.picture import draw
@@ -122,10 +123,12 @@ def sweep_batch(
         from egtrain.sweep.results import read_results
 
     request, presets = on_device(request)
+    folder = execution.Folder(folder_path)
+    begun = (folder.path / execution.PLAN).exists()
+    if presets[0].config.device == "cuda" and not begun:
+        require_cuda()  # before the data are looked for; a sweep that was run elsewhere may be finished
     plan = Plan.made(request, presets, facts_from_data(offline=dry_run))
     count, gpus = execution.devices_for(plan, jobs)
-    folder = execution.Folder(folder_path)
-    execution.require_device(plan, folder)
     stream = sys.stderr if as_json else sys.stdout
     # A pipe or file has no width: its lines must not be broken.
     console = Console(file=stream, highlight=False, width=None if stream.isatty() else 200)
@@ -138,7 +141,6 @@ def sweep_batch(
             print_standing(plan, folder, console)
         return
     with RunLock(folder.path):
-        begun = (folder.path / execution.PLAN).exists()
         folder.claim(plan)
         print_plan(plan, console, count, measured_speeds(plan, gpus, console) if estimate and not begun else None)
         print_standing(plan, folder, console)

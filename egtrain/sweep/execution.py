@@ -195,7 +195,7 @@ def run_cells(plan: Plan, folder: Folder, *, jobs: int, gpus: Sequence[str], ret
     """Run all cells that are not finished, `jobs` at a time; failed ones too with `retry`.
 
     Raises:
-        UsageError: another run is in a cell's place; nothing has been started.
+        UsageError: another run is in a cell's place, or there is no GPU for what is left; nothing has been started.
         InterruptedRun: a signal came; what was running has saved, and the next call goes on.
     """
     statuses = {cell.name: folder.status(cell) for cell in plan.cells}
@@ -205,6 +205,10 @@ def run_cells(plan: Plan, folder: Folder, *, jobs: int, gpus: Sequence[str], ret
                 folder.failure(cell).unlink(missing_ok=True)
                 statuses[cell.name] = Status.waiting
     waiting = deque(cell for cell in plan.cells if statuses[cell.name] is Status.waiting)
+    if waiting and plan.cells[0].config.device == "cuda":
+        from egtrain.launch import require_cuda
+
+        require_cuda()
     for cell in waiting:
         if (folder.run(cell) / LOCK).exists():
             with RunLock(folder.run(cell), patience_seconds=ORPHAN_SECONDS):
@@ -268,14 +272,6 @@ def devices_for(plan: Plan, jobs: str) -> tuple[int, list[str]]:
     threads = max(cell.config.threads or 1 for cell in plan.cells)
     most = len(gpus) or max(1, cores() // threads)
     return min(most if jobs == "auto" else int(jobs), len(plan.cells)), gpus
-
-
-def require_device(plan: Plan, folder: Folder) -> None:
-    """Raise UsageError where cells are left to run on a GPU and there is none; finished ones can be read anywhere."""
-    from egtrain.launch import require_cuda
-
-    if plan.cells[0].config.device == "cuda" and any(folder.status(cell) is Status.waiting for cell in plan.cells):
-        require_cuda()
 
 
 def require_success(plan: Plan, folder: Folder) -> None:
