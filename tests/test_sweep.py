@@ -471,6 +471,14 @@ def test_a_finished_sweep_of_a_gpu_is_read_where_there_is_none(
     request, presets = on_device(Request(("quickstart-sgd",), (64,), 1, settings=("device=cuda",)))
     plan, folder = Plan.made(request, presets, facts_from_data()), Folder(tmp_path / "sweep")
     folder.claim(plan)
+    # A record of a failure is kept while nothing can run again.
+    folder.note_end(plan.cells[0], 1)
+    for more in ([], ["--retry"]):
+        result = egtrain_command(*options, *more)
+        assert result.code == (2 if more else 1)
+        assert ("no CUDA device was found" in result.line) == bool(more)
+        assert folder.status(plan.cells[0]) is Status.failed
+    folder.failure(plan.cells[0]).unlink()
     result = egtrain_command(*options)
     assert result.code == 2
     assert "no CUDA device was found" in result.line

@@ -18,6 +18,7 @@ from egtrain.checkpoint import LOCK, RunLock, write_atomically
 from egtrain.config import differences
 from egtrain.config_files import load_config
 from egtrain.errors import DivergedError, EgtrainError, InterruptedRun, UsageError
+from egtrain.launch import require_cuda
 from egtrain.sweep.cell import started_egtrain
 from egtrain.sweep.display import Display
 from egtrain.sweep.plan import Cell, Plan, changed
@@ -199,16 +200,13 @@ def run_cells(plan: Plan, folder: Folder, *, jobs: int, gpus: Sequence[str], ret
         InterruptedRun: a signal came; what was running has saved, and the next call goes on.
     """
     statuses = {cell.name: folder.status(cell) for cell in plan.cells}
-    if retry:
-        for cell in plan.cells:
-            if statuses[cell.name] in (Status.failed, Status.diverged):
-                folder.failure(cell).unlink(missing_ok=True)
-                statuses[cell.name] = Status.waiting
-    waiting = deque(cell for cell in plan.cells if statuses[cell.name] is Status.waiting)
+    again = [cell for cell in plan.cells if retry and statuses[cell.name] in (Status.failed, Status.diverged)]
+    waiting = deque(cell for cell in plan.cells if statuses[cell.name] is Status.waiting or cell in again)
     if waiting and plan.cells[0].config.device == "cuda":
-        from egtrain.launch import require_cuda
-
         require_cuda()
+    for cell in again:
+        folder.failure(cell).unlink(missing_ok=True)
+        statuses[cell.name] = Status.waiting
     for cell in waiting:
         if (folder.run(cell) / LOCK).exists():
             with RunLock(folder.run(cell), patience_seconds=ORPHAN_SECONDS):
