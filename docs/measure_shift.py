@@ -12,6 +12,7 @@ from torch import Tensor
 
 from egtrain.build import build_run
 from egtrain.config_files import load_config
+from egtrain.sharpness.frozen_loss import weights_kept
 from egtrain.train import Run, take_step
 from egtrain.workers import Ranks
 
@@ -19,17 +20,15 @@ from egtrain.workers import Ranks
 def gradient(run: Run, worker: int, precision: str, zeta: list[Tensor] | None = None) -> Tensor:
     """Return a worker's gradient of the step that comes next, at x or at x − ζ, without a trace in the run."""
     parameters = list(run.model.parameters())
-    before = [p.detach().clone() for p in parameters]
-    with torch.no_grad():
+    with weights_kept(parameters):
         if zeta is not None:
-            torch._foreach_sub_(parameters, zeta)
-    run.workers.enter(worker)
-    torch.clear_autocast_cache()
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        loss, _ = run.task.loss(run.model, run.task.batch(worker, run.step))
-    loss.backward()
-    with torch.no_grad():
-        torch._foreach_copy_(parameters, before)
+            with torch.no_grad():
+                torch._foreach_sub_(parameters, zeta)
+        run.workers.enter(worker)
+        torch.clear_autocast_cache()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            loss, _ = run.task.loss(run.model, run.task.batch(worker, run.step))
+        loss.backward()
     return run.workers.gradients.clone()
 
 
