@@ -1,4 +1,5 @@
-"""Measure how many mini-batch gradients a second several runs take that share a device; for docs/results.md.
+"""Measure how many mini-batch gradients a second several runs take that share a device; for
+docs/results.md.
 
 python docs/measure_sharing.py --preset resnet8-eg --processes 12 --set precision=fp32
 """
@@ -11,8 +12,8 @@ from multiprocessing.synchronize import Barrier
 import torch
 
 from egtrain.build import build_run
-from egtrain.config import Config
-from egtrain.config_files import load_config
+from egtrain.config.files import load_config
+from egtrain.config.schema import Config
 from egtrain.data.images import ImageData
 from egtrain.launch import pick_device
 from egtrain.train import OnItsWay, take_step
@@ -54,16 +55,22 @@ def gradients_a_second(config: Config, seconds: float, ready: Barrier) -> float:
     return steps * config.workers / (time.perf_counter() - start)
 
 
-def measure(config: Config, seconds: float, ready: Barrier, results: "multiprocessing.SimpleQueue[float]") -> None:
+def measure(
+    config: Config, seconds: float, ready: Barrier, results: "multiprocessing.SimpleQueue[float]"
+) -> None:
     results.put(gradients_a_second(config, seconds, ready))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--preset", default="resnet8-eg")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=2.5)
-    parser.add_argument("--set", action="append", default=[], dest="settings", help="as in egtrain train")
+    parser.add_argument(
+        "--set", action="append", default=[], dest="settings", help="as in egtrain train"
+    )
     arguments = parser.parse_args()
     config = load_config(arguments.preset, ["threads=1", *arguments.settings])
     spawning = multiprocessing.get_context("spawn")

@@ -1,4 +1,5 @@
-"""Measure what of an extrapolation reaches the gradient in bf16: how g(x − ζ) − g(x) compares with that in fp32.
+"""Measure what of an extrapolation reaches the gradient in bf16: how g(x − ζ) − g(x) compares with
+that in fp32.
 
 python docs/measure_shift.py --data-dir DIR --set optimizer.lr=0.8
 """
@@ -11,14 +12,16 @@ import torch
 from torch import Tensor
 
 from egtrain.build import build_run
-from egtrain.config_files import load_config
+from egtrain.config.files import load_config
 from egtrain.sharpness.frozen_loss import weights_kept
 from egtrain.train import Run, take_step
 from egtrain.workers import Ranks
 
 
 def gradient(run: Run, worker: int, precision: str, zeta: list[Tensor] | None = None) -> Tensor:
-    """Return a worker's gradient of the step that comes next, at x or at x − ζ, without a trace in the run."""
+    """Return a worker's gradient of the step that comes next, at x or at x − ζ, without a trace in
+    the run.
+    """
     parameters = list(run.model.parameters())
     with weights_kept(parameters):
         if zeta is not None:
@@ -33,7 +36,9 @@ def gradient(run: Run, worker: int, precision: str, zeta: list[Tensor] | None = 
 
 
 def measure(run: Run, worker: int, ratio: float) -> tuple[float, float, float]:
-    """Return the cosine of the two differences, the ratio of their norms, and ‖g(x − ζ) − g(x)‖/‖g(x)‖ in fp32."""
+    """Return the cosine of the two differences, the ratio of their norms, and ‖g(x − ζ) −
+    g(x)‖/‖g(x)‖ in fp32.
+    """
     assert run.extrapolation is not None
     past = [rows[worker] for rows in run.extrapolation.state_dict()["own"]]
     zeta = [ratio * run.schedule(run.step) * g for g in past]
@@ -44,10 +49,14 @@ def measure(run: Run, worker: int, ratio: float) -> tuple[float, float, float]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data-dir", required=True, type=lambda path: str(Path(path).absolute()))
     parser.add_argument("--steps", default="10,25,50")
-    parser.add_argument("--set", action="append", default=[], dest="settings", help="as in egtrain train")
+    parser.add_argument(
+        "--set", action="append", default=[], dest="settings", help="as in egtrain train"
+    )
     arguments = parser.parse_args()
     settings = [f"data.dir={arguments.data_dir}", "precision=fp32", *arguments.settings]
     config = load_config("resnet8-eg", settings)
@@ -61,7 +70,8 @@ if __name__ == "__main__":
             rows = [measure(run, worker, factor * ratio) for worker in range(8)]
             cosine, length, share = (statistics.fmean(column) for column in zip(*rows, strict=True))
             print(
-                f"step {step}, ρ = {factor * ratio:g}: g(x − ζ) − g(x) is {share:.1%} of g(x); in bf16 its cosine is "
+                f"step {step}, ρ = {factor * ratio:g}: g(x − ζ) − g(x) is {share:.1%} of g(x); in "
+                "bf16 its cosine is "
                 f"{cosine:.3f}, its norm {length:.2f} times that in fp32",
                 flush=True,
             )

@@ -1,4 +1,5 @@
-"""Measure how fast `resnet-sgd` trains beside the usual kind of PyTorch loop, in samples/s; for docs/results.md.
+"""Measure how fast `resnet-sgd` trains beside the usual kind of PyTorch loop, in samples/s; for
+docs/results.md.
 
 python docs/measure_speed.py --data-dir DIR
 """
@@ -14,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from egtrain.bench import median_interval
 from egtrain.build import build_run, load_data
-from egtrain.config import Config
-from egtrain.config_files import load_config
+from egtrain.config.files import load_config
+from egtrain.config.schema import Config
 from egtrain.models.resnet import ResNet
 from egtrain.train import Run, take_step
 from egtrain.workers import Ranks
@@ -60,7 +61,9 @@ def measure(data_dir: str, workers: int, steps: int, settings: list[str]) -> Non
     run = run_for(data_dir, workers, *settings)
     config = load_config("resnet-sgd", [f"data.dir={data_dir}"])
     model = ResNet(20, 16, 10)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4
+    )
     batches = iter(DataLoader(Images(config), batch_size=128, shuffle=True))
 
     def plain_step() -> None:
@@ -72,17 +75,25 @@ def measure(data_dir: str, workers: int, steps: int, settings: list[str]) -> Non
     take_step(run, 0.1)
     plain_step()
     ratios = [
-        sum(seconds(plain_step) for _ in range(workers)) / seconds(lambda: take_step(run, 0.1)) for _ in range(steps)
+        sum(seconds(plain_step) for _ in range(workers)) / seconds(lambda: take_step(run, 0.1))
+        for _ in range(steps)
     ]
     median, low, high = median_interval(ratios)
-    print(f"samples/s of resnet-sgd ({' '.join(settings)}) / plain fp32 loop: {median:.3f} [{low:.3f}, {high:.3f}]")
+    print(
+        f"samples/s of resnet-sgd ({' '.join(settings)}) / plain fp32 loop: {median:.3f} "
+        f"[{low:.3f}, {high:.3f}]"
+    )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data-dir", required=True, type=lambda path: str(Path(path).absolute()))
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--set", action="append", default=[], dest="settings", help="as in egtrain train")
+    parser.add_argument(
+        "--set", action="append", default=[], dest="settings", help="as in egtrain train"
+    )
     arguments = parser.parse_args()
     measure(arguments.data_dir, arguments.workers, arguments.steps, arguments.settings)

@@ -1,4 +1,6 @@
-"""`python -m egtrain` and the console script: one line for an expected failure, and its exit code."""
+"""`python -m egtrain` and the console script: one line for an expected failure, and its exit
+code.
+"""
 
 import os
 import sys

@@ -1,4 +1,6 @@
-"""What each variant costs: steps of all of them, interleaved in one process, beside plain training."""
+"""What each variant costs: steps of all of them, interleaved in one process, beside plain
+training.
+"""
 
 import os
 import statistics
@@ -15,8 +17,8 @@ import torch
 from torch.autograd.profiler import profile
 
 from egtrain.build import build_run, load_data
-from egtrain.config import Config
-from egtrain.config_files import load_config
+from egtrain.config.files import load_config
+from egtrain.config.schema import Config
 from egtrain.errors import UsageError, did_you_mean
 from egtrain.launch import pick_device
 from egtrain.train import Run, take_step
@@ -38,7 +40,8 @@ VARIANTS: dict[str, list[str]] = {
 """The choices of ζ, with the settings that they need beside their names."""
 
 LEARNING_RATE = 1e-3
-"""Small, so that the weights stay ordinary numbers whatever the preset; it does not change the time."""
+"""Small, so that the weights stay ordinary numbers whatever the preset; it does not change the
+time."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ class Cost:
     gradients_per_step: float
     """Per-sample gradients over the samples of the batch."""
     peak_bytes: int
-    """Most memory that tensors took at once: on CUDA as its allocator counts, on the CPU as the profiler does."""
+    """Most memory that tensors took at once: on CUDA as its allocator counts, on the CPU as the
+    profiler does."""
     communicated_bytes: int
     """What the step's one collective carries where the workers are spread over several ranks."""
 
@@ -78,7 +82,8 @@ def compare_costs(
     wanted: Sequence[str] | None = None,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Comparison:
-    """Time steps of each variant of a preset, one after the other in every round, in an order that turns.
+    """Time steps of each variant of a preset, one after the other in every round, in an order that
+    turns.
 
     Args:
         preset: whose model, data, base optimizer and batch are used; its own extrapolation is not.
@@ -89,12 +94,15 @@ def compare_costs(
         progress: is told of each timed variant, as (done, total).
 
     Raises:
-        UsageError: an unknown variant, or one that is wanted but not defined over the preset's base optimizer.
+        UsageError: an unknown variant, or one that is wanted but not defined over the preset's base
+            optimizer.
     """
     for name in wanted or ():
         if name not in VARIANTS:
             hint = did_you_mean(name, list(VARIANTS))
-            raise UsageError(f"unknown variant '{name}'{hint or '; known are ' + ', '.join(VARIANTS)}")
+            raise UsageError(
+                f"unknown variant '{name}'{hint or '; known are ' + ', '.join(VARIANTS)}"
+            )
     configs: dict[str, Config] = {}
     left_out: dict[str, str] = {}
     for name in VARIANTS if wanted is None else dict.fromkeys(["none", *wanted]):
@@ -107,7 +115,9 @@ def compare_costs(
 
     ranks = Ranks(device=pick_device(configs["none"].device))
     data = load_data(configs["none"])
-    warmed_up(configs["none"], ranks, data)  # what a process allocates once and for all is no variant's
+    warmed_up(
+        configs["none"], ranks, data
+    )  # what a process allocates once and for all is no variant's
     runs: dict[str, Run] = {}
     peaks: dict[str, int] = {}
     for name, config in configs.items():
@@ -120,14 +130,18 @@ def compare_costs(
         for index, name in enumerate([*names[start:], *names[:start]]):
             # Whole cycles, because only one step in so many takes a second gradient.
             cycle = runs[name].extrapolated_steps.step
-            seconds[name].append(seconds_taken(partial(take_steps, runs[name], cycle), ranks) / cycle)
+            seconds[name].append(
+                seconds_taken(partial(take_steps, runs[name], cycle), ranks) / cycle
+            )
             progress(turn * len(names) + index + 1, rounds * len(names))
 
     return Comparison(
         step_seconds=statistics.median(seconds["none"]),
         variants={
             name: Cost(
-                *median_interval([t / plain for t, plain in zip(seconds[name], seconds["none"], strict=True)]),
+                *median_interval(
+                    [t / plain for t, plain in zip(seconds[name], seconds["none"], strict=True)]
+                ),
                 gradients_per_step=run.gradient_evaluations / (run.step * run.task.batch_size),
                 peak_bytes=peaks[name],
                 communicated_bytes=run.workers.collective_bytes,
@@ -140,7 +154,11 @@ def compare_costs(
 
 def config_of(preset: str, variant: str, overrides: Sequence[str]) -> Config:
     """Return the preset's configuration with another choice of ζ, which acts in every step."""
-    settings = [f"extrapolation.name={variant.split()[0]}", *VARIANTS[variant], "post_local.period=null"]
+    settings = [
+        f"extrapolation.name={variant.split()[0]}",
+        *VARIANTS[variant],
+        "post_local.period=null",
+    ]
     if variant == "momentum" and load_config(preset, list(overrides)).optimizer.name == "sgd":
         # Its base is heavy-ball momentum, which takes as long as Nesterov's.
         settings.append("optimizer.nesterov=false")
@@ -148,7 +166,9 @@ def config_of(preset: str, variant: str, overrides: Sequence[str]) -> Config:
 
 
 def warmed_up(config: Config, ranks: Ranks, data: Any) -> Run:
-    """Return a run after a cycle of steps, in which everything is allocated and compiled that ever will be."""
+    """Return a run after a cycle of steps, in which everything is allocated and compiled that ever
+    will be.
+    """
     run = build_run(config, ranks, data)
     run.model.train()
     take_steps(run, max(2, run.extrapolated_steps.step))
@@ -162,7 +182,9 @@ def take_steps(run: Run, count: int) -> None:
 
 
 def seconds_taken(action: Callable[[], object], ranks: Ranks) -> float:
-    """Return how long an action takes, on a GPU by its own clock and while the host runs ahead, as in training."""
+    """Return how long an action takes, on a GPU by its own clock and while the host runs ahead, as
+    in training.
+    """
     if ranks.device.type != "cuda":
         start = time.perf_counter()
         action()
@@ -177,7 +199,9 @@ def seconds_taken(action: Callable[[], object], ranks: Ranks) -> float:
 
 
 def with_peak_bytes(make: Callable[[], Run], ranks: Ranks) -> tuple[Run, int]:
-    """Return what is made, and the most memory that tensors took at once meanwhile, beyond what they took before."""
+    """Return what is made, and the most memory that tensors took at once meanwhile, beyond what
+    they took before.
+    """
     if ranks.device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -194,7 +218,9 @@ def with_peak_bytes(make: Callable[[], Run], ranks: Ranks) -> tuple[Run, int]:
 
 @contextmanager
 def quiet_standard_error() -> Iterator[None]:
-    """Keep what C++ code prints off the terminal; torch 2.13 tells of each start and stop of its profiler."""
+    """Keep what C++ code prints off the terminal; torch 2.13 tells of each start and stop of its
+    profiler.
+    """
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)

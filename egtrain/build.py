@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from egtrain.config import Config
-from egtrain.config_sections import LanguageSettings, Optimizer, TranslationSettings
+from egtrain.config.schema import Config
+from egtrain.config.sections import LanguageSettings, Optimizer, TranslationSettings
 from egtrain.data.images import ImageData, load_images, locate_images
 from egtrain.data.pairs import PairData, load_pairs, locate_pairs
 from egtrain.data.text import TextData, load_text, locate_text
@@ -68,7 +68,9 @@ def build_plan(config: Config, steps_per_epoch: int) -> Plan:
     extrapolation = config.extrapolation
     extrapolated_steps = range(0)
     if extrapolation.name != "none":
-        first = warmup_steps if extrapolation.name == "momentum" and extrapolation.after_warmup else 0
+        first = (
+            warmup_steps if extrapolation.name == "momentum" and extrapolation.after_warmup else 0
+        )
         until = min(end for end in (1.0, extrapolation.until, local_start) if end is not None)
         every = extrapolation.every if extrapolation.name in ("fresh", "sam") else 1
         extrapolated_steps = range(first, round(until * steps), every)
@@ -110,7 +112,11 @@ def load_data(config: Config, offline: bool = False) -> Data:
     if isinstance(task, LanguageSettings):
         tokens = None if limit is None else limit * task.bptt
         return load_text(
-            name, data_dir=folder, offline=offline, max_vocabulary=task.max_vocabulary, train_tokens=tokens
+            name,
+            data_dir=folder,
+            offline=offline,
+            max_vocabulary=task.max_vocabulary,
+            train_tokens=tokens,
         )
     if isinstance(task, TranslationSettings):
         return load_pairs(
@@ -136,7 +142,9 @@ def load_data(config: Config, offline: bool = False) -> Data:
 def locate_data(config: Config) -> str:
     """Say in a few words where the data of a configuration are, or would come from."""
     folder = Path(config.data.dir) if config.data.dir else None
-    locate = {"image": locate_images, "language": locate_text, "translation": locate_pairs}[config.task.name]
+    locate = {"image": locate_images, "language": locate_text, "translation": locate_pairs}[
+        config.task.name
+    ]
     return locate(config.data.name, data_dir=folder, offline=config.data.offline)
 
 
@@ -149,7 +157,9 @@ def build_task(config: Config, data: Data, device: torch.device) -> Task:
     workers, share, seed, task = config.workers, config.worker_batch_size, config.seed, config.task
     if isinstance(task, LanguageSettings):
         assert isinstance(data, TextData)
-        return LanguageTask(data, workers=workers, worker_batch_size=share, seed=seed, bptt=task.bptt, device=device)
+        return LanguageTask(
+            data, workers=workers, worker_batch_size=share, seed=seed, bptt=task.bptt, device=device
+        )
     if isinstance(task, TranslationSettings):
         assert isinstance(data, PairData)
         return TranslationTask(
@@ -180,7 +190,9 @@ def outputs_of(data: Data) -> int:
 
 
 def build_model(config: Config, outputs: int, device: torch.device) -> nn.Module:
-    """Return the model with the initial weights of the seed; they are drawn on the CPU, the same for every device."""
+    """Return the model with the initial weights of the seed; they are drawn on the CPU, the same
+    for every device.
+    """
     torch.manual_seed(seed_for(config.seed, "weights"))
     model: nn.Module
     shape = config.model
@@ -287,7 +299,9 @@ def build_direction(config: Config) -> Direction | None:
 
 
 def worker_state_bytes(config: Config, outputs: int) -> int:
-    """Return the memory that one worker's own state takes: past gradient, statistics or hidden state, local phase."""
+    """Return the memory that one worker's own state takes: past gradient, statistics or hidden
+    state, local phase.
+    """
     model = build_model(config, outputs, torch.device("cpu"))
     direction = build_direction(config)
     own = list(model.buffers())
@@ -308,7 +322,9 @@ def build_run(config: Config, ranks: Ranks, data: Data | None = None) -> Run:
         DataError: the data are missing or damaged.
         UsageError: the batch is larger than the data, or the ranks do not divide the workers.
     """
-    config = config.model_copy(update={"precision": native_precision(config.precision, ranks.device)})
+    config = config.model_copy(
+        update={"precision": native_precision(config.precision, ranks.device)}
+    )
     set_numerics(config, ranks)
     if data is None:
         data = first_rank_first(ranks, lambda: load_data(config))
@@ -318,10 +334,14 @@ def build_run(config: Config, ranks: Ranks, data: Data | None = None) -> Run:
     optimizer = build_optimizer(config.optimizer, model)
     workers = Workers(model, config.workers, ranks, config.deterministic)
     direction = build_direction(config)
-    extrapolation = Extrapolation(optimizer, direction, workers.mine, config.seed) if direction else None
+    extrapolation = (
+        Extrapolation(optimizer, direction, workers.mine, config.seed) if direction else None
+    )
     post_local = None
     if plan.local_start is not None and config.post_local.period is not None:
-        post_local = PostLocal(optimizer, workers.mine, start=plan.local_start, period=config.post_local.period)
+        post_local = PostLocal(
+            optimizer, workers.mine, start=plan.local_start, period=config.post_local.period
+        )
     evaluate_every = max(1, round(config.evaluate_every * plan.steps_per_epoch))
     return Run(
         task=task,
@@ -346,15 +366,21 @@ def build_run(config: Config, ranks: Ranks, data: Data | None = None) -> Run:
 
 
 def native_precision(name: str, device: torch.device) -> str:
-    """Return `fp32` or `bf16`; `auto` is bf16 where the device multiplies in it, and fp32 where it would emulate it.
+    """Return `fp32` or `bf16`; `auto` is bf16 where the device multiplies in it, and fp32 where it
+    would emulate it.
 
-    On a CPU without AVX-512-bf16 or AMX, bf16 convolutions were measured to take ten times as long as fp32 ones.
+    On a CPU without AVX-512-bf16 or AMX, bf16 convolutions were measured to take ten times as long
+    as fp32 ones.
     """
     if name != "auto":
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
+    return (
+        "bf16"
+        if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        else "fp32"
+    )
 
 
 def cores() -> int:
@@ -374,9 +400,13 @@ def set_numerics(config: Config, ranks: Ranks) -> None:
     torch.backends.cudnn.benchmark = not config.deterministic
     # fp32 is to mean just that: PyTorch's default on a GPU is TF32, which has 10 bits of its 23.
     cudnn: Any = torch.backends.cudnn
-    cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee" if config.precision == "fp32" else "tf32"
+    cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = (
+        "ieee" if config.precision == "fp32" else "tf32"
+    )
     if config.deterministic and "CUBLAS_WORKSPACE_CONFIG" not in os.environ:
-        # Of the values for which PyTorch promises equal matrix products, the one for which it promises equal LSTMs too.
+        # Of the values for which PyTorch promises equal matrix products, the one for which it
+        # promises equal LSTMs too.
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":16:8"
-        # In KiB, what those 8 buffers of 16 come to: PyTorch warns where cuBLASLt is to have more than cuBLAS.
+        # In KiB, what those 8 buffers of 16 come to: PyTorch warns where cuBLASLt is to have more
+        # than cuBLAS.
         os.environ.setdefault("CUBLASLT_WORKSPACE_SIZE", "128")

@@ -1,8 +1,10 @@
-"""Checkpoints that outlive kills, full disks and damaged files: written atomically, verified before they are used.
+"""Checkpoints that outlive kills, full disks and damaged files: written atomically, verified before
+they are used.
 
-A checkpoint file is what `torch.save` writes, then the SHA-256 of that (32 bytes) and `MAGIC`. So it can be verified
-wherever it is copied to, and `torch.load(path, weights_only=True)` reads it too. `index.json` beside the files says
-which of them count, in the order of their steps; a file that it does not name is ignored.
+A checkpoint file is what `torch.save` writes, then the SHA-256 of that (32 bytes) and `MAGIC`. So
+it can be verified wherever it is copied to, and `torch.load(path, weights_only=True)` reads it too.
+`index.json` beside the files says which of them count, in the order of their steps; a file that it
+does not name is ignored.
 """
 
 import errno
@@ -53,7 +55,8 @@ class _DamagedFile(DataError):
 class CheckpointStore:
     """The checkpoints of one run, in one folder; one process writes it, any number read it.
 
-    Kept are the last two, the best (where a metric is given) and the final one; with `keep="all"`, every one.
+    Kept are the last two, the best (where a metric is given) and the final one; with `keep="all"`,
+    every one.
     """
 
     def __init__(
@@ -70,10 +73,14 @@ class CheckpointStore:
         self._warn = warn or _warn_on_stderr
         self._saves = 0
 
-    def save(self, state: dict[str, Any], step: int, *, metric: float | None = None, final: bool = False) -> Path:
-        """Write the checkpoint of a step and return its path; a kill at any point leaves the earlier ones as they were.
+    def save(
+        self, state: dict[str, Any], step: int, *, metric: float | None = None, final: bool = False
+    ) -> Path:
+        """Write the checkpoint of a step and return its path; a kill at any point leaves the
+        earlier ones as they were.
 
-        Checkpoints of later steps come from a course of the run that this one replaces, and leave the index.
+        Checkpoints of later steps come from a course of the run that this one replaces, and leave
+        the index.
 
         Args:
             state: nested dicts, lists and tuples of tensors and plain values.
@@ -98,22 +105,30 @@ class CheckpointStore:
         if metric is not None and not math.isfinite(metric):
             metric = None
         before = self._entries()
-        entries = [*[entry for entry in before if entry.step < step], _Entry(path.name, step, metric, final)]
+        entries = [
+            *[entry for entry in before if entry.step < step],
+            _Entry(path.name, step, metric, final),
+        ]
         kept = entries if self._keep == "all" else self._worth_keeping(entries)
         index = {"format": FORMAT, "checkpoints": [asdict(entry) for entry in kept]}
         write_atomically(self.directory / INDEX, (json.dumps(index, indent=1) + "\n").encode())
         if self._keep == "last":
-            # Only now: a kill before this line must not leave an index that names a file that is gone.
+            # Only now: a kill before this line must not leave an index that names a file that is
+            # gone.
             for name in {entry.file for entry in before} - {entry.file for entry in kept}:
                 with suppress(OSError):
                     (self.directory / name).unlink()
         return path
 
-    def load_newest(self, map_location: str | torch.device = "cpu") -> tuple[int, dict[str, Any]] | None:
-        """Return (step, state) of the newest intact checkpoint, or None where none was saved; damage is warned of.
+    def load_newest(
+        self, map_location: str | torch.device = "cpu"
+    ) -> tuple[int, dict[str, Any]] | None:
+        """Return (step, state) of the newest intact checkpoint, or None where none was saved;
+        damage is warned of.
 
         Raises:
-            DataError: all are damaged, or the newest intact one is refused, as by `read_checkpoint`.
+            DataError: all are damaged, or the newest intact one is refused, as by
+                `read_checkpoint`.
         """
         entries = self._entries()
         for entry in reversed(entries):
@@ -124,15 +139,22 @@ class CheckpointStore:
                 continue
             if step == entry.step:
                 return step, state
-            self._warn(f"{self.directory / entry.file} is of step {step}; going back to the checkpoint before it")
+            self._warn(
+                f"{self.directory / entry.file} is of step {step}; going back to the checkpoint "
+                "before it"
+            )
         if entries:
             raise DataError(
-                f"every checkpoint in {self.directory} is damaged: restore one from a backup, or start a new run"
+                f"every checkpoint in {self.directory} is damaged: restore one from a backup, or "
+                "start a new run"
             )
         return None
 
-    def load(self, which: str | Path, map_location: str | torch.device = "cpu") -> tuple[int, dict[str, Any]]:
-        """Return (step, state) of the `last` checkpoint, the `best` one, or a file (also by its name in the folder).
+    def load(
+        self, which: str | Path, map_location: str | torch.device = "cpu"
+    ) -> tuple[int, dict[str, Any]]:
+        """Return (step, state) of the `last` checkpoint, the `best` one, or a file (also by its
+        name in the folder).
 
         Raises:
             DataError: there is none, or it is damaged or refused, as by `read_checkpoint`.
@@ -141,12 +163,16 @@ class CheckpointStore:
         if which == "last":
             newest = self.load_newest(map_location)
             if newest is None:
-                raise DataError(f"{self.directory} holds no checkpoint: let the run reach its first one")
+                raise DataError(
+                    f"{self.directory} holds no checkpoint: let the run reach its first one"
+                )
             return newest
         if which == "best":
             entries = self._entries()
             if not entries:
-                raise DataError(f"{self.directory} holds no checkpoint: let the run reach its first one")
+                raise DataError(
+                    f"{self.directory} holds no checkpoint: let the run reach its first one"
+                )
             best = self._best(entries)
             if best is None:
                 raise UsageError(
@@ -156,7 +182,9 @@ class CheckpointStore:
             return read_checkpoint(self.directory / best.file, map_location)
         path = Path(which)
         inside = self.directory / path
-        return read_checkpoint(inside if inside.is_file() and not path.is_file() else path, map_location)
+        return read_checkpoint(
+            inside if inside.is_file() and not path.is_file() else path, map_location
+        )
 
     def file_of(self, step: int) -> Path:
         """Return the place of the checkpoint of a step."""
@@ -167,16 +195,26 @@ class CheckpointStore:
         return [entry.step for entry in self._entries()]
 
     def best(self) -> tuple[int, float] | None:
-        """Return (step, metric) of the best checkpoint so far; the earliest where several are equal."""
+        """Return (step, metric) of the best checkpoint so far; the earliest where several are
+        equal.
+        """
         best = self._best(self._entries())
         return None if best is None or best.metric is None else (best.step, best.metric)
 
     def _worth_keeping(self, entries: "list[_Entry]") -> "list[_Entry]":
-        kept = {*entries[-2:], self._best(entries), *[entry for entry in entries if entry.final][-1:]}
+        kept = {
+            *entries[-2:],
+            self._best(entries),
+            *[entry for entry in entries if entry.final][-1:],
+        }
         return [entry for entry in entries if entry in kept]
 
     def _best(self, entries: "list[_Entry]") -> "_Entry | None":
-        measured = [(entry.metric * self._sign, -entry.step, entry) for entry in entries if entry.metric is not None]
+        measured = [
+            (entry.metric * self._sign, -entry.step, entry)
+            for entry in entries
+            if entry.metric is not None
+        ]
         return max(measured)[-1] if measured else None
 
     def _entries(self) -> "list[_Entry]":
@@ -184,14 +222,22 @@ class CheckpointStore:
         path = self.directory / INDEX
         try:
             index = json.loads(path.read_bytes())
-            found, entries = index["format"], [_Entry(**row).checked() for row in index["checkpoints"]]
+            found, entries = (
+                index["format"],
+                [_Entry(**row).checked() for row in index["checkpoints"]],
+            )
         except FileNotFoundError:
             return []
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, RecursionError):
-            self._warn(f"{path} is damaged: going by the names of the checkpoint files; which was the best is lost")
-            names = [(_FILE_NAME.fullmatch(file.name), file.name) for file in self.directory.iterdir()]
+            self._warn(
+                f"{path} is damaged: going by the names of the checkpoint files; which was the "
+                "best is lost"
+            )
+            names = [
+                (_FILE_NAME.fullmatch(file.name), file.name) for file in self.directory.iterdir()
+            ]
             entries = [_Entry(name, int(match[1]), None, False) for match, name in names if match]
         else:
             _refuse_newer(path, found)
@@ -215,18 +261,27 @@ class _Entry:
     final: bool
 
     def checked(self) -> Self:
-        """Raise ValueError unless the entry is what `save` writes: a name in this folder that fits the step."""
+        """Raise ValueError unless the entry is what `save` writes: a name in this folder that fits
+        the step.
+        """
         match = _FILE_NAME.fullmatch(self.file)
-        if match is None or int(match[1]) != self.step or not isinstance(self.metric, int | float | None):
+        if (
+            match is None
+            or int(match[1]) != self.step
+            or not isinstance(self.metric, int | float | None)
+        ):
             raise ValueError(self)
         return self
 
 
-def read_checkpoint(path: Path, map_location: str | torch.device = "cpu") -> tuple[int, dict[str, Any]]:
+def read_checkpoint(
+    path: Path, map_location: str | torch.device = "cpu"
+) -> tuple[int, dict[str, Any]]:
     """Verify a checkpoint file and return its (step, state); nothing in it is ever executed.
 
     Raises:
-        DataError: it is missing, truncated, altered, of a newer format, holds code, or is no checkpoint of egtrain.
+        DataError: it is missing, truncated, altered, of a newer format, holds code, or is no
+            checkpoint of egtrain.
     """
     if not path.is_file():
         raise _DamagedFile(f"there is no checkpoint file {path}")
@@ -237,7 +292,9 @@ def read_checkpoint(path: Path, map_location: str | torch.device = "cpu") -> tup
             content = _load(file, path, size, map_location)
     except OSError as error:
         raise _DamagedFile(f"cannot read checkpoint {path}: {error.strerror}") from error
-    not_ours = DataError(f"{path} is not a checkpoint of egtrain: name a file from the checkpoints folder of a run")
+    not_ours = DataError(
+        f"{path} is not a checkpoint of egtrain: name a file from the checkpoints folder of a run"
+    )
     if not isinstance(content, dict):
         raise not_ours
     _refuse_newer(path, content.get("format"))
@@ -248,7 +305,8 @@ def read_checkpoint(path: Path, map_location: str | torch.device = "cpu") -> tup
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a kill, a power cut or a full disk leaves either the old content or the new.
+    """Write a file so that a kill, a power cut or a full disk leaves either the old content or the
+    new.
 
     Raises:
         EgtrainError: it could not be written.
@@ -258,7 +316,8 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 class RunLock:
-    """Holds a run directory for one process at a time; the lock ends with the process, however that ends.
+    """Holds a run directory for one process at a time; the lock ends with the process, however that
+    ends.
 
     Raises:
         UsageError: another process holds the directory, or it cannot be written.
@@ -278,7 +337,8 @@ class RunLock:
                 with suppress(OSError):
                     owner = self._path.read_text(encoding="ascii", errors="replace").strip()
                 raise UsageError(
-                    f"another run (process {owner or 'unknown'}) is writing to {self._path.parent}: "
+                    f"another run (process {owner or 'unknown'}) is writing to "
+                    f"{self._path.parent}: "
                     "wait for it to end, or choose another directory with --output"
                 )
             time.sleep(0.05)
@@ -290,7 +350,10 @@ class RunLock:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         if self._file is not None:
             os.close(self._file)
@@ -303,7 +366,8 @@ class RunLock:
             file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise UsageError(
-                f"cannot write to {self._path.parent} ({error.strerror}): choose another directory with --output"
+                f"cannot write to {self._path.parent} ({error.strerror}): choose another "
+                "directory with --output"
             ) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -373,7 +437,9 @@ def _verified_size(file: BinaryIO, path: Path) -> int:
 
 
 def _load(file: BinaryIO, path: Path, size: int, map_location: str | torch.device) -> Any:
-    """Return the content of a verified file; a checksum says nothing of who made it, so it is not trusted."""
+    """Return the content of a verified file; a checksum says nothing of who made it, so it is not
+    trusted.
+    """
     try:
         if file.read(4) != b"PK\x03\x04":
             raise ValueError("not written by torch.save")
@@ -384,14 +450,16 @@ def _load(file: BinaryIO, path: Path, size: int, map_location: str | torch.devic
         file.seek(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            # Both arguments are explicit: then no environment variable and no setting of torch can change them.
+            # Both arguments are explicit: then no environment variable and no setting of torch can
+            # change them.
             content = torch.load(file, map_location=map_location, weights_only=True, mmap=False)
         _refuse_inflated(content, size)
     except (OSError, MemoryError, torch.OutOfMemoryError):
         raise
     except pickle.UnpicklingError as error:
         raise DataError(
-            f"{path} is refused, because it holds code or objects, which egtrain neither writes nor loads: use another"
+            f"{path} is refused, because it holds code or objects, which egtrain neither writes "
+            "nor loads: use another"
         ) from error
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
@@ -400,7 +468,9 @@ def _load(file: BinaryIO, path: Path, size: int, map_location: str | torch.devic
 
 
 def _refuse_inflated(content: Any, size: int) -> None:
-    """Raise ValueError where a tensor declares more than the file holds, or has no plain storage."""
+    """Raise ValueError where a tensor declares more than the file holds, or has no plain
+    storage.
+    """
     waiting, seen = [content], set()
     while waiting:
         value = waiting.pop()
@@ -416,11 +486,15 @@ def _refuse_inflated(content: Any, size: int) -> None:
                 raise ValueError("a tensor is not dense")
             held = min(value.untyped_storage().nbytes(), size)
             if value.numel() * value.element_size() > held:
-                raise ValueError(f"a tensor of shape {list(value.shape)} declares more than the file holds")
+                raise ValueError(
+                    f"a tensor of shape {list(value.shape)} declares more than the file holds"
+                )
 
 
 def _portable(value: Any, where: str) -> Any:
-    """Return a nested value as `read_checkpoint` will find it: on the CPU, and no tensor a view of a larger storage."""
+    """Return a nested value as `read_checkpoint` will find it: on the CPU, and no tensor a view of
+    a larger storage.
+    """
     if isinstance(value, Tensor):
         tensor = value.detach().cpu()
         if tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size():
@@ -435,12 +509,16 @@ def _portable(value: Any, where: str) -> Any:
         return type(value)(_portable(item, f"{where}[{index}]") for index, item in enumerate(value))
     if value is None or type(value) in (bool, int, float, str, bytes):
         return value
-    raise TypeError(f"{where} is a {type(value).__qualname__}: a checkpoint holds tensors and plain values only")
+    raise TypeError(
+        f"{where} is a {type(value).__qualname__}: a checkpoint holds tensors and plain values only"
+    )
 
 
 def _refuse_newer(path: Path, found: Any) -> None:
     if isinstance(found, int) and found > FORMAT:
-        raise DataError(f"{path} has format {found}, and this egtrain reads up to {FORMAT}: update egtrain")
+        raise DataError(
+            f"{path} has format {found}, and this egtrain reads up to {FORMAT}: update egtrain"
+        )
 
 
 def _ignore(point: str) -> None:
@@ -449,7 +527,9 @@ def _ignore(point: str) -> None:
 
 @contextmanager
 def _replacing(path: Path, kill_at: Callable[[str], None] = _ignore) -> Iterator[BinaryIO]:
-    """Open a temporary file beside `path`, and put it in its place once it is written and synced."""
+    """Open a temporary file beside `path`, and put it in its place once it is written and
+    synced.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
@@ -485,8 +565,10 @@ def _cannot_write(path: Path, error: OSError) -> EgtrainError:
     folder = next(folder for folder in [*path.parents, Path()] if folder.is_dir())
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return EgtrainError(
-        f"cannot write {path}: {error.strerror or error}, {shutil.disk_usage(folder).free} bytes are free there; "
-        f"{'free some space' if full else 'make the folder writable'}, then start again, or go on with --resume: "
+        f"cannot write {path}: {error.strerror or error}, {shutil.disk_usage(folder).free} bytes "
+        "are free there; "
+        f"{'free some space' if full else 'make the folder writable'}, then start again, or go on "
+        "with --resume: "
         "what was saved before is intact"
     )
 
@@ -494,12 +576,17 @@ def _cannot_write(path: Path, error: OSError) -> EgtrainError:
 def _kill_at(point: str, save: int) -> None:
     """Kill this process (SIGKILL) if a test asked for it; for tests only.
 
-    `EGTRAIN_TEST_FAULT` is one of save-before-write, save-mid-write, save-before-sync, save-before-rename,
-    save-before-index; `:N` after it means at the N-th save of the process (default: the first). After a restart by
-    torchrun nothing is killed, so that the restarted run can be seen to succeed.
+    `EGTRAIN_TEST_FAULT` is one of save-before-write, save-mid-write, save-before-sync,
+    save-before-rename, save-before-index; `:N` after it means at the N-th save of the process
+    (default: the first). After a restart by torchrun nothing is killed, so that the restarted run
+    can be seen to succeed.
     """
     wanted, _, number = os.environ.get(FAULT_VARIABLE, "").partition(":")
-    if wanted == point and save == int(number or 1) and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+    if (
+        wanted == point
+        and save == int(number or 1)
+        and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    ):
         os.kill(os.getpid(), signal.SIGKILL)
 
 

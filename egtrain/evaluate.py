@@ -1,4 +1,6 @@
-"""Evaluation of a model on a held-out split, shared by the ranks, the same for any number of them."""
+"""Evaluation of a model on a held-out split, shared by the ranks, the same for any number of
+them.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,11 +14,14 @@ from egtrain.tasks import Split, Task
 from egtrain.workers import Ranks
 
 
-def evaluate(task: Task, model: nn.Module, split: Split, ranks: Ranks, precision: str = "fp32") -> dict[str, float]:
-    """Return the mean loss and the task's metric over a split; a collective where there are several ranks.
+def evaluate(
+    task: Task, model: nn.Module, split: Split, ranks: Ranks, precision: str = "fp32"
+) -> dict[str, float]:
+    """Return the mean loss and the task's metric over a split; a collective where there are several
+    ranks.
 
-    Each evaluation batch is a slot of its own in the sum over ranks, so the result does not depend on who computed it.
-    The model's buffers are used as they are; its training mode is restored.
+    Each evaluation batch is a slot of its own in the sum over ranks, so the result does not depend
+    on who computed it. The model's buffers are used as they are; its training mode is restored.
     """
     sums = torch.zeros(task.evaluation_batches(split), len(task.sums), dtype=torch.float64)
     training = model.training
@@ -35,7 +40,9 @@ def evaluate(task: Task, model: nn.Module, split: Split, ranks: Ranks, precision
 
 @contextmanager
 def _float32_as_in_training(precision: str) -> Iterator[None]:
-    """Keep TF32, which is PyTorch's default on a GPU, out of an evaluation in fp32, also in a process of its own."""
+    """Keep TF32, which is PyTorch's default on a GPU, out of an evaluation in fp32, also in a
+    process of its own.
+    """
     cudnn: Any = torch.backends.cudnn
     before = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
     if precision == "fp32":

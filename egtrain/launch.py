@@ -1,4 +1,6 @@
-"""Starting a run's ranks: through torchrun with `--nproc`, or found in the environment that torchrun sets."""
+"""Starting a run's ranks: through torchrun with `--nproc`, or found in the environment that
+torchrun sets.
+"""
 
 import os
 import signal
@@ -22,10 +24,11 @@ from egtrain.workers import Ranks, divisors
 
 T = TypeVar("T")
 OUTCOMES = "EGTRAIN_OUTCOMES"
-"""Environment variable: a folder in which the launcher that `--nproc` is and its ranks leave notes for each other.
+"""Environment variable: a folder in which the launcher that `--nproc` is and its ranks leave notes
+for each other.
 
-The launcher leaves its process number (`launcher`) and that it was asked to stop (`stop`), the ranks leave their
-process numbers (`rank-*`) and the exit code of the run (`exit`).
+The launcher leaves its process number (`launcher`) and that it was asked to stop (`stop`), the
+ranks leave their process numbers (`rank-*`) and the exit code of the run (`exit`).
 """
 CLAIM = "egtrain/run_directory"
 """Key in torchrun's store, which outlives a restart of the ranks."""
@@ -47,12 +50,16 @@ def pick_device(name: str) -> torch.device:
     """Return the device of this rank for `auto`, `cpu` or `cuda`.
 
     Raises:
-        UsageError: `cuda` was asked for and there is none, or fewer than ranks on this node; on each of its ranks.
+        UsageError: `cuda` was asked for and there is none, or fewer than ranks on this node; on
+            each of its ranks.
     """
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     require_cuda()
-    local_rank, local_ranks = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local_rank, local_ranks = (
+        int(os.environ.get("LOCAL_RANK", "0")),
+        int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+    )
     if local_ranks > torch.cuda.device_count():
         raise UsageError(
             f"{local_ranks} ranks need as many GPUs, and there are {torch.cuda.device_count()}: "
@@ -65,7 +72,9 @@ def pick_device(name: str) -> torch.device:
 def require_cuda() -> None:
     """Raise UsageError where there is no CUDA device."""
     if not torch.cuda.is_available():
-        raise UsageError("no CUDA device was found: use --device cpu, or install a CUDA build of torch")
+        raise UsageError(
+            "no CUDA device was found: use --device cpu, or install a CUDA build of torch"
+        )
 
 
 @contextmanager
@@ -79,7 +88,9 @@ def joined_ranks(device_name: str, timeout_seconds: float = 600) -> Iterator[Ran
     world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     timeout = timedelta(seconds=timeout_seconds)
     agent_has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = TCPStore(*_store_address(), world, is_master=rank == 0 and not agent_has_store, timeout=timeout)
+    store = TCPStore(
+        *_store_address(), world, is_master=rank == 0 and not agent_has_store, timeout=timeout
+    )
     prefixed = PrefixStore(f"attempt_{restart_count()}", store)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=prefixed, rank=rank, world_size=world, timeout=timeout)
@@ -99,7 +110,8 @@ def agreed(text: str, ranks: Ranks) -> str:
 
 
 def first_rank_first(ranks: Ranks, prepare: Callable[[], T]) -> T:
-    """Return prepare() of every rank, rank 0's before the others': what fails on one of them fails on all.
+    """Return prepare() of every rank, rank 0's before the others': what fails on one of them fails
+    on all.
 
     Raises:
         EgtrainError: what `prepare` raised on some rank, with its exit code.
@@ -132,7 +144,9 @@ def only_first_rank(ranks: Ranks, act: Callable[[], object]) -> None:
 
 
 def claim_directory(directory: Path) -> None:
-    """Tell a later attempt of this run, after a restart by torchrun, which directory it has made."""
+    """Tell a later attempt of this run, after a restart by torchrun, which directory it has
+    made.
+    """
     if started_by_torchrun():
         _store().set(CLAIM, str(directory))
 
@@ -155,16 +169,19 @@ def _store() -> TCPStore:
 class StoppedEarly(BaseException):
     """A signal before the training; not an Exception, since many an import catches those.
 
-    Nor KeyboardInterrupt: Python ends by a signal, whatever its exit code, if one has passed through `exec`.
+    Nor KeyboardInterrupt: Python ends by a signal, whatever its exit code, if one has passed
+    through `exec`.
     """
 
 
 class StopSignal:
-    """Turns SIGTERM and Ctrl-C into a request that the loop sees after the step; a second one ends the process.
+    """Turns SIGTERM and Ctrl-C into a request that the loop sees after the step; a second one ends
+    the process.
 
-    Signals within two seconds count as one, since a terminal and a launcher both deliver Ctrl-C. A rank whose
-    torchrun or launcher has died asks to stop as well. Before `training` is set, a process that is a run by itself
-    stops at once, with StoppedEarly; ranks go on to their first step, so that they stop together.
+    Signals within two seconds count as one, since a terminal and a launcher both deliver Ctrl-C. A
+    rank whose torchrun or launcher has died asks to stop as well. Before `training` is set, a
+    process that is a run by itself stops at once, with StoppedEarly; ranks go on to their first
+    step, so that they stop together.
     """
 
     def __init__(self) -> None:
@@ -178,8 +195,11 @@ class StopSignal:
         return self._first is not None or self._abandoned()
 
     def __enter__(self) -> "StopSignal":
-        self._previous = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
-        # Only now, so that the launcher finds a process that is ready for its signal, or else leaves word.
+        self._previous = {
+            s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)
+        }
+        # Only now, so that the launcher finds a process that is ready for its signal, or else
+        # leaves word.
         if folder := os.environ.get(OUTCOMES):
             Path(folder, f"rank-{os.environ['RANK']}").write_text(str(os.getpid()))
             Path(folder, "exit").unlink(missing_ok=True)
@@ -189,7 +209,10 @@ class StopSignal:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
@@ -197,7 +220,9 @@ class StopSignal:
     def _abandoned(self) -> bool:
         if not started_by_torchrun():
             return False
-        return os.getppid() != self._parent or (self._launcher is not None and not _is_alive(self._launcher))
+        return os.getppid() != self._parent or (
+            self._launcher is not None and not _is_alive(self._launcher)
+        )
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -210,10 +235,12 @@ class StopSignal:
 
 
 def leave_rank(code: int) -> NoReturn:
-    """End a rank with a code for torchrun, which restarts what fails and returns 1 for every failure.
+    """End a rank with a code for torchrun, which restarts what fails and returns 1 for every
+    failure.
 
-    Under the launcher that `--nproc` is, an expected failure is noted for it. An interrupted run has not failed.
-    The interpreter is not taken down in order: of six ranks one was seen to abort there, in a thread of Gloo's.
+    Under the launcher that `--nproc` is, an expected failure is noted for it. An interrupted run
+    has not failed. The interpreter is not taken down in order: of six ranks one was seen to abort
+    there, in a thread of Gloo's.
     """
     if folder := os.environ.get(OUTCOMES):
         if code:
@@ -227,18 +254,28 @@ def leave_rank(code: int) -> NoReturn:
 
 
 def launch(ranks: int, arguments: list[str], max_restarts: int) -> int:
-    """Run `python -m egtrain ARGUMENTS` as `ranks` processes under torchrun and return the run's exit code.
+    """Run `python -m egtrain ARGUMENTS` as `ranks` processes under torchrun and return the run's
+    exit code.
 
-    SIGTERM and Ctrl-C are handed to every rank, which saves and leaves; then the code is 75. A second one, later than
-    two seconds after the first, ends all processes.
+    SIGTERM and Ctrl-C are handed to every rank, which saves and leaves; then the code is 75. A
+    second one, later than two seconds after the first, ends all processes.
     """
     with tempfile.TemporaryDirectory(prefix="egtrain-") as name:
         folder = Path(name)
         (folder / "launcher").write_text(str(os.getpid()))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(ranks),
+        ]
         command += ["--max-restarts", str(max_restarts), "-m", "egtrain", *arguments]
         environment = {**os.environ, OUTCOMES: name}
-        environment.setdefault("OMP_NUM_THREADS", "1")  # torchrun warns without; the run sets its own threads
+        environment.setdefault(
+            "OMP_NUM_THREADS", "1"
+        )  # torchrun warns without; the run sets its own threads
         asked: list[float] = []
 
         def forward(number: int, frame: FrameType | None) -> None:
@@ -253,10 +290,12 @@ def launch(ranks: int, arguments: list[str], max_restarts: int) -> int:
 
         previous = {s: signal.signal(s, forward) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
-            # A session of its own: the terminal's Ctrl-C reaches the ranks through this process only, once.
+            # A session of its own: the terminal's Ctrl-C reaches the ranks through this process
+            # only, once.
             process = subprocess.Popen(command, env=environment, start_new_session=True)
             returned = process.wait()
-            # torchrun has waited for the ranks, unless it was killed; then they notice, save and leave.
+            # torchrun has waited for the ranks, unless it was killed; then they notice, save and
+            # leave.
             deadline = time.monotonic() + PATIENCE_SECONDS
             while _ranks_alive(folder) and time.monotonic() < deadline:
                 time.sleep(0.1)
@@ -293,7 +332,9 @@ def require_dividing(workers: int, ranks: int) -> None:
     """Raise UsageError, naming the possible numbers, where the ranks do not divide the workers."""
     if ranks < 1 or workers % ranks:
         possible = ", ".join(map(str, divisors(workers)))
-        raise UsageError(f"{workers} workers cannot be shared by {ranks} ranks: use --nproc {possible}")
+        raise UsageError(
+            f"{workers} workers cannot be shared by {ranks} ranks: use --nproc {possible}"
+        )
 
 
 def default_ranks(device_name: str, workers: int) -> int:

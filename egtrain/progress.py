@@ -20,7 +20,8 @@ FRACTIONS = {"accuracy", "token_accuracy"}
 
 
 class Display:
-    """Shows how far a run is; a context manager, which gives the terminal back however the run ends.
+    """Shows how far a run is; a context manager, which gives the terminal back however the run
+    ends.
 
     A stream that can no longer be written (a closed pipe) ends the display, never the run.
 
@@ -56,7 +57,8 @@ class Display:
         self._speed: float | None = None
         self._started = self._last_line = time.monotonic()
         self._first: tuple[int, float] | None = None
-        """Step and time of the first update, from which the time left is reckoned; what came before was start-up."""
+        """Step and time of the first update, from which the time left is reckoned; what came before
+        was start-up."""
         self._seconds_left: float | None = None
         console = Console(file=self._stream, highlight=False)
         self._live: Live | None = None
@@ -71,14 +73,24 @@ class Display:
 
     def __enter__(self) -> Self:
         self._started = self._last_line = time.monotonic()
-        start = f"from step {self._start_step:,}" if self._start_step else f"{_counted(self._epochs, 'epoch')}"
-        self.message(f"{self._name}: {start}, {_counted(self._steps, 'step')}{' in all' if self._start_step else ''}")
+        start = (
+            f"from step {self._start_step:,}"
+            if self._start_step
+            else f"{_counted(self._epochs, 'epoch')}"
+        )
+        self.message(
+            f"{self._name}: {start}, "
+            f"{_counted(self._steps, 'step')}{' in all' if self._start_step else ''}"
+        )
         if self._live is not None:
             self._live.start(refresh=True)
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         if self._live is not None:
             self._live.stop()
@@ -89,20 +101,32 @@ class Display:
         )
 
     def step(
-        self, step: int, epoch: float, metrics: Mapping[str, float], samples_per_second: float | None = None
+        self,
+        step: int,
+        epoch: float,
+        metrics: Mapping[str, float],
+        samples_per_second: float | None = None,
     ) -> None:
-        """Take a completed update; `epoch` may be the running number or the fraction of epochs done."""
+        """Take a completed update; `epoch` may be the running number or the fraction of epochs
+        done.
+        """
         now = time.monotonic()
         self._step, self._speed = step, samples_per_second
         if self._first is None:
             self._first = step, now
         elif step > self._first[0]:
-            self._seconds_left = (now - self._first[1]) / (step - self._first[0]) * max(self._steps - step, 0)
+            self._seconds_left = (
+                (now - self._first[1]) / (step - self._first[0]) * max(self._steps - step, 0)
+            )
         values = {name: metrics[name] for name in self._shown if name in metrics}
         self._status = f"{self._position(step, epoch)}  {_described(values)}"
         if self._live is None and now - self._last_line >= self._seconds_between_lines:
             self._last_line = now
-            self.message("  ".join(part for part in (self._status, self._speed_text(), self._left_text()) if part))
+            self.message(
+                "  ".join(
+                    part for part in (self._status, self._speed_text(), self._left_text()) if part
+                )
+            )
 
     def evaluation(self, step: int, epoch: float, split: str, metrics: Mapping[str, float]) -> None:
         """Take the metrics of an evaluation; it stays on the screen."""
@@ -116,12 +140,14 @@ class Display:
             else:
                 print(text, file=self._stream, flush=True)
         except BrokenPipeError:
-            # The reader is gone. From here on all goes nowhere, also what Python still writes there when it exits.
+            # The reader is gone. From here on all goes nowhere, also what Python still writes there
+            # when it exits.
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
         except (OSError, ValueError):
-            # The terminal is gone, or the stream was closed: nobody looks, and the training matters more.
+            # The terminal is gone, or the stream was closed: nobody looks, and the training matters
+            # more.
             return
 
     def _position(self, step: int, epoch: float) -> str:
@@ -143,12 +169,16 @@ class Display:
         for _ in range(3):
             first_line.add_column(no_wrap=True, justify="right")
         bar = ProgressBar(total=max(self._steps, 1), completed=self._step)
-        first_line.add_row(Text(self._name), bar, f"{fraction:.0%}", self._speed_text(), self._left_text())
+        first_line.add_row(
+            Text(self._name), bar, f"{fraction:.0%}", self._speed_text(), self._left_text()
+        )
         return Group(first_line, Text(self._status, no_wrap=True, overflow="ellipsis"))
 
 
 def can_redraw(console: Console) -> bool:
-    """Return whether a console is a terminal on which lines can change, and no pipe or file that is told to be one."""
+    """Return whether a console is a terminal on which lines can change, and no pipe or file that is
+    told to be one.
+    """
     return console.file.isatty() and console.is_terminal and not console.is_dumb_terminal
 
 
@@ -170,7 +200,11 @@ def headline(metrics: Mapping[str, float | None]) -> str:
     parts = []
     for name, value in sorted(metrics.items(), key=lambda item: item[0] == "loss"):
         number = math.nan if value is None else value
-        parts.append(f"{name} {number:.2%}" if name in FRACTIONS else f"{name} {number:.{4 if name == 'loss' else 2}f}")
+        parts.append(
+            f"{name} {number:.2%}"
+            if name in FRACTIONS
+            else f"{name} {number:.{4 if name == 'loss' else 2}f}"
+        )
     return ", ".join(parts)
 
 

@@ -1,4 +1,6 @@
-"""What a run leaves to read: metrics.jsonl, TensorBoard events and the summary; each step once, even if resumed."""
+"""What a run leaves to read: metrics.jsonl, TensorBoard events and the summary; each step once,
+even if resumed.
+"""
 
 import json
 import math
@@ -38,15 +40,17 @@ SMOOTHED_STEPS = 20
 
 
 class RunLog:
-    """Writes the metrics of a run to metrics.jsonl and, if wanted, TensorBoard events, and shows them.
+    """Writes the metrics of a run to metrics.jsonl and, if wanted, TensorBoard events, and shows
+    them.
 
-    A file that cannot be written during the run is warned of once; its records wait in memory for room on the disk.
+    A file that cannot be written during the run is warned of once; its records wait in memory for
+    room on the disk.
 
     Args:
         directory: of the run; it exists.
         tensorboard: whether to write events.
-        resume_step: the run goes on after this step, and what was logged of later ones is cut off; 0 or None: from the
-            start, and everything is.
+        resume_step: the run goes on after this step, and what was logged of later ones is cut off;
+            0 or None: from the start, and everything is.
         every: write the training metrics of each so-many-th step.
         display: is told of every step.
         warn: takes a warning in one line; by default the display, or standard error.
@@ -74,7 +78,9 @@ class RunLog:
         try:
             seconds = _cut_lines_after(metrics, self._step)
             self._lines = _GrowingFile(metrics, self._warn)
-            self._events = _Events(directory / "tensorboard", self._step, self._warn) if tensorboard else None
+            self._events = (
+                _Events(directory / "tensorboard", self._step, self._warn) if tensorboard else None
+            )
         except OSError as error:
             raise EgtrainError(
                 f"cannot write {error.filename or directory}: {error.strerror}: "
@@ -86,11 +92,16 @@ class RunLog:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self.close()
 
-    def train_step(self, step: int, epoch: float, metrics: Mapping[str, float], samples: int) -> None:
+    def train_step(
+        self, step: int, epoch: float, metrics: Mapping[str, float], samples: int
+    ) -> None:
         """Take the metrics of a completed update that `samples` samples went into."""
         self._step = step
         speed = self._speed.after_step(samples)
@@ -101,7 +112,9 @@ class RunLog:
         self._write_line(step, epoch, "train", metrics, {"samples_per_second": speed})
         if self._events is not None:
             values = dict(metrics) if speed is None else {**metrics, "samples_per_second": speed}
-            self._events.scalars({TAGS.get(name, f"train/{name}"): value for name, value in values.items()}, step)
+            self._events.scalars(
+                {TAGS.get(name, f"train/{name}"): value for name, value in values.items()}, step
+            )
 
     def evaluation(self, step: int, epoch: float, split: str, metrics: Mapping[str, float]) -> None:
         """Take the metrics of an evaluation after `step` updates."""
@@ -110,15 +123,21 @@ class RunLog:
             self._display.evaluation(step, epoch, split, metrics)
         self._write_line(step, epoch, split, metrics, {})
         if self._events is not None:
-            self._events.scalars({f"{split}/{name}": value for name, value in metrics.items()}, step)
+            self._events.scalars(
+                {f"{split}/{name}": value for name, value in metrics.items()}, step
+            )
         self._speed.restart_clock()
 
     def text(self, tag: str, text: str) -> None:
-        """Put a text into TensorBoard, in Markdown; a resumed run, which has it already, keeps that."""
+        """Put a text into TensorBoard, in Markdown; a resumed run, which has it already, keeps
+        that.
+        """
         if self._events is not None:
             self._events.text(tag, text, self._step)
 
-    def hyperparameters(self, values: Mapping[str, object], final_metrics: Mapping[str, float]) -> None:
+    def hyperparameters(
+        self, values: Mapping[str, object], final_metrics: Mapping[str, float]
+    ) -> None:
         """Put the run into TensorBoard's table of hyperparameters; to be called at its end.
 
         Args:
@@ -129,11 +148,15 @@ class RunLog:
             self._events.hyperparameters(values, final_metrics, self._step)
 
     def restart_clock(self) -> None:
-        """Say that the time since the last step did not go into training, but for example into a checkpoint."""
+        """Say that the time since the last step did not go into training, but for example into a
+        checkpoint.
+        """
         self._speed.restart_clock()
 
     def flush(self) -> None:
-        """Bring everything to the disk; to be called before a checkpoint, which must never be ahead of the log."""
+        """Bring everything to the disk; to be called before a checkpoint, which must never be ahead
+        of the log.
+        """
         self._lines.sync()
         if self._events is not None:
             self._events.file.sync()
@@ -146,7 +169,12 @@ class RunLog:
             self._events.file.close()
 
     def _write_line(
-        self, step: int, epoch: float, split: str, metrics: Mapping[str, float], wall: Mapping[str, float | None]
+        self,
+        step: int,
+        epoch: float,
+        split: str,
+        metrics: Mapping[str, float],
+        wall: Mapping[str, float | None],
     ) -> None:
         wall = {"seconds": round(time.monotonic() - self._zero_time, 3), **wall}
         line = {"step": step, "epoch": epoch, "split": split, **metrics, "wall": wall}
@@ -167,13 +195,17 @@ class _Speed:
         self._since: float | None = None
 
     def after_step(self, samples: int) -> float | None:
-        """Return the speed, now that a step has ended; None until one was timed (the first holds the start-up)."""
+        """Return the speed, now that a step has ended; None until one was timed (the first holds
+        the start-up).
+        """
         now = time.monotonic()
         if self._since is not None:
             self._steps.append((samples, now - self._since))
         self._since = now
         seconds = sum(seconds for _, seconds in self._steps)
-        return round(sum(samples for samples, _ in self._steps) / seconds, 1) if seconds > 0 else None
+        return (
+            round(sum(samples for samples, _ in self._steps) / seconds, 1) if seconds > 0 else None
+        )
 
     def restart_clock(self) -> None:
         if self._since is not None:
@@ -181,7 +213,9 @@ class _Speed:
 
 
 class _GrowingFile:
-    """A file of records that only grows. What the disk does not take waits in memory, so no record is lost or torn."""
+    """A file of records that only grows. What the disk does not take waits in memory, so no record
+    is lost or torn.
+    """
 
     def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
         self._path = path
@@ -215,14 +249,18 @@ class _GrowingFile:
     def _report(self, error: OSError) -> None:
         if not self._warned:
             self._warned = True
-            self._warn(f"cannot write {self._path} ({error.strerror}); training goes on, and it is tried again")
+            self._warn(
+                f"cannot write {self._path} ({error.strerror}); training goes on, and it is tried "
+                "again"
+            )
 
 
 class _Events:
-    """TensorBoard's event files of a run, in one folder: a file for each process, in the order of their names.
+    """TensorBoard's event files of a run, in one folder: a file for each process, in the order of
+    their names.
 
-    Written directly and not by `SummaryWriter`: its thread ends with a traceback when the disk is full, it cannot sync,
-    and it names the two files of a quick restart in no certain order.
+    Written directly and not by `SummaryWriter`: its thread ends with a traceback when the disk is
+    full, it cannot sync, and it names the two files of a quick restart in no certain order.
     """
 
     def __init__(self, folder: Path, resume_step: int, warn: Callable[[str], None]) -> None:
@@ -230,10 +268,15 @@ class _Events:
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self._event, self._session_log, self._summary = event_pb2.Event, event_pb2.SessionLog, summary_pb2.Summary
+        self._event, self._session_log, self._summary = (
+            event_pb2.Event,
+            event_pb2.SessionLog,
+            summary_pb2.Summary,
+        )
         self._trial = folder.parent.resolve().name
         self.described: dict[str, int] = {}
-        """The step that each tag other than a curve was last written at, with those that earlier files keep."""
+        """The step that each tag other than a curve was last written at, with those that earlier
+        files keep."""
         folder.mkdir(exist_ok=True)
         earlier = sorted(folder.glob("events.out.tfevents.*"))
         numbers = [path.name.split(".")[3] for path in earlier]
@@ -242,8 +285,11 @@ class _Events:
                 self._cut_after(path, resume_step)
             else:
                 path.unlink()
-        # Readers go by the names: the number is the time, unless an earlier file has that or a later one.
-        number = max(int(time.time()), *(int(number) + 1 for number in numbers if number.isdigit()), 0)
+        # Readers go by the names: the number is the time, unless an earlier file has that or a
+        # later one.
+        number = max(
+            int(time.time()), *(int(number) + 1 for number in numbers if number.isdigit()), 0
+        )
         self.file = _GrowingFile(folder / f"events.out.tfevents.{number:010d}.egtrain", warn)
         self._records = RecordWriter(self.file)
         self._add(self._event(file_version="brain.Event:2"))
@@ -266,11 +312,14 @@ class _Events:
         if tag not in self.described:
             self._describe(text_pb(tag, text), step)
 
-    def hyperparameters(self, values: Mapping[str, object], final_metrics: Mapping[str, float], step: int) -> None:
-        """Write what the run's row in the table of hyperparameters shows, unless this step has that.
+    def hyperparameters(
+        self, values: Mapping[str, object], final_metrics: Mapping[str, float], step: int
+    ) -> None:
+        """Write what the run's row in the table of hyperparameters shows, unless this step has
+        that.
 
-        There is no experiment record: of several runs TensorBoard shows only the columns that the first one names, and
-        without any it finds the columns of all by itself.
+        There is no experiment record: of several runs TensorBoard shows only the columns that the
+        first one names, and without any it finds the columns of all by itself.
         """
         from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG
         from tensorboard.plugins.hparams.summary_v2 import hparams_pb
@@ -301,7 +350,8 @@ class _Events:
 
         data = path.read_bytes()
         kept = 0
-        # A record is its length (8 bytes), a checksum of that (4), an event, and a checksum of the event (4).
+        # A record is its length (8 bytes), a checksum of that (4), an event, and a checksum of the
+        # event (4).
         while kept + 16 <= len(data):
             length, checksum = struct.unpack_from("<QI", data, kept)
             end = kept + 16 + length
@@ -313,14 +363,18 @@ class _Events:
                 break
             if event.step > step:
                 break
-            self.described |= {value.tag: event.step for value in event.summary.value if value.HasField("metadata")}
+            self.described |= {
+                value.tag: event.step for value in event.summary.value if value.HasField("metadata")
+            }
             kept = end
         if kept < len(data):
             os.truncate(path, kept)
 
 
 def _cut_lines_after(path: Path, step: int) -> float:
-    """Cut off the lines of later steps, and torn ones; return the seconds that the last one left has on its clock."""
+    """Cut off the lines of later steps, and torn ones; return the seconds that the last one left
+    has on its clock.
+    """
     if not path.exists():
         return 0.0
     if not step:
@@ -375,14 +429,22 @@ def versions() -> dict[str, str | None]:
 
 
 def hardware() -> dict[str, Any]:
-    """Return the processor's name, the cores that this process may use, and the names of the GPUs."""
+    """Return the processor's name, the cores that this process may use, and the names of the
+    GPUs.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
-    return {"cpu": _cpu_name(), "cores": cores, "gpus": [torch.cuda.get_device_name(gpu) for gpu in gpus]}
+    return {
+        "cpu": _cpu_name(),
+        "cores": cores,
+        "gpus": [torch.cuda.get_device_name(gpu) for gpu in gpus],
+    }
 
 
 def git_commit() -> str | None:
-    """Return the commit of the working directory; None outside a repository, or where git takes over a second."""
+    """Return the commit of the working directory; None outside a repository, or where git takes
+    over a second.
+    """
     return _output_of("git", "rev-parse", "--verify", "HEAD")
 
 
@@ -392,7 +454,11 @@ def _cpu_name() -> str:
     except OSError:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return next(iter(names), None) or _output_of("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
+    return (
+        next(iter(names), None)
+        or _output_of("sysctl", "-n", "machdep.cpu.brand_string")
+        or platform.machine()
+    )
 
 
 def _output_of(*command: str) -> str | None:

@@ -8,16 +8,16 @@ from torch import nn
 
 from egtrain.build import TASKS, build_model, build_task, load_data, native_precision, outputs_of
 from egtrain.checkpoint import CheckpointStore
-from egtrain.config import Config
-from egtrain.config_files import config_file_of, load_config
-from egtrain.config_sections import TranslationSettings
+from egtrain.config.files import config_file_of, load_config
+from egtrain.config.schema import Config
+from egtrain.config.sections import TranslationSettings
+from egtrain.config.yaml_text import write_value
 from egtrain.errors import DataError, UsageError
 from egtrain.evaluate import evaluate
 from egtrain.models.loading import load_weights
 from egtrain.tasks import Split, Task
 from egtrain.tasks.translation import TranslationTask
 from egtrain.workers import Ranks
-from egtrain.yaml_reader import write_value
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,9 @@ class SavedRun:
             UsageError: the run holds out no such split.
         """
         if not self.task.evaluation_size(split):
-            raise UsageError(f"this run held out no {split} samples: evaluate the test split instead")
+            raise UsageError(
+                f"this run held out no {split} samples: evaluate the test split instead"
+            )
         device = next(self.model.parameters()).device
         return evaluate(self.task, self.model, split, Ranks(device=device), self.config.precision)
 
@@ -53,13 +55,19 @@ class SavedRun:
             UsageError: the run does not translate.
         """
         settings = self.config.task
-        if not isinstance(self.task, TranslationTask) or not isinstance(settings, TranslationSettings):
+        if not isinstance(self.task, TranslationTask) or not isinstance(
+            settings, TranslationSettings
+        ):
             raise UsageError("beam search is for runs that translate: leave --beam out")
         beam = settings.beam if beam is None else beam
-        hypotheses = self.task.translate(self.model, split, beam=beam, length_penalty=settings.length_penalty)
+        hypotheses = self.task.translate(
+            self.model, split, beam=beam, length_penalty=settings.length_penalty
+        )
         bleu, signature = self.task.score(hypotheses, split)
         sentences = self.task.sentences(split)
-        return Translations(beam, sentences.source_text, sentences.target_text, tuple(hypotheses), bleu, signature)
+        return Translations(
+            beam, sentences.source_text, sentences.target_text, tuple(hypotheses), bleu, signature
+        )
 
 
 @dataclass(frozen=True)
@@ -99,13 +107,19 @@ def load_run(
     """
     directory = Path(path)
     file = config_file_of(directory)
-    overrides = [] if data_dir is None else [f"data.dir={write_value(str(Path(data_dir).absolute()))}"]
+    overrides = (
+        [] if data_dir is None else [f"data.dir={write_value(str(Path(data_dir).absolute()))}"]
+    )
     config = load_config(file, overrides)
-    store = CheckpointStore(directory / "checkpoints", higher_is_better=TASKS[config.task.name].higher_is_better)
+    store = CheckpointStore(
+        directory / "checkpoints", higher_is_better=TASKS[config.task.name].higher_is_better
+    )
     if checkpoint == "last":
         newest = store.load_newest()
         if newest is None:
-            raise DataError(f"{directory} has no checkpoint yet: train it with --resume {directory}")
+            raise DataError(
+                f"{directory} has no checkpoint yet: train it with --resume {directory}"
+            )
         step, state = newest
     else:
         step, state = store.load(checkpoint)
@@ -113,7 +127,8 @@ def load_run(
     data = load_data(config, offline)
     if state.get("data") != data.digest:
         raise DataError(
-            f"the data are not those that {directory} was trained on: name the folder that has those, with --data-dir"
+            f"the data are not those that {directory} was trained on: name the folder that has "
+            "those, with --data-dir"
         )
     model = build_model(config, outputs_of(data), place)
     load_weights(model, state["model"])

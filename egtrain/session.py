@@ -22,7 +22,7 @@ from egtrain.build import (
     worker_state_bytes,
 )
 from egtrain.checkpoint import LOCK, CheckpointStore, RunLock, write_atomically
-from egtrain.config import Config, config_to_yaml, flat_settings
+from egtrain.config.schema import Config, config_to_yaml, flat_settings
 from egtrain.errors import DataError, InterruptedRun, UsageError
 from egtrain.progress import Display, headline
 from egtrain.runlog import RunLog, finite, git_commit, hardware, versions, write_summary
@@ -30,11 +30,17 @@ from egtrain.tasks import Split
 from egtrain.train import Run, train
 from egtrain.workers import Ranks
 
-CONFIG, METRICS, SUMMARY, CHECKPOINTS = "config.yaml", "metrics.jsonl", "summary.json", "checkpoints"
+CONFIG, METRICS, SUMMARY, CHECKPOINTS = (
+    "config.yaml",
+    "metrics.jsonl",
+    "summary.json",
+    "checkpoints",
+)
 
 
 def train_in(directory: Path, config: Config, *, resume: bool, as_json: bool = False) -> None:
-    """Train in a run directory, from its newest checkpoint where `resume` or a restart by torchrun asks for it.
+    """Train in a run directory, from its newest checkpoint where `resume` or a restart by torchrun
+    asks for it.
 
     Raises:
         EgtrainError: whatever kept the run from ending; its class has the exit code.
@@ -44,15 +50,21 @@ def train_in(directory: Path, config: Config, *, resume: bool, as_json: bool = F
         with launch.StopSignal() as stop:
             _train_until(stop, directory, config, resume, as_json)
     except launch.StoppedEarly:
-        raise InterruptedRun(f"interrupted before the training; go on with --resume {directory}") from None
+        raise InterruptedRun(
+            f"interrupted before the training; go on with --resume {directory}"
+        ) from None
 
 
-def _train_until(stop: launch.StopSignal, directory: Path, config: Config, resume: bool, as_json: bool) -> None:
+def _train_until(
+    stop: launch.StopSignal, directory: Path, config: Config, resume: bool, as_json: bool
+) -> None:
     with launch.joined_ranks(config.device) as ranks, ExitStack() as closing:
         claimed = launch.claimed_directory()
         going_on = resume or claimed is not None
         directory = Path(launch.agreed(str(claimed or directory), ranks))
-        config = config.model_copy(update={"precision": native_precision(config.precision, ranks.device)})
+        config = config.model_copy(
+            update={"precision": native_precision(config.precision, ranks.device)}
+        )
         first = ranks.rank == 0
 
         replaced: list[bytes | None] = []
@@ -81,11 +93,18 @@ def _train_until(stop: launch.StopSignal, directory: Path, config: Config, resum
         if newest is not None and run.step == run.steps and (directory / SUMMARY).is_file():
             if first:
                 print(f"{directory} is complete: there is nothing left to train", file=sys.stderr)
-                print_result(json.loads((directory / SUMMARY).read_text(encoding="utf-8")), directory, as_json)
+                print_result(
+                    json.loads((directory / SUMMARY).read_text(encoding="utf-8")),
+                    directory,
+                    as_json,
+                )
             return
         recorders: list[Recorder] = []
         launch.only_first_rank(
-            ranks, lambda: recorders.append(Recorder(directory, config, run, ranks, store, closing, as_json))
+            ranks,
+            lambda: recorders.append(
+                Recorder(directory, config, run, ranks, store, closing, as_json)
+            ),
         )
         stop.training = True
         try:
@@ -113,17 +132,21 @@ def prepare(directory: Path, config: Config, resume: bool) -> bytes | None:
 
 
 def prepare_for_ranks(directory: Path, config: Config, resume: bool) -> bytes | None:
-    """Make a run directory, for ranks that are started next, and return the configuration that was there.
+    """Make a run directory, for ranks that are started next, and return the configuration that was
+    there.
 
     Raises:
-        UsageError: the directory holds a run already, and this is another; or another process is at work in it.
+        UsageError: the directory holds a run already, and this is another; or another process is at
+            work in it.
     """
     with RunLock(directory):
         return prepare(directory, config, resume)
 
 
 def withdraw(directory: Path, replaced: bytes | None) -> None:
-    """Undo `prepare` for a run that could not start, so that the command can be given again once that is mended."""
+    """Undo `prepare` for a run that could not start, so that the command can be given again once
+    that is mended.
+    """
     if replaced is not None:
         write_atomically(directory / CONFIG, replaced)
         return
@@ -140,7 +163,8 @@ def require_fresh(directory: Path, resume: bool) -> None:
     """Raise UsageError where a new run would overwrite one."""
     if not resume and (directory / CONFIG).exists():
         raise UsageError(
-            f"{directory} holds a run already: go on with --resume {directory}, or choose another --output"
+            f"{directory} holds a run already: go on with --resume {directory}, or choose another "
+            "--output"
         )
 
 
@@ -155,7 +179,8 @@ def load_into(run: Run, state: dict[str, Any], directory: Path) -> None:
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(
-            f"the checkpoint in {directory} does not fit the settings ({reason}): undo the changes, or start a new run"
+            f"the checkpoint in {directory} does not fit the settings ({reason}): undo the "
+            "changes, or start a new run"
         ) from error
 
 
@@ -177,7 +202,9 @@ class NoRecorder:
 
 
 class Recorder:
-    """Writes a run's metrics, checkpoints and summary, and shows its progress; on the first rank."""
+    """Writes a run's metrics, checkpoints and summary, and shows its progress; on the first
+    rank.
+    """
 
     def __init__(
         self,
@@ -228,7 +255,9 @@ class Recorder:
         self._log.flush()
         metric = None if validation is None else validation[run.task.metric]
         final = run.step == run.steps
-        launch.only_first_rank(self._ranks, lambda: self._store.save(state, run.step, metric=metric, final=final))
+        launch.only_first_rank(
+            self._ranks, lambda: self._store.save(state, run.step, metric=metric, final=final)
+        )
         self._log.restart_clock()
 
     def finish(self, run: Run, final: dict[str, dict[str, float]]) -> dict[str, Any]:
@@ -239,7 +268,9 @@ class Recorder:
             "name": self._directory.name,
             "preset": self._config.preset,
             "final": final,
-            "best": None if best is None else {"step": best[0], "validation": {run.task.metric: best[1]}},
+            "best": None
+            if best is None
+            else {"step": best[0], "validation": {run.task.metric: best[1]}},
             "steps": run.step,
             "epochs": self._epoch(run, run.step),
             "samples": run.step * run.task.batch_size,
@@ -252,9 +283,17 @@ class Recorder:
             "wall": {"seconds": round(time.monotonic() - self._started, 2)},
             "git_commit": git_commit(),
             "versions": versions(),
-            "hardware": {**hardware(), "device": str(ranks.device), "threads": torch.get_num_threads()},
+            "hardware": {
+                **hardware(),
+                "device": str(ranks.device),
+                "threads": torch.get_num_threads(),
+            },
         }
-        scores = {f"{split}/{name}": value for split, metrics in final.items() for name, value in metrics.items()}
+        scores = {
+            f"{split}/{name}": value
+            for split, metrics in final.items()
+            for name, value in metrics.items()
+        }
         self._log.hyperparameters(flat_settings(self._config), scores)
         write_summary(self._directory / SUMMARY, summary)
         return summary
@@ -271,7 +310,10 @@ def print_result(summary: dict[str, Any], directory: Path, as_json: bool) -> Non
         return
     for split, metrics in summary["final"].items():
         print(f"{split}: {headline(metrics)}")
-    print(f"{summary['gradient_evaluations']:,} gradient evaluations in {summary['steps']:,} steps; see {directory}")
+    print(
+        f"{summary['gradient_evaluations']:,} gradient evaluations in {summary['steps']:,} steps; "
+        f"see {directory}"
+    )
 
 
 def print_plan(config: Config, directory: Path, nproc: int | None, as_json: bool) -> None:
@@ -310,9 +352,12 @@ def print_plan(config: Config, directory: Path, nproc: int | None, as_json: bool
             "steps": steps.steps,
             "local_phase": None
             if steps.local_start is None
-            else f"from step {steps.local_start:,}, weights averaged every {config.post_local.period} steps",
+            else f"from step {steps.local_start:,}, "
+            f"weights averaged every {config.post_local.period} steps",
             "worker_state_bytes": worker_state_bytes(config, outputs_of(data)),
-            "learning_rate": {s: round(schedule(s), 6) for s in sorted(phases) if 0 <= s < steps.steps},
+            "learning_rate": {
+                s: round(schedule(s), 6) for s in sorted(phases) if 0 <= s < steps.steps
+            },
         }
     if as_json:
         print(json.dumps(plan))

@@ -47,7 +47,8 @@ class Run:
     checkpoint_every: int
     """In steps."""
     unread_steps: int
-    """Steps that may be queued on the device before the host reads the first one's statistics: 1 keeps a GPU busy."""
+    """Steps that may be queued on the device before the host reads the first one's statistics: 1
+    keeps a GPU busy."""
     data: str = ""
     """A digest of the data."""
     noise_scale: NoiseScale = field(default_factory=NoiseScale)
@@ -64,7 +65,9 @@ class Run:
         self.step += 1
 
     def synchronisations(self, step: int) -> int:
-        """Return how many times gradients or weights were averaged over the workers in the first `step` updates."""
+        """Return how many times gradients or weights were averaged over the workers in the first
+        `step` updates.
+        """
         if self.post_local is None:
             return step
         return min(step, self.post_local.start) + self.post_local.averages(step)
@@ -72,14 +75,17 @@ class Run:
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint holds, keyed by worker where it is a worker's; a collective.
 
-        `model` has the mean of the workers' BatchNorm statistics and, in a local phase, weights, ready for evaluation.
+        `model` has the mean of the workers' BatchNorm statistics and, in a local phase, weights,
+        ready for evaluation.
         """
         self.workers.average_for_evaluation()
         state: dict[str, Any] = {
             "step": self.step,
             "gradient_evaluations": self.gradient_evaluations,
             "data": self.data,
-            "model": {name: t.detach().cpu().clone() for name, t in self.model.state_dict().items()},
+            "model": {
+                name: t.detach().cpu().clone() for name, t in self.model.state_dict().items()
+            },
             "optimizer": self.optimizer.state_dict(),
             "workers": self.workers.state_dict(),
             "noise_scale": self.noise_scale.state_dict(),
@@ -94,7 +100,9 @@ class Run:
         if self.post_local is not None and self.post_local.optimizers:
             device = self.workers.ranks.device
             rows = self.post_local.state_dict()
-            state["post_local"] = {name: self.workers.gather(values.to(device)) for name, values in rows.items()}
+            state["post_local"] = {
+                name: self.workers.gather(values.to(device)) for name, values in rows.items()
+            }
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -103,17 +111,23 @@ class Run:
         Where the next step is no local one here, the workers go on from the mean of their weights.
 
         Raises:
-            ValueError: the state belongs to other data, another base optimizer, extrapolation or number of workers.
+            ValueError: the state belongs to other data, another base optimizer, extrapolation or
+                number of workers.
         """
         if state.get("data") != self.data:
             raise ValueError("the data are not those that it was trained on")
         if (state["extrapolation"] is None) != (self.extrapolation is None):
-            raise ValueError(f"it was trained with{'out' if state['extrapolation'] is None else ''} extrapolation")
+            raise ValueError(
+                f"it was trained with{'out' if state['extrapolation'] is None else ''} "
+                "extrapolation"
+            )
         self.step, self.gradient_evaluations = state["step"], state["gradient_evaluations"]
         load_weights(self.model, state["model"])
         load_optimizer_state(self.optimizer, state["optimizer"])
         local = self.post_local is not None and self.post_local.is_local(self.step)
-        self.workers.load_state_dict(state["workers"] if local else {**state["workers"], "parameters": None})
+        self.workers.load_state_dict(
+            state["workers"] if local else {**state["workers"], "parameters": None}
+        )
         self.noise_scale = NoiseScale(**state["noise_scale"])
         mine = slice(self.workers.mine.start, self.workers.mine.stop)
         if self.extrapolation is not None:
@@ -124,11 +138,14 @@ class Run:
                 extrapolation["clip_factor"] = None
             self.extrapolation.load_state_dict(extrapolation)
         if self.post_local is not None and local and state["post_local"] is not None:
-            self.post_local.load_state_dict({name: rows[mine] for name, rows in state["post_local"].items()})
+            self.post_local.load_state_dict(
+                {name: rows[mine] for name, rows in state["post_local"].items()}
+            )
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Restore what an optimizer remembers of its steps; PyTorch would take its settings from the state, too.
+    """Restore what an optimizer remembers of its steps; PyTorch would take its settings from the
+    state, too.
 
     The learning rate is no setting here, but that of the last step.
 
@@ -136,10 +153,15 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
         ValueError: the state belongs to another optimizer.
     """
     remembered = {"params", "lr"}
-    settings = [{name: group[name] for name in group.keys() - remembered} for group in optimizer.param_groups]
+    settings = [
+        {name: group[name] for name in group.keys() - remembered}
+        for group in optimizer.param_groups
+    ]
     for saved, own in zip(state["param_groups"], settings, strict=True):
         if unknown := saved.keys() - own.keys() - remembered:
-            raise ValueError(f"the optimizer is another one: it has no {', '.join(sorted(unknown))}")
+            raise ValueError(
+                f"the optimizer is another one: it has no {', '.join(sorted(unknown))}"
+            )
     optimizer.load_state_dict(state)
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
@@ -175,15 +197,20 @@ class Observer(Protocol):
         """Take the metrics of an evaluation after `run.step` updates."""
 
     def save(self, run: Run, state: dict[str, Any], validation: dict[str, float] | None) -> None:
-        """Write a checkpoint of `run.step`; `validation` are the metrics of that step, if there was an evaluation."""
+        """Write a checkpoint of `run.step`; `validation` are the metrics of that step, if there was
+        an evaluation.
+        """
 
 
-def train(run: Run, observer: Observer, stop_requested: Callable[[], bool]) -> dict[str, dict[str, float]]:
+def train(
+    run: Run, observer: Observer, stop_requested: Callable[[], bool]
+) -> dict[str, dict[str, float]]:
     """Train from `run.step` to `run.steps` and return the final metrics of each held-out split.
 
     Raises:
         DivergedError: a loss or gradient was not finite; the weights are those before that update.
-        InterruptedRun: `stop_requested` said so on some rank; the run was saved after the same step on all.
+        InterruptedRun: `stop_requested` said so on some rank; the run was saved after the same step
+            on all.
     """
     task, workers = run.task, run.workers
     splits: list[Split] = [s for s in ("validation", "test") if task.evaluation_size(s)]
@@ -217,14 +244,20 @@ def train(run: Run, observer: Observer, stop_requested: Callable[[], bool]) -> d
             raise InterruptedRun(f"interrupted after step {run.step}; a checkpoint was saved")
     if not final:
         workers.average_for_evaluation()
-        final = {split: evaluate(task, run.model, split, workers.ranks, run.precision) for split in splits}
+        final = {
+            split: evaluate(task, run.model, split, workers.ranks, run.precision)
+            for split in splits
+        }
     return final
 
 
-def take_step(run: Run, learning_rate: float, stop_requested: Callable[[], bool] = lambda: False) -> Tensor:
+def take_step(
+    run: Run, learning_rate: float, stop_requested: Callable[[], bool] = lambda: False
+) -> Tensor:
     """Make one update of the weights and return what the workers reported, still on the device.
 
-    A request to stop is asked for after the gradients, which take the time: it need not wait for a further step.
+    A request to stop is asked for after the gradients, which take the time: it need not wait for a
+    further step.
     """
     if run.post_local is not None and run.post_local.is_local(run.step):
         return take_local_step(run, run.post_local, learning_rate, stop_requested)
@@ -280,7 +313,9 @@ def take_local_gradient(run: Run, worker: int) -> None:
 
     def backward(samples: Any) -> tuple[Tensor, Tensor]:
         torch.manual_seed(seed_for(run.seed, "dropout", worker, run.step))
-        with torch.autocast(workers.ranks.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
+        with torch.autocast(
+            workers.ranks.device.type, torch.bfloat16, enabled=run.precision == "bf16"
+        ):
             loss, metric = task.loss(run.forward, samples)
         torch.autograd.backward(loss)
         return loss.detach(), metric
@@ -301,8 +336,11 @@ def take_local_gradient(run: Run, worker: int) -> None:
     workers.note(worker, loss, metric, relative_size)
 
 
-def report(run: Run, observer: Observer, step: int, learning_rate: float, statistics: OnItsWay) -> bool:
-    """Read a step's statistics on the host, pass them on, and return whether a rank was asked to stop.
+def report(
+    run: Run, observer: Observer, step: int, learning_rate: float, statistics: OnItsWay
+) -> bool:
+    """Read a step's statistics on the host, pass them on, and return whether a rank was asked to
+    stop.
 
     Raises:
         DivergedError: a worker's loss or the mean gradient was not finite.
@@ -313,12 +351,17 @@ def report(run: Run, observer: Observer, step: int, learning_rate: float, statis
     for worker, loss in enumerate(losses):
         if not math.isfinite(loss):
             raise DivergedError(
-                f"the loss of worker {worker} became {loss} at step {step}: lower optimizer.lr or lengthen the warm-up"
+                f"the loss of worker {worker} became {loss} at step {step}: lower optimizer.lr or "
+                "lengthen the warm-up"
             )
-    squared = {f" of worker {k}": norm for k, norm in enumerate(squared_norms)} | {"": squared_norm_of_mean}
+    squared = {f" of worker {k}": norm for k, norm in enumerate(squared_norms)} | {
+        "": squared_norm_of_mean
+    }
     for whose, norm in squared.items():
         if not math.isfinite(norm):
-            raise DivergedError(f"the gradient{whose} became {norm} at step {step}: lower optimizer.lr")
+            raise DivergedError(
+                f"the gradient{whose} became {norm} at step {step}: lower optimizer.lr"
+            )
     mean_squared_norm = sum(squared_norms) / len(squared_norms)
     values = {
         "loss": sum(losses) / len(losses),
@@ -329,7 +372,9 @@ def report(run: Run, observer: Observer, step: int, learning_rate: float, statis
     }
     if run.post_local is None or not run.post_local.is_local(step - 1):
         values["gradient_norm"] = squared_norm_of_mean**0.5
-        run.noise_scale.update(mean_squared_norm, squared_norm_of_mean, len(rows), run.task.worker_batch_size)
+        run.noise_scale.update(
+            mean_squared_norm, squared_norm_of_mean, len(rows), run.task.worker_batch_size
+        )
     if run.post_local is not None:
         values["synchronisations"] = run.synchronisations(step)
     if run.extrapolation is not None:

@@ -1,6 +1,8 @@
-"""K logical workers on R ranks: who carries whom, their BatchNorm statistics, and the mean of their gradients.
+"""K logical workers on R ranks: who carries whom, their BatchNorm statistics, and the mean of their
+gradients.
 
-The number of workers is the algorithm, the number of ranks only how it is run: nothing here is keyed by rank.
+The number of workers is the algorithm, the number of ranks only how it is run: nothing here is
+keyed by rank.
 """
 
 import math
@@ -30,24 +32,30 @@ class Ranks:
 class Workers:
     """The workers that this rank carries, one after the other, with the model's storage laid flat.
 
-    Parameters, gradients and floating-point buffers become views of one flat tensor each, so that the gradients
-    travel in one collective and a worker's buffers change in one copy.
+    Parameters, gradients and floating-point buffers become views of one flat tensor each, so that
+    the gradients travel in one collective and a worker's buffers change in one copy.
 
     Args:
-        model: on its device; its floating-point buffers (BatchNorm statistics) are each worker's own. Buffers of other
-            types are shared and must not change, so BatchNorm has to do without its counter of batches.
+        model: on its device; its floating-point buffers (BatchNorm statistics) are each worker's
+            own. Buffers of other types are shared and must not change, so BatchNorm has to do
+            without its counter of batches.
         count: K, the number of logical workers.
         ranks: this process among those of the run.
-        deterministic: sum gradients in worker order, whatever the number of ranks; needs K gradients of memory.
+        deterministic: sum gradients in worker order, whatever the number of ranks; needs K
+            gradients of memory.
 
     Raises:
         UsageError: the ranks do not divide the workers.
     """
 
-    def __init__(self, model: nn.Module, count: int, ranks: Ranks, deterministic: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, count: int, ranks: Ranks, deterministic: bool = False
+    ) -> None:
         if count % ranks.count:
             possible = ", ".join(map(str, divisors(count)))
-            raise UsageError(f"{count} workers cannot be shared by {ranks.count} ranks: run on {possible} ranks")
+            raise UsageError(
+                f"{count} workers cannot be shared by {ranks.count} ranks: run on {possible} ranks"
+            )
         self.count = count
         self.ranks = ranks
         share = count // ranks.count
@@ -57,14 +65,18 @@ class Workers:
         self.gradients = torch.zeros_like(self.parameters)
         for p, gradient in zip(parameters, views_of(self.gradients, parameters), strict=True):
             p.grad = gradient
-        self._buffers = lay_flat([b for b in model.buffers() if b.is_floating_point()]).to(ranks.device)
+        self._buffers = lay_flat([b for b in model.buffers() if b.is_floating_point()]).to(
+            ranks.device
+        )
         self._own_buffers = self._buffers.repeat(share, 1)
         self._own_parameters: Tensor | None = None
         self._before = torch.empty_like(self.parameters)
         self._previous = torch.zeros_like(self.parameters)
         self._healthy = torch.ones((), dtype=torch.bool, device=ranks.device)
         size = self.parameters.numel()
-        self._total = torch.zeros(size + count * len(STATISTICS), dtype=self.parameters.dtype, device=ranks.device)
+        self._total = torch.zeros(
+            size + count * len(STATISTICS), dtype=self.parameters.dtype, device=ranks.device
+        )
         self._sum = self._total[:size]
         self._table = self._total[size:].view(count, len(STATISTICS))
         # Summing in worker order across ranks takes every worker's gradient at once.
@@ -73,7 +85,9 @@ class Workers:
 
     @property
     def collective_bytes(self) -> int:
-        """Bytes that a rank gives into the one collective of a step: the gradient and what the workers report."""
+        """Bytes that a rank gives into the one collective of a step: the gradient and what the
+        workers report.
+        """
         return self._total.numel() * self._total.element_size()
 
     def begin_step(self) -> None:
@@ -122,10 +136,12 @@ class Workers:
         """Put the mean gradient into the parameters' `.grad` and return what the workers reported.
 
         Returns:
-            A flat tensor on the device: the table [workers, len(STATISTICS)] and, last, the squared norm of the mean
-            gradient. `stop` becomes the sum of what the ranks said.
+            A flat tensor on the device: the table [workers, len(STATISTICS)] and, last, the squared
+            norm of the mean gradient. `stop` becomes the sum of what the ranks said.
         """
-        self._table[self.mine.start, 5].fill_(float(stop))  # assigning a number would wait for a GPU
+        self._table[self.mine.start, 5].fill_(
+            float(stop)
+        )  # assigning a number would wait for a GPU
         if self._kept is not None:
             for gradient in self.gather(self._kept):
                 self._sum.add_(gradient)
@@ -147,7 +163,9 @@ class Workers:
         self.parameters.copy_(self._own_parameters[worker - self.mine.start])
 
     def keep_own_weights(self, worker: int) -> None:
-        """Take the worker's updated weights out of the model, unless its loss or gradient was not finite."""
+        """Take the worker's updated weights out of the model, unless its loss or gradient was not
+        finite.
+        """
         assert self._own_parameters is not None
         row = self._own_parameters[worker - self.mine.start]
         healthy = self._healthy & torch.isfinite(self._table[worker, 0:3:2]).all()
@@ -156,7 +174,8 @@ class Workers:
     def report_only(self, stop: bool) -> Tensor:
         """Return what `average_gradients` does of a step in which each worker made its own update.
 
-        The gradients stay where they are, so the last entry, the squared norm of their mean, is zero.
+        The gradients stay where they are, so the last entry, the squared norm of their mean, is
+        zero.
         """
         self._table[self.mine.start, 5].fill_(float(stop))
         if self.ranks.count > 1:
@@ -170,20 +189,25 @@ class Workers:
         self._own_parameters.copy_(self._mean_over_workers(self._own_parameters))
 
     def clip(self, maximum: float) -> Tensor:
-        """Scale the mean gradient to a norm of at most `maximum`; return the factor (a scalar tensor)."""
+        """Scale the mean gradient to a norm of at most `maximum`; return the factor (a scalar
+        tensor).
+        """
         factor = torch.clamp(maximum / (torch.linalg.vector_norm(self.gradients) + 1e-6), max=1.0)
         self.gradients.mul_(factor)
         return factor
 
     def undo_unless_finite(self) -> None:
-        """Put the weights back if this or an earlier step met a loss or gradient that was not finite.
+        """Put the weights back if this or an earlier step met a loss or gradient that was not
+        finite.
 
         It is decided on the device: the host learns of it when it reads the step's statistics.
         """
         torch.where(self._healthy, self.parameters, self._before, out=self.parameters)
 
     def average_for_evaluation(self) -> None:
-        """Give the model the mean of the workers' buffers and, in a local phase, weights; the next step undoes it."""
+        """Give the model the mean of the workers' buffers and, in a local phase, weights; the next
+        step undoes it.
+        """
         if self._buffers.numel():
             self._buffers.copy_(self.gather(self._own_buffers).mean(dim=0))
         if self._own_parameters is not None:
@@ -209,7 +233,8 @@ class Workers:
         return gathered
 
     def state_dict(self) -> dict[str, Tensor | None]:
-        """Return every worker's buffers [K, ...], its own weights in a local phase, and worker 0's previous gradient.
+        """Return every worker's buffers [K, ...], its own weights in a local phase, and worker 0's
+        previous gradient.
 
         It is a collective.
         """
@@ -227,7 +252,9 @@ class Workers:
             ValueError: the state belongs to another number of workers.
         """
         if len(state["buffers"]) != self.count:
-            raise ValueError(f"it is of {len(state['buffers'])} workers, and the run has {self.count}")
+            raise ValueError(
+                f"it is of {len(state['buffers'])} workers, and the run has {self.count}"
+            )
         mine = slice(self.mine.start, self.mine.stop)
         self._own_buffers.copy_(state["buffers"][mine])
         own = state["parameters"]
@@ -236,7 +263,9 @@ class Workers:
 
 
 def sum_over_ranks(tensor: Tensor, ranks: Ranks) -> Tensor:
-    """Return the sum of the ranks' tensors, the same on each of them; a collective where there are several."""
+    """Return the sum of the ranks' tensors, the same on each of them; a collective where there are
+    several.
+    """
     if ranks.count == 1:
         return tensor
     total = tensor.to(ranks.device, copy=True)
@@ -251,10 +280,14 @@ def divisors(number: int) -> list[int]:
 
 
 def lay_flat(tensors: Sequence[Tensor]) -> Tensor:
-    """Move dense tensors of one type into one flat tensor, of which they become views of the same shape and strides."""
+    """Move dense tensors of one type into one flat tensor, of which they become views of the same
+    shape and strides.
+    """
     if not tensors:
         return torch.empty(0)
-    flat = torch.empty(sum(t.numel() for t in tensors), dtype=tensors[0].dtype, device=tensors[0].device)
+    flat = torch.empty(
+        sum(t.numel() for t in tensors), dtype=tensors[0].dtype, device=tensors[0].device
+    )
     for tensor, view in zip(tensors, views_of(flat, tensors), strict=True):
         view.copy_(tensor.detach())
         tensor.data = view

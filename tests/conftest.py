@@ -11,7 +11,9 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def only_gpu_tests_find_a_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def only_gpu_tests_find_a_gpu(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Let all other tests give the same results on a machine that has one."""
     if request.node.get_closest_marker("gpu") is None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -19,7 +21,9 @@ def only_gpu_tests_find_a_gpu(request: pytest.FixtureRequest, monkeypatch: pytes
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return an .npz file: 150 images to train on, four batches of 32 and a rest, and 1,100 to test on."""
+    """Return an .npz file: 150 images to train on, four batches of 32 and a rest, and 1,100 to test
+    on.
+    """
     from helpers import write_images
 
     return write_images(tmp_path_factory.mktemp("data") / "images.npz")
@@ -30,13 +34,20 @@ def shared_data() -> Path:
     """Return the folder that holds multi30k and wikitext2-small, or skip, loudly."""
     home = os.environ.get("EGTRAIN_DATA")
     if home is None or not (Path(home) / "wikitext2-small").is_dir():
-        pytest.skip("NOT TESTED ON REAL DATA: set EGTRAIN_DATA to the folder that holds multi30k and wikitext2-small")
+        pytest.skip(
+            "NOT TESTED ON REAL DATA: set EGTRAIN_DATA to the folder that holds multi30k and "
+            "wikitext2-small"
+        )
     return Path(home)
 
 
 @pytest.fixture(scope="session")
-def undisturbed(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
-    """Return a function that gives the outcome of a run, by its settings, on one process and without interruption."""
+def undisturbed(
+    images: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., dict[str, Any]]:
+    """Return a function that gives the outcome of a run, by its settings, on one process and
+    without interruption.
+    """
     from helpers import config_of, outcome, run_here
 
     done: dict[tuple[str, ...], dict[str, Any]] = {}
@@ -45,7 +56,9 @@ def undisturbed(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
         key = (extrapolation, *further)
         if key not in done:
             directory = tmp_path_factory.mktemp("undisturbed") / "run"
-            done[key] = outcome(run_here(directory, config_of(images, *further, extrapolation=extrapolation)))
+            done[key] = outcome(
+                run_here(directory, config_of(images, *further, extrapolation=extrapolation))
+            )
         return done[key]
 
     return find

@@ -1,4 +1,6 @@
-"""Runs of the real program, small enough for tests: in this process, in forked ones, and started as a user does."""
+"""Runs of the real program, small enough for tests: in this process, in forked ones, and started as
+a user does.
+"""
 
 import contextlib
 import functools
@@ -30,8 +32,8 @@ from torch import Tensor, nn
 from egtrain import build, launch, session
 from egtrain.__main__ import main
 from egtrain.checkpoint import read_checkpoint
-from egtrain.config import Config
-from egtrain.config_files import load_config
+from egtrain.config.files import load_config
+from egtrain.config.schema import Config
 from egtrain.tasks import Split
 from egtrain.tasks.image import ImageTask
 
@@ -67,7 +69,8 @@ def write_images(path: Path, *, train: int = 150, test: int = 1100, size: int = 
 
 
 def settings(data: Path, *further: str, deterministic: bool = True) -> list[str]:
-    """Return settings, for `--set` or `load_config`, of a run of a second: K = 4, b = 8, 12 steps, 4 an epoch.
+    """Return settings, for `--set` or `load_config`, of a run of a second: K = 4, b = 8, 12 steps,
+    4 an epoch.
 
     Whatever the tests count on is here, so that a preset can change.
     """
@@ -93,17 +96,26 @@ def settings(data: Path, *further: str, deterministic: bool = True) -> list[str]
     ]
 
 
-def config_of(data: Path, *further: str, extrapolation: str = "local", deterministic: bool = True) -> Config:
+def config_of(
+    data: Path, *further: str, extrapolation: str = "local", deterministic: bool = True
+) -> Config:
     """Return the configuration of such a run."""
     name = [f"extrapolation.name={extrapolation}", *EXTRAPOLATIONS[extrapolation]]
     return load_config("quickstart", settings(data, *name, *further, deterministic=deterministic))
 
 
-def arguments(data: Path, *further: str, extrapolation: str = "local", deterministic: bool = True) -> list[str]:
+def arguments(
+    data: Path, *further: str, extrapolation: str = "local", deterministic: bool = True
+) -> list[str]:
     """Return the command line of such a run, without a directory."""
     name = [f"extrapolation.name={extrapolation}", *EXTRAPOLATIONS[extrapolation]]
     pairs = settings(data, *name, *further, deterministic=deterministic)
-    return ["train", "--preset", "quickstart", *[part for pair in pairs for part in ("--set", pair)]]
+    return [
+        "train",
+        "--preset",
+        "quickstart",
+        *[part for pair in pairs for part in ("--set", pair)],
+    ]
 
 
 class StopAfter(launch.StopSignal):
@@ -137,7 +149,9 @@ def torch_as_it_was() -> Iterator[None]:
             os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
 
-def run_here(directory: Path, config: Config, *, resume: bool = False, stop_after: int | None = None) -> Path:
+def run_here(
+    directory: Path, config: Config, *, resume: bool = False, stop_after: int | None = None
+) -> Path:
     """Train in this process, to the end or until the n-th step; return the directory."""
     original = launch.StopSignal
     with torch_as_it_was():
@@ -189,15 +203,21 @@ def metrics_in(directory: Path) -> list[dict[str, Any]]:
 
 
 def write_texts(folder: Path, words: int, pairs: int) -> None:
-    """Write train.txt, valid.txt and test.txt, and the same for pairs of sentences in `en` and `de`."""
+    """Write train.txt, valid.txt and test.txt, and the same for pairs of sentences in `en` and
+    `de`.
+    """
     drawn = random.Random(0)
     say = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta"]
     for part, share in (("train", 1.0), ("valid", 0.3), ("test", 0.3)):
         line = [drawn.choice(say) for _ in range(round(words * share))]
-        (folder / f"{part}.txt").write_text("".join(" ".join(line[i : i + 9]) + "\n" for i in range(0, len(line), 9)))
+        (folder / f"{part}.txt").write_text(
+            "".join(" ".join(line[i : i + 9]) + "\n" for i in range(0, len(line), 9))
+        )
         sentences = [drawn.choices(say, k=drawn.randint(2, 7)) for _ in range(round(pairs * share))]
         (folder / f"{part}.en").write_text("".join(" ".join(words) + ".\n" for words in sentences))
-        (folder / f"{part}.de").write_text("".join(" ".join(reversed(words)).upper() + ".\n" for words in sentences))
+        (folder / f"{part}.de").write_text(
+            "".join(" ".join(reversed(words)).upper() + ".\n" for words in sentences)
+        )
 
 
 def newest_checkpoint(directory: Path) -> Path:
@@ -226,9 +246,14 @@ def digest(tensor: Tensor) -> str:
 
 
 def outcome(directory: Path) -> dict[str, Any]:
-    """Return all that two equal runs have in common: every tensor of the newest checkpoint, and the metrics."""
+    """Return all that two equal runs have in common: every tensor of the newest checkpoint, and the
+    metrics.
+    """
     step, state = read_checkpoint(newest_checkpoint(directory))
-    leaves = {name: digest(leaf) if isinstance(leaf, Tensor) else leaf for name, leaf in flattened(state).items()}
+    leaves = {
+        name: digest(leaf) if isinstance(leaf, Tensor) else leaf
+        for name, leaf in flattened(state).items()
+    }
     return {"step": step, **leaves, "metrics": metrics_in(directory)}
 
 
@@ -242,7 +267,11 @@ def free_port() -> int:
 
 def environment(**further: str) -> dict[str, str]:
     """Return the environment of a process that finds egtrain and nothing of the user's."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("EGTRAIN_DATA", "EGTRAIN_TEST_FAULT")}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("EGTRAIN_DATA", "EGTRAIN_TEST_FAULT")
+    }
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**kept, "PYTHONPATH": path, "COLUMNS": "200", **further}
 
@@ -252,7 +281,14 @@ def fork_server() -> ForkServerContext:
     """Return what makes processes out of one that has imported torch and done nothing with it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["torch._inductor", "pytest", "egtrain.session", "egtrain.cli", "egtrain.saved_run", "helpers"]
+        [
+            "torch._inductor",
+            "pytest",
+            "egtrain.session",
+            "egtrain.cli",
+            "egtrain.saved_run",
+            "helpers",
+        ]
     )
     before = dict(os.environ)
     try:
@@ -267,7 +303,8 @@ def fork_server() -> ForkServerContext:
 class Forked:
     """The command line in a process of its own, forked from one that has imported torch already.
 
-    Exit codes, signals and kills are those of a process that a user starts; only the import is saved.
+    Exit codes, signals and kills are those of a process that a user starts; only the import is
+    saved.
 
     Args:
         arguments: what stands after `egtrain`.
@@ -290,7 +327,8 @@ class Forked:
         self._files = [folder / f"{stream}-{Forked.count}.txt" for stream in ("stdout", "stderr")]
         everything = environment(**(further or {}))
         self._process = fork_server().Process(
-            target=_run_command_line, args=(arguments, str(folder), everything, list(map(str, self._files)), before)
+            target=_run_command_line,
+            args=(arguments, str(folder), everything, list(map(str, self._files)), before),
         )
         self._process.start()
         assert self._process.pid is not None
@@ -309,7 +347,9 @@ class Forked:
         """Return the exit code, negative for a signal; a process that hangs is a failure."""
         self._process.join(seconds)
         if self._process.exitcode is None:
-            raise AssertionError(f"still running after {seconds} s; its output:\n{self.stdout}\n{self.stderr}")
+            raise AssertionError(
+                f"still running after {seconds} s; its output:\n{self.stdout}\n{self.stderr}"
+            )
         return self._process.exitcode
 
     def send(self, number: int) -> None:
@@ -328,7 +368,11 @@ class Forked:
 
 
 def _run_command_line(
-    arguments: list[str], folder: str, everything: dict[str, str], files: list[str], before: Callable[[], None] | None
+    arguments: list[str],
+    folder: str,
+    everything: dict[str, str],
+    files: list[str],
+    before: Callable[[], None] | None,
 ) -> None:
     for stream, file in zip((1, 2), files, strict=True):
         handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
@@ -361,12 +405,16 @@ def forked_ranks(
     before: Callable[[], None] | None = None,
     further: dict[str, str] | None = None,
 ) -> Iterator[list[Forked]]:
-    """Start ranks with the variables that torchrun gives them; rank 0 holds the store, unless `further` names one."""
+    """Start ranks with the variables that torchrun gives them; rank 0 holds the store, unless
+    `further` names one.
+    """
     shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
     shared |= {"MASTER_PORT": str(free_port()), **(further or {})}
     with contextlib.ExitStack() as stack:
         yield [
-            stack.enter_context(Forked(arguments, folder, {**shared, "RANK": str(r), "LOCAL_RANK": str(r)}, before))
+            stack.enter_context(
+                Forked(arguments, folder, {**shared, "RANK": str(r), "LOCAL_RANK": str(r)}, before)
+            )
             for r in range(count)
         ]
 
@@ -451,7 +499,9 @@ def spoil() -> float:
 
 @dataclass(frozen=True)
 class Fault:
-    """Makes something happen at an exact point of a run; called in a forked process before its command line."""
+    """Makes something happen at an exact point of a run; called in a forked process before its
+    command line.
+    """
 
     act: Callable[[], object]
     """A number that it returns is multiplied to the loss."""
@@ -460,7 +510,8 @@ class Fault:
     worker: int = 0
     """The point is this worker's forward pass, at the shifted weights."""
     in_evaluation: bool = False
-    """The point is the first batch of an evaluation after `step`, not the forward pass of a step."""
+    """The point is the first batch of an evaluation after `step`, not the forward pass of a
+    step."""
     in_data: bool = False
     """The point is the loading of the data."""
     rank: int | None = None
@@ -485,7 +536,9 @@ class Fault:
                 value = value * factor if isinstance(factor, float) else value
             return value, metric
 
-        def broken_evaluation(task: ImageTask, model: nn.Module, split: Split, index: int) -> Tensor:
+        def broken_evaluation(
+            task: ImageTask, model: nn.Module, split: Split, index: int
+        ) -> Tensor:
             if self.in_evaluation and at[0][1] + 1 >= self.step and index == 0:
                 self.act()
             return evaluate(task, model, split, index)
@@ -501,7 +554,9 @@ class Fault:
 
 @dataclass(frozen=True)
 class Stop:
-    """Asks one rank to stop in its n-th step; called in a forked process before its command line."""
+    """Asks one rank to stop in its n-th step; called in a forked process before its command
+    line.
+    """
 
     after: int
     rank: int = 0

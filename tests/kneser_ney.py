@@ -1,4 +1,6 @@
-"""An interpolated Kneser-Ney trigram model (Chen & Goodman 1999): what a language model has to beat."""
+"""An interpolated Kneser-Ney trigram model (Chen & Goodman 1999): what a language model has to
+beat.
+"""
 
 import math
 from collections import Counter, defaultdict
@@ -6,14 +8,17 @@ from collections.abc import Sequence
 
 
 class KneserNeyTrigram:
-    """p(w | u v) = max(c(uvw) − D₃, 0)/c(uv) + D₃·N(uv·)/c(uv) · p(w | v), and so on down to the uniform distribution.
+    """p(w | u v) = max(c(uvw) − D₃, 0)/c(uv) + D₃·N(uv·)/c(uv) · p(w | v), and so on down to the
+    uniform distribution.
 
-    Lower orders count the different words before an n-gram instead of its occurrences. One discount an order,
-    D = n₁/(n₁ + 2·n₂) from the numbers of n-grams that are counted once and twice (Ney, Essen & Kneser 1994).
+    Lower orders count the different words before an n-gram instead of its occurrences. One discount
+    an order, D = n₁/(n₁ + 2·n₂) from the numbers of n-grams that are counted once and twice (Ney,
+    Essen & Kneser 1994).
 
     Args:
         words: the training text, as indices below `vocabulary`.
-        vocabulary: number of words; those that the text lacks have their share of the uniform distribution.
+        vocabulary: number of words; those that the text lacks have their share of the uniform
+            distribution.
         first: the word before the text.
     """
 
@@ -57,5 +62,8 @@ class KneserNeyTrigram:
     def perplexity(self, words: Sequence[int], first: int) -> float:
         """Return exp of the mean −log p of a text, its first word after `first` twice."""
         text = [first, first, *words]
-        nats = sum(-math.log(self.probability(w, (u, v))) for u, v, w in zip(text, text[1:], text[2:], strict=False))
+        nats = sum(
+            -math.log(self.probability(w, (u, v)))
+            for u, v, w in zip(text, text[1:], text[2:], strict=False)
+        )
         return math.exp(nats / len(words))

@@ -1,7 +1,8 @@
-"""One training step of every variant, slowly: K separate models and METHOD's formulas, no code of egtrain.
+"""One training step of every variant, slowly: K separate models and METHOD's formulas, no code of
+egtrain.
 
-Each worker has a model of its own, whose weights are set before every pass; nothing is shifted, restored, flattened or
-shared. Lists have one tensor a trainable parameter, in the model's order.
+Each worker has a model of its own, whose weights are set before every pass; nothing is shifted,
+restored, flattened or shared. Lists have one tensor a trainable parameter, in the model's order.
 """
 
 import copy
@@ -119,7 +120,9 @@ class Reference:
             losses.append(loss)
             gradients.append(gradient)
 
-        mean = [sum(parts[1:], parts[0]) / len(self.models) for parts in zip(*gradients, strict=True)]
+        mean = [
+            sum(parts[1:], parts[0]) / len(self.models) for parts in zip(*gradients, strict=True)
+        ]
         norm_of_mean = math.sqrt(squared_norm(mean))
         factor = 1.0
         if self.base.clip_norm is not None:
@@ -173,16 +176,25 @@ class Reference:
         m = self.velocity or [torch.zeros_like(x) for x in self.weights]
         v = self.second_moment or [torch.zeros_like(x) for x in self.weights]
         if base.name == "adam":
-            gradient = [g + base.weight_decay * x for g, x in zip(gradient, self.weights, strict=True)]
+            gradient = [
+                g + base.weight_decay * x for g, x in zip(gradient, self.weights, strict=True)
+            ]
         self.velocity = [b1 * a + (1 - b1) * g for a, g in zip(m, gradient, strict=True)]
         self.second_moment = [b2 * a + (1 - b2) * g * g for a, g in zip(v, gradient, strict=True)]
         ratios, weights = [], []
         for w, m_w, v_w in zip(self.weights, self.velocity, self.second_moment, strict=True):
             r = (m_w / (1 - b1**t)) / (torch.sqrt(v_w / (1 - b2**t)) + base.eps)
             ratio = 1.0
-            if base.name == "adamw" or (base.name == "lamb" and (w.ndim > 1 or base.decay_norm_and_bias)):
+            if base.name == "adamw" or (
+                base.name == "lamb" and (w.ndim > 1 or base.decay_norm_and_bias)
+            ):
                 r = r + base.weight_decay * w
-            if base.name == "lamb" and (w.ndim > 1 or base.adapt_norm_and_bias) and length(w) > 0 and length(r) > 0:
+            if (
+                base.name == "lamb"
+                and (w.ndim > 1 or base.adapt_norm_and_bias)
+                and length(w) > 0
+                and length(r) > 0
+            ):
                 ratio = length(w) / length(r)
             weights.append(w - learning_rate * ratio * r)
             ratios.append(ratio)
@@ -197,7 +209,9 @@ class Reference:
             if self.second_moment is None:
                 return [torch.zeros_like(g) for g in gradient]
             unbiased = [v / (1 - self.base.beta2**self.steps) for v in self.second_moment]
-            gradient = [g / (torch.sqrt(v) + self.base.eps) for g, v in zip(gradient, unbiased, strict=True)]
+            gradient = [
+                g / (torch.sqrt(v) + self.base.eps) for g, v in zip(gradient, unbiased, strict=True)
+            ]
         if self.trust_ratios is not None and self.zeta.size is None:
             gradient = [ratio * g for ratio, g in zip(self.trust_ratios, gradient, strict=True)]
         return gradient
@@ -205,7 +219,9 @@ class Reference:
     def update_sgd(self, gradient: list[Tensor], learning_rate: float) -> None:
         """Make the update of torch.optim.SGD."""
         u = self.base.momentum
-        direction = [g + self.base.weight_decay * x for g, x in zip(gradient, self.weights, strict=True)]
+        direction = [
+            g + self.base.weight_decay * x for g, x in zip(gradient, self.weights, strict=True)
+        ]
         if u != 0:
             velocity = self.velocity or [torch.zeros_like(x) for x in self.weights]
             self.velocity = [u * v + d for v, d in zip(velocity, direction, strict=True)]
@@ -218,7 +234,9 @@ class Reference:
     def gradient(
         self, model: nn.Module, weights: list[Tensor], samples: Any, worker: int
     ) -> tuple[float, list[Tensor]]:
-        """Return the worker's loss and gradient at `weights`; the model's BatchNorm statistics move."""
+        """Return the worker's loss and gradient at `weights`; the model's BatchNorm statistics
+        move.
+        """
         parameters = trainable(model)
         for p, x in zip(parameters, weights, strict=True):
             p.data = x.clone()
@@ -227,11 +245,14 @@ class Reference:
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         self.gradients_taken += 1
         return loss.item(), [
-            torch.zeros_like(x) if g is None else g.detach() for g, x in zip(gradients, weights, strict=True)
+            torch.zeros_like(x) if g is None else g.detach()
+            for g, x in zip(gradients, weights, strict=True)
         ]
 
     def fresh_gradient(self, worker: int, samples: Any) -> list[Tensor]:
-        """Return the worker's gradient at the unshifted weights, taken on a copy that is thrown away."""
+        """Return the worker's gradient at the unshifted weights, taken on a copy that is thrown
+        away.
+        """
         return self.gradient(copy.deepcopy(self.models[worker]), self.weights, samples, worker)[1]
 
     def zeta_of(self, worker: int, learning_rate: float) -> list[Tensor]:
@@ -288,7 +309,9 @@ class Reference:
         if self.zeta.scaling == "none":
             return size * z
         if self.zeta.scaling == "filter" and x.ndim >= 2:
-            return torch.stack([size * length(f) * n / (length(n) + 1e-6) for n, f in zip(z, x, strict=True)])
+            return torch.stack(
+                [size * length(f) * n / (length(n) + 1e-6) for n, f in zip(z, x, strict=True)]
+            )
         return size * length(x) * z / (length(z) + 1e-6)
 
 

@@ -1,4 +1,6 @@
-"""Small models whose sharpness is known: quadratics, and nets that can be differentiated as a whole."""
+"""Small models whose sharpness is known: quadratics, and nets that can be differentiated as a
+whole.
+"""
 
 import hashlib
 from collections.abc import Sequence
@@ -29,12 +31,16 @@ class Quadratic(nn.Module):
         return 0.5 * (away @ (self.matrix @ away))
 
 
-def quadratic(matrix: Tensor, minimum: Tensor | None = None, at: Tensor | None = None) -> FrozenLoss:
+def quadratic(
+    matrix: Tensor, minimum: Tensor | None = None, at: Tensor | None = None
+) -> FrozenLoss:
     """Return a quadratic as a loss; at its minimum, zero, unless said otherwise."""
     zero = torch.zeros(len(matrix), dtype=matrix.dtype)
     minimum = zero if minimum is None else minimum
     model = Quadratic(matrix, minimum, minimum if at is None else at)
-    return FrozenLoss(model, lambda model, batch: (model(), torch.zeros(())), [(None, 3), (None, 5)])
+    return FrozenLoss(
+        model, lambda model, batch: (model(), torch.zeros(())), [(None, 3), (None, 5)]
+    )
 
 
 def symmetric(spectrum: Sequence[float]) -> Tensor:
@@ -74,13 +80,22 @@ class Recurrent(nn.Module):
 
 
 def net(name: str) -> nn.Module:
-    """Return a net of inputs [batch, 6] and outputs [batch, 3] with under 500 weights, in training mode, float64."""
+    """Return a net of inputs [batch, 6] and outputs [batch, 3] with under 500 weights, in training
+    mode, float64.
+    """
     torch.manual_seed(3)
     nets = {
-        "tanh": lambda: nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Dropout(0.5), nn.Linear(5, 3)),
+        "tanh": lambda: nn.Sequential(
+            nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Dropout(0.5), nn.Linear(5, 3)
+        ),
         "relu": lambda: nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)),
         "convolution": lambda: nn.Sequential(
-            nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 4, 2), nn.BatchNorm2d(4), nn.GELU(), nn.Flatten(), nn.Linear(8, 3)
+            nn.Unflatten(1, (1, 2, 3)),
+            nn.Conv2d(1, 4, 2),
+            nn.BatchNorm2d(4),
+            nn.GELU(),
+            nn.Flatten(),
+            nn.Linear(8, 3),
         ),
         "attention": Attention,
         "lstm": Recurrent,
@@ -124,7 +139,9 @@ def batches_of(data: tuple[Tensor, Tensor], size: int) -> Batches:
 def classification(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Return the mean cross-entropy and the accuracy."""
     logits = model(batch[0])
-    return F.cross_entropy(logits, batch[1]), (logits.detach().argmax(1) == batch[1]).double().mean()
+    return F.cross_entropy(logits, batch[1]), (
+        logits.detach().argmax(1) == batch[1]
+    ).double().mean()
 
 
 def frozen(model: nn.Module, size: int = 40, ranks: Ranks | None = None) -> FrozenLoss:
@@ -133,36 +150,59 @@ def frozen(model: nn.Module, size: int = 40, ranks: Ranks | None = None) -> Froz
 
 
 def hessian(model: nn.Module) -> Tensor:
-    """Return the Hessian [size, size] of a net over the 100 samples, in evaluation mode, by torch.autograd."""
+    """Return the Hessian [size, size] of a net over the 100 samples, in evaluation mode, by
+    torch.autograd.
+    """
     inputs, labels = samples()
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     weights = [p.detach() for p in model.parameters() if p.requires_grad]
 
     def of(flat: Tensor) -> Tensor:
         parts = flat.split([w.numel() for w in weights])
-        pieces = {name: part.view(w.shape) for name, part, w in zip(names, parts, weights, strict=True)}
+        pieces = {
+            name: part.view(w.shape) for name, part, w in zip(names, parts, weights, strict=True)
+        }
         return F.cross_entropy(torch.func.functional_call(model, pieces, (inputs,)), labels)
 
     training = model.training
     model.eval()
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        matrix: Tensor = torch.autograd.functional.hessian(of, torch.cat([w.reshape(-1) for w in weights]))  # type: ignore[assignment]
+        matrix: Tensor = torch.autograd.functional.hessian(
+            of, torch.cat([w.reshape(-1) for w in weights])
+        )  # type: ignore[assignment]
     model.train(training)
     return matrix
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Return a hash of all that measuring must leave as it was: the model's state and torch's settings."""
+    """Return a hash of all that measuring must leave as it was: the model's state and torch's
+    settings.
+    """
     digest = hashlib.sha256()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        digest.update(f"{name} {tensor.requires_grad} {tensor.grad is None} {id(tensor)} {tensor.data_ptr()}".encode())
+        digest.update(
+            f"{name} {tensor.requires_grad} {tensor.grad is None} "
+            f"{id(tensor)} {tensor.data_ptr()}".encode()
+        )
         digest.update(tensor.detach().numpy().tobytes())
     backends: Any = torch.backends
     settings = [
         [module.training for module in model.modules()],
-        [module.momentum for module in model.modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)],
-        [backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision, backends.cudnn.rnn.fp32_precision],
-        [backends.mkldnn.matmul.fp32_precision, backends.cudnn.enabled, backends.mha.get_fastpath_enabled()],
+        [
+            module.momentum
+            for module in model.modules()
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)
+        ],
+        [
+            backends.cuda.matmul.fp32_precision,
+            backends.cudnn.conv.fp32_precision,
+            backends.cudnn.rnn.fp32_precision,
+        ],
+        [
+            backends.mkldnn.matmul.fp32_precision,
+            backends.cudnn.enabled,
+            backends.mha.get_fastpath_enabled(),
+        ],
         [
             backends.cuda.flash_sdp_enabled(),
             backends.cuda.mem_efficient_sdp_enabled(),

@@ -51,14 +51,18 @@ def test_every_choice_of_zeta_is_there_beside_plain_training(comparison: Compari
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_the_ratio_is_that_of_the_gradients_where_they_take_the_time(name: str, comparison: Comparison) -> None:
+def test_the_ratio_is_that_of_the_gradients_where_they_take_the_time(
+    name: str, comparison: Comparison
+) -> None:
     expected = {"fresh": 2.0, "sam": 2.0, "fresh every 4": 1.25, "sam every 4": 1.25}.get(name, 1.0)
     cost = comparison.variants[name]
     assert (cost.ratio, cost.low, cost.high) == (expected, expected, expected)
     assert cost.gradients_per_step == pytest.approx(expected, abs=0.25)
 
 
-def test_memory_is_what_the_variant_keeps_and_nothing_more_is_communicated(comparison: Comparison) -> None:
+def test_memory_is_what_the_variant_keeps_and_nothing_more_is_communicated(
+    comparison: Comparison,
+) -> None:
     costs = comparison.variants
     assert len({cost.communicated_bytes for cost in costs.values()}) == 1
     assert costs["none"].communicated_bytes == WEIGHTS_BYTES + 4 * 2 * 6
@@ -92,7 +96,17 @@ def test_the_interval_holds_the_median() -> None:
 
 
 def test_the_command_prints_json_and_a_table() -> None:
-    arguments = ["bench", "--preset", "quickstart", "--variants", "local", "--rounds", "2", "--data", "synthetic"]
+    arguments = [
+        "bench",
+        "--preset",
+        "quickstart",
+        "--variants",
+        "local",
+        "--rounds",
+        "2",
+        "--data",
+        "synthetic",
+    ]
     arguments += [part for setting in SMALL for part in ("--set", setting)]
     result = CliRunner().invoke(app, [*arguments, "--json"], catch_exceptions=False)
     shown = json.loads(result.stdout)
@@ -108,14 +122,21 @@ def test_the_command_prints_json_and_a_table() -> None:
 
 @pytest.mark.parametrize(
     ("variants", "message"),
-    [("locl", "unknown variant 'locl'; did you mean 'local'"), ("local,,sam", "names with commas between them")],
+    [
+        ("locl", "unknown variant 'locl'; did you mean 'local'"),
+        ("local,,sam", "names with commas between them"),
+    ],
 )
 def test_a_wrong_name_is_refused_with_a_hint(variants: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        CliRunner().invoke(app, ["bench", "--preset", "quickstart", "--variants", variants], catch_exceptions=False)
+        CliRunner().invoke(
+            app, ["bench", "--preset", "quickstart", "--variants", variants], catch_exceptions=False
+        )
 
 
-def test_a_gpu_is_timed_by_its_own_clock_while_the_host_runs_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_is_timed_by_its_own_clock_while_the_host_runs_ahead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     said: list[str] = []
 
     class Event:

@@ -19,10 +19,24 @@ import pytest
 import torch
 
 from egtrain import checkpoint
-from egtrain.checkpoint import INDEX, LOCK, MAGIC, CheckpointStore, RunLock, read_checkpoint, write_atomically
+from egtrain.checkpoint import (
+    INDEX,
+    LOCK,
+    MAGIC,
+    CheckpointStore,
+    RunLock,
+    read_checkpoint,
+    write_atomically,
+)
 from egtrain.errors import DataError, EgtrainError, UsageError
 
-FAULT_POINTS = ["save-before-write", "save-mid-write", "save-before-sync", "save-before-rename", "save-before-index"]
+FAULT_POINTS = [
+    "save-before-write",
+    "save-mid-write",
+    "save-before-sync",
+    "save-before-rename",
+    "save-before-index",
+]
 
 
 def state_of(step: int, size: int = 5000) -> dict[str, Any]:
@@ -30,8 +44,14 @@ def state_of(step: int, size: int = 5000) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(step)
     return {
         "step": step,
-        "model": {"weight": torch.randn(size, generator=generator), "half": torch.ones(3, dtype=torch.bfloat16) * step},
-        "optimizer": {"state": {0: {"momentum": torch.randn(7, generator=generator)}}, "param_groups": [{"lr": 0.1}]},
+        "model": {
+            "weight": torch.randn(size, generator=generator),
+            "half": torch.ones(3, dtype=torch.bfloat16) * step,
+        },
+        "optimizer": {
+            "state": {0: {"momentum": torch.randn(7, generator=generator)}},
+            "param_groups": [{"lr": 0.1}],
+        },
         "extrapolation": None,
         "betas": (0.9, 0.99),
     }
@@ -41,7 +61,9 @@ def equal(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+        return (
+            isinstance(b, dict) and a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+        )
     if isinstance(a, list | tuple):
         return type(a) is type(b) and len(a) == len(b) and all(map(equal, a, b))
     return type(a) is type(b) and bool(a == b)
@@ -75,7 +97,9 @@ def saved_bytes(content: Any, *, legacy: bool = False) -> bytes:
 
 @contextmanager
 def files_limited_to(size: int) -> Iterator[None]:
-    """Let the operating system refuse to write more than so many bytes into a file, as a full disk does."""
+    """Let the operating system refuse to write more than so many bytes into a file, as a full disk
+    does.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -101,7 +125,9 @@ def test_a_saved_state_is_loaded_as_it_was(tmp_path: Path) -> None:
     assert loaded is not None
     assert loaded[0] == 1234
     assert equal(loaded[1], state_of(1234))
-    assert equal(torch.load(path, weights_only=True)["state"], state_of(1234)), "plain torch.load reads it too"
+    assert equal(torch.load(path, weights_only=True)["state"], state_of(1234)), (
+        "plain torch.load reads it too"
+    )
 
 
 def test_a_file_can_be_verified_where_there_is_no_index(two_saved: Path, tmp_path: Path) -> None:
@@ -118,7 +144,9 @@ def test_a_file_can_be_verified_where_there_is_no_index(two_saved: Path, tmp_pat
 def test_a_view_takes_no_more_room_than_its_own_elements(tmp_path: Path) -> None:
     flat = torch.arange(1_000_000.0)
     expanded = torch.ones(1).expand(50)
-    path = CheckpointStore(tmp_path).save({"part": flat[10:20], "grid": flat[:6].view(2, 3).T, "one": expanded}, 1)
+    path = CheckpointStore(tmp_path).save(
+        {"part": flat[10:20], "grid": flat[:6].view(2, 3).T, "one": expanded}, 1
+    )
     assert path.stat().st_size < 10_000
     _, state = read_checkpoint(path)
     assert torch.equal(state["part"], flat[10:20])
@@ -126,7 +154,9 @@ def test_a_view_takes_no_more_room_than_its_own_elements(tmp_path: Path) -> None
     assert torch.equal(state["one"], expanded)
 
 
-@pytest.mark.parametrize("alien", [{1, 2}, Path("x"), object(), torch.float32], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "alien", [{1, 2}, Path("x"), object(), torch.float32], ids=lambda value: type(value).__name__
+)
 def test_what_could_not_be_loaded_again_is_not_saved(tmp_path: Path, alien: object) -> None:
     with pytest.raises(TypeError, match=r"state\['a'\]\[1\] is a"):
         CheckpointStore(tmp_path).save({"a": [1, alien]}, 1)
@@ -154,7 +184,8 @@ for folder in map(Path, sys.argv[2:]):
 
 @pytest.fixture(scope="session")
 def killed_saves(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, Path]]:
-    """Make the same three saves once for each fault, and return how the process ended and its folder.
+    """Make the same three saves once for each fault, and return how the process ended and its
+    folder.
 
     They are children of one new process, since importing torch is what takes long.
     """
@@ -163,7 +194,9 @@ def killed_saves(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[in
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("TORCHELASTIC_RESTART_COUNT", None)
     command = [sys.executable, "-c", KILLED_SAVES, str(Path(__file__).parent), *map(str, folders)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True, timeout=120
+    )
     exit_codes = map(int, result.stdout.split())
     return dict(zip(FAULT_POINTS, zip(exit_codes, folders, strict=True), strict=True))
 
@@ -183,7 +216,9 @@ def test_a_kill_inside_a_save_leaves_the_checkpoint_before_it(
     assert equal(loaded[1], state_of(20))
     assert warnings == []
     store.save(state_of(25), 25)
-    assert not [name for name in files_in(folder) if name.endswith(".tmp")], "leftovers of the killed save are removed"
+    assert not [name for name in files_in(folder) if name.endswith(".tmp")], (
+        "leftovers of the killed save are removed"
+    )
     assert store.load("last")[0] == 25
     store.save(state_of(30), 30)
     assert steps_in(folder) == [25, 30]
@@ -193,7 +228,9 @@ def test_a_kill_inside_a_save_leaves_the_checkpoint_before_it(
 
 
 @pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.9, 0.999])
-def test_a_truncated_checkpoint_is_skipped_with_a_warning_and_refused_by_name(two_saved: Path, share: float) -> None:
+def test_a_truncated_checkpoint_is_skipped_with_a_warning_and_refused_by_name(
+    two_saved: Path, share: float
+) -> None:
     newest = two_saved / "step-00000020.pt"
     os.truncate(newest, int(newest.stat().st_size * share))
     assert_skipped_and_refused(two_saved, newest)
@@ -208,7 +245,9 @@ def test_one_flipped_bit_is_noticed(two_saved: Path, position: float) -> None:
     assert_skipped_and_refused(two_saved, newest)
 
 
-def test_a_missing_checkpoint_is_skipped_with_a_warning_and_refused_by_name(two_saved: Path) -> None:
+def test_a_missing_checkpoint_is_skipped_with_a_warning_and_refused_by_name(
+    two_saved: Path,
+) -> None:
     newest = two_saved / "step-00000020.pt"
     newest.unlink()
     assert_skipped_and_refused(two_saved, newest)
@@ -262,8 +301,10 @@ def test_going_on_from_before_a_damaged_checkpoint_replaces_it(two_saved: Path) 
         b"",
         b"\x00" * 300,
         b"[1]",
-        b'{"format": 1, "checkpoints": [{"file": "../a/step-00000001.pt", "step": 1, "metric": null, "final": false}]}',
-        b'{"format": 1, "checkpoints": [{"file": "step-00000099.pt", "step": 1, "metric": null, "final": false}]}',
+        b'{"format": 1, "checkpoints": [{"file": "../a/step-00000001.pt", '
+        b'"step": 1, "metric": null, "final": false}]}',
+        b'{"format": 1, "checkpoints": [{"file": "step-00000099.pt", "step": 1, '
+        b'"metric": null, "final": false}]}',
     ],
 )
 def test_a_damaged_index_is_made_up_for_by_the_files(two_saved: Path, index: bytes) -> None:
@@ -339,7 +380,10 @@ def test_code_in_a_checkpoint_is_refused_and_does_not_run(
 def test_a_compressed_record_is_refused_before_it_fills_the_memory(tmp_path: Path) -> None:
     plain = saved_bytes({"format": 1, "step": 1, "state": {"zeros": torch.zeros(4_000_000)}})
     packed = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(plain)) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
+    with (
+        zipfile.ZipFile(io.BytesIO(plain)) as source,
+        zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target,
+    ):
         for record in source.infolist():
             target.writestr(record.filename, source.read(record))
     assert len(packed.getvalue()) < 50_000
@@ -354,9 +398,13 @@ def test_a_compressed_record_is_refused_before_it_fills_the_memory(tmp_path: Pat
     [torch.ones(1).expand(1 << 40), torch.empty(1 << 40, device="meta"), torch.eye(3).to_sparse()],
     ids=["expanded", "meta", "sparse"],
 )
-def test_a_tensor_that_declares_more_than_the_file_holds_is_refused(tmp_path: Path, tensor: torch.Tensor) -> None:
+def test_a_tensor_that_declares_more_than_the_file_holds_is_refused(
+    tmp_path: Path, tensor: torch.Tensor
+) -> None:
     path = tmp_path / "huge.pt"
-    path.write_bytes(with_trailer(saved_bytes({"format": 1, "step": 1, "state": {"a": [{"b": tensor}]}})))
+    path.write_bytes(
+        with_trailer(saved_bytes({"format": 1, "step": 1, "state": {"a": [{"b": tensor}]}}))
+    )
     with pytest.raises(DataError, match=r"huge\.pt is not a checkpoint"):
         read_checkpoint(path)
 
@@ -383,7 +431,9 @@ def test_references_without_end_do_not_hang(tmp_path: Path) -> None:
         with_trailer(saved_bytes({"weight": torch.zeros(3)})),
         with_trailer(saved_bytes({"format": 1, "step": "1", "state": {}})),
         with_trailer(saved_bytes({"format": 1, "step": 1, "state": {}}, legacy=True)),
-        with_trailer(saved_bytes({"format": 1, "step": 1, "state": {}}, legacy=True) + saved_bytes({})),
+        with_trailer(
+            saved_bytes({"format": 1, "step": 1, "state": {}}, legacy=True) + saved_bytes({})
+        ),
     ],
 )
 def test_a_file_that_is_not_ours_is_refused_in_one_line(tmp_path: Path, data: bytes) -> None:
@@ -471,11 +521,16 @@ def test_there_is_no_best_without_validation(two_saved: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("room", [0, 100, 15_000, 22_000])
-def test_a_full_disk_leaves_the_old_checkpoint_and_no_temporary_file(two_saved: Path, room: int) -> None:
+def test_a_full_disk_leaves_the_old_checkpoint_and_no_temporary_file(
+    two_saved: Path, room: int
+) -> None:
     store = CheckpointStore(two_saved)
     assert (two_saved / "step-00000020.pt").stat().st_size > 22_000
     before = {name: (two_saved / name).read_bytes() for name in files_in(two_saved)}
-    with files_limited_to(room), pytest.raises(EgtrainError, match=r"step-00000030\.pt.*\d+ bytes are free") as caught:
+    with (
+        files_limited_to(room),
+        pytest.raises(EgtrainError, match=r"step-00000030\.pt.*\d+ bytes are free") as caught,
+    ):
         store.save(state_of(30), 30)
     assert caught.value.exit_code == 1
     assert "free some space" in str(caught.value)
@@ -485,7 +540,9 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_no_temporary_file(two_saved: 
     assert store.load("last")[0] == 30
 
 
-def test_a_disk_that_cannot_sync_counts_as_full(two_saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_cannot_sync_counts_as_full(
+    two_saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def no_space(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -548,7 +605,10 @@ def test_a_lock_that_its_holder_has_deleted_protects_nothing(tmp_path: Path) -> 
     """As a run does that could not start; who then waits for the old file would hold no one off."""
     with RunLock(tmp_path):
         (tmp_path / LOCK).unlink()
-        with RunLock(tmp_path, patience_seconds=0), pytest.raises(UsageError, match=f"process {os.getpid()}"):
+        with (
+            RunLock(tmp_path, patience_seconds=0),
+            pytest.raises(UsageError, match=f"process {os.getpid()}"),
+        ):
             RunLock(tmp_path, patience_seconds=0).__enter__()
 
 
@@ -576,7 +636,9 @@ def test_the_lock_of_a_killed_run_is_taken_over(tmp_path: Path) -> None:
         "sys.stdin.read()\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", holder, str(tmp_path / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", holder, str(tmp_path / ".lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     )
     with process:
         assert process.stdout is not None

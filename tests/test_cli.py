@@ -29,7 +29,7 @@ from helpers import (
 import egtrain
 from egtrain.checkpoint import RunLock
 from egtrain.cli.options import overrides_of
-from egtrain.config_files import load_config
+from egtrain.config.files import load_config
 
 pytestmark = pytest.mark.timeout(120)
 Undisturbed = Callable[..., dict[str, Any]]
@@ -39,7 +39,9 @@ Undisturbed = Callable[..., dict[str, Any]]
 def egtrain_command(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Result]:
-    """Return a function that runs a command in an empty working directory, far from the user's data."""
+    """Return a function that runs a command in an empty working directory, far from the user's
+    data.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("EGTRAIN_DATA", raising=False)
@@ -56,37 +58,89 @@ Run = Callable[..., Result]
     [
         (["--preset", "resnet-egg"], 2, "unknown preset 'resnet-egg'; did you mean 'resnet-eg'?"),
         (["--preset", "my.yaml"], 2, "my.yaml"),
-        (["--preset", "quickstart", "--set", "optimzer.lr=1"], 2, "unknown key 'optimzer.lr'; did you mean 'optimizer"),
-        (["--preset", "quickstart", "--set", "optimizer.lr"], 2, "--set optimizer.lr: write KEY=VALUE"),
-        (["--preset", "quickstart", "--set", "optimizer.lr=-1"], 2, "optimizer.lr must be greater than 0, not -1"),
+        (
+            ["--preset", "quickstart", "--set", "optimzer.lr=1"],
+            2,
+            "unknown key 'optimzer.lr'; did you mean 'optimizer",
+        ),
+        (
+            ["--preset", "quickstart", "--set", "optimizer.lr"],
+            2,
+            "--set optimizer.lr: write KEY=VALUE",
+        ),
+        (
+            ["--preset", "quickstart", "--set", "optimizer.lr=-1"],
+            2,
+            "optimizer.lr must be greater than 0, not -1",
+        ),
         (["--preset", "quickstart", "--seed", "-1"], 2, "seed must be at least 0, not -1"),
         (["--preset", "quickstart", "--precision", "fp8"], 2, "precision must be"),
         (["--preset", "quickstart", "--device", "tpu"], 2, "device must be"),
         (["--preset", "quickstart", "--data", "cifar11"], 2, "data.name must be"),
         (["--preset", "quickstart", "--steps", "0"], 2, "steps must be at least 1, not 0"),
-        (["--preset", "quickstart", "--batch-size", "100"], 2, "use 96 or 128, or give --workers too"),
-        (["--preset", "quickstart", "--batch-size", "10"], 2, "use 32 or 64, or give --workers too"),
-        (["--preset", "quickstart", "--batch-size", "100", "--workers", "3"], 2, "divide by 3 workers: use 99"),
-        (["--preset", "quickstart", "--batch-size", "0"], 2, "--batch-size must be at least 1, not 0"),
+        (
+            ["--preset", "quickstart", "--batch-size", "100"],
+            2,
+            "use 96 or 128, or give --workers too",
+        ),
+        (
+            ["--preset", "quickstart", "--batch-size", "10"],
+            2,
+            "use 32 or 64, or give --workers too",
+        ),
+        (
+            ["--preset", "quickstart", "--batch-size", "100", "--workers", "3"],
+            2,
+            "divide by 3 workers: use 99",
+        ),
+        (
+            ["--preset", "quickstart", "--batch-size", "0"],
+            2,
+            "--batch-size must be at least 1, not 0",
+        ),
         (["--preset", "quickstart", "--workers", "0"], 2, "--workers must be at least 1, not 0"),
-        (["--preset", "quickstart", "--nproc", "3"], 2, "16 workers cannot be shared by 3 ranks: use --nproc 1, 2, 4"),
+        (
+            ["--preset", "quickstart", "--nproc", "3"],
+            2,
+            "16 workers cannot be shared by 3 ranks: use --nproc 1, 2, 4",
+        ),
         (["--preset", "quickstart", "--nproc", "0"], 2, "use --nproc 1, 2, 4, 8, 16"),
-        (["--preset", "quickstart", "--workers", "1000"], 2, "larger than the 8192 training samples: take fewer"),
+        (
+            ["--preset", "quickstart", "--workers", "1000"],
+            2,
+            "larger than the 8192 training samples: take fewer",
+        ),
         (["--preset", "quickstart", "--workers", "2147483647", "--nproc", "3"], 2, "use --nproc 1"),
         ([], 2, "name what to train: --preset NAME (see `egtrain presets`), or --resume DIR"),
-        (["--resume", "nowhere"], 2, "nowhere holds no run: there is no config.yaml; name a directory that"),
+        (
+            ["--resume", "nowhere"],
+            2,
+            "nowhere holds no run: there is no config.yaml; name a directory that",
+        ),
         (["--resume", "nowhere", "--preset", "quickstart"], 2, "leave --preset and --output away"),
         (["--preset", "resnet-eg", "--offline"], 3, "CIFAR-10"),
         (["--preset", "quickstart", "--data", "npz:none.npz"], 3, "none.npz: no such file"),
-        (["--preset", "quickstart", "--data", "npz:text.npz"], 3, "text.npz: not a readable .npz file"),
-        (["--preset", "quickstart", "--data", "npz:short.npz"], 3, "short.npz: not a readable .npz file"),
+        (
+            ["--preset", "quickstart", "--data", "npz:text.npz"],
+            3,
+            "text.npz: not a readable .npz file",
+        ),
+        (
+            ["--preset", "quickstart", "--data", "npz:short.npz"],
+            3,
+            "short.npz: not a readable .npz file",
+        ),
         (["--preset", "quickstart", "--data", "npz:code.npz"], 3, "code.npz: "),
         (["--preset", "quickstart", "--output", "file"], 2, "cannot write to file"),
         (["--preset", "quickstart", "--output", "file/run"], 2, "cannot write to file/run"),
         (["--preset", "quickstart", "--output", "/proc/run"], 2, "cannot write to /proc/run"),
-        (["--preset", "quickstart", "--output", "/proc/run", "--nproc", "2"], 2, "cannot write to /proc/run"),
+        (
+            ["--preset", "quickstart", "--output", "/proc/run", "--nproc", "2"],
+            2,
+            "cannot write to /proc/run",
+        ),
     ],
-)  # fmt: skip
+)
 def test_an_expected_failure_is_one_line_with_the_fix(
     options: list[str], code: int, message: str, egtrain_command: Run, tmp_path: Path
 ) -> None:
@@ -94,7 +148,10 @@ def test_an_expected_failure_is_one_line_with_the_fix(
     (tmp_path / "text.npz").write_text("not an archive")
     data = write_images(tmp_path / "short.npz", train=20, test=4).read_bytes()
     (tmp_path / "short.npz").write_bytes(data[: len(data) // 2])
-    np.savez(tmp_path / "code.npz", **{f"{x}_{split}": np.array([{}]) for x in "xy" for split in ("train", "test")})
+    np.savez(
+        tmp_path / "code.npz",
+        **{f"{x}_{split}": np.array([{}]) for x in "xy" for split in ("train", "test")},
+    )
     result = egtrain_command("train", *options)
     assert (result.code, result.stdout) == (code, "")
     assert message in result.line
@@ -103,7 +160,9 @@ def test_an_expected_failure_is_one_line_with_the_fix(
     assert left - {"runs"} == {"file", "text.npz", "short.npz", "code.npz"}
 
 
-def test_a_device_that_is_not_there_is_refused(egtrain_command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_that_is_not_there_is_refused(
+    egtrain_command: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     result = egtrain_command("train", "--preset", "quickstart", "--device", "cuda")
     assert result.code == 2
@@ -114,7 +173,10 @@ def test_nproc_inside_of_torchrun_is_refused(tmp_path: Path) -> None:
     rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
     with Forked(["train", "--preset", "quickstart", "--nproc", "2"], tmp_path, rank) as process:
         assert process.wait() == 2
-    assert process.stderr == "egtrain: torchrun has started the processes already: leave --nproc away\n"
+    assert (
+        process.stderr
+        == "egtrain: torchrun has started the processes already: leave --nproc away\n"
+    )
 
 
 def test_an_unknown_option_is_refused_without_a_traceback(egtrain_command: Run) -> None:
@@ -131,7 +193,9 @@ def test_a_loss_that_becomes_infinite_is_exit_4(egtrain_command: Run, images: Pa
     assert result.line.startswith("the loss of worker 0 became nan at step ")
 
 
-def test_an_unexpected_failure_shows_where(egtrain_command: Run, monkeypatch: pytest.MonkeyPatch, images: Path) -> None:
+def test_an_unexpected_failure_shows_where(
+    egtrain_command: Run, monkeypatch: pytest.MonkeyPatch, images: Path
+) -> None:
     monkeypatch.setattr("egtrain.session.build_run", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         egtrain_command(*arguments(images))
@@ -140,13 +204,18 @@ def test_an_unexpected_failure_shows_where(egtrain_command: Run, monkeypatch: py
 # ---- run directories
 
 
-def test_a_directory_that_holds_another_run_is_refused(egtrain_command: Run, images: Path, tmp_path: Path) -> None:
+def test_a_directory_that_holds_another_run_is_refused(
+    egtrain_command: Run, images: Path, tmp_path: Path
+) -> None:
     run_here(tmp_path / "run", config_of(images, "steps=2"))
     before = outcome(tmp_path / "run")
     for further in ([], ["--nproc", "2"]):
         result = egtrain_command(*arguments(images, "seed=1"), "--output", "run", *further)
         assert result.code == 2
-        assert result.line == "run holds a run already: go on with --resume run, or choose another --output"
+        assert (
+            result.line
+            == "run holds a run already: go on with --resume run, or choose another --output"
+        )
     assert outcome(tmp_path / "run") == before
 
 
@@ -157,9 +226,14 @@ def test_a_directory_that_another_process_writes_to_is_refused(
     run_here(tmp_path / "run", config_of(images, "steps=2"))
     config = (tmp_path / "run/config.yaml").read_bytes()
     with RunLock(tmp_path / "run"):
-        result = egtrain_command("train", "--resume", "run", "--steps", "4", "--allow-changes", *further)
+        result = egtrain_command(
+            "train", "--resume", "run", "--steps", "4", "--allow-changes", *further
+        )
     assert result.code == 2
-    message = f"egtrain: another run (process {os.getpid()}) is writing to run: wait for it to end, or choose"
+    message = (
+        f"egtrain: another run (process {os.getpid()}) is writing to run: "
+        "wait for it to end, or choose"
+    )
     assert result.stderr.splitlines()[-1].startswith(message)
     assert (tmp_path / "run/config.yaml").read_bytes() == config
 
@@ -173,7 +247,8 @@ def test_resume_with_other_settings_shows_them_and_is_refused_unless_allowed(
     assert (result.code, result.stdout) == (2, "")
     assert result.stderr.splitlines() == [
         "changed: epochs: 2 -> 3",
-        "egtrain: the settings differ from those of the run: leave them away, or add --allow-changes",
+        "egtrain: the settings differ from those of the run: leave them away, or add "
+        "--allow-changes",
     ]
     assert outcome(tmp_path / "run")["step"] == 8
 
@@ -199,7 +274,9 @@ def test_changes_that_do_not_fit_the_checkpoint_leave_the_run_as_it_was(
 
 def test_epochs_take_back_the_steps_of_a_preset(egtrain_command: Run, tmp_path: Path) -> None:
     (tmp_path / "steps.yaml").write_text("inherits: [quickstart]\nsteps: 100\n")
-    result = egtrain_command("train", "--preset", "steps.yaml", "--epochs", "3", "--dry-run", "--json")
+    result = egtrain_command(
+        "train", "--preset", "steps.yaml", "--epochs", "3", "--dry-run", "--json"
+    )
     assert json.loads(result.stdout)["steps"] == 3 * 16
     both = egtrain_command("train", "--preset", "steps.yaml", "--epochs", "3", "--steps", "2")
     assert (both.code, both.line) == (2, "--epochs and --steps exclude each other: give one")
@@ -211,13 +288,22 @@ def test_a_folder_may_have_any_name(tmp_path: Path) -> None:
     assert load_config("quickstart", overrides).data.dir == str(folder)
 
 
-def test_resume_with_the_same_settings_needs_no_leave(egtrain_command: Run, images: Path, tmp_path: Path) -> None:
+def test_resume_with_the_same_settings_needs_no_leave(
+    egtrain_command: Run, images: Path, tmp_path: Path
+) -> None:
     run_here(tmp_path / "run", config_of(images, "steps=2"))
-    assert egtrain_command("train", "--resume", "run", "--steps", "2", "--workers", "4", "--seed", "0").code == 0
+    assert (
+        egtrain_command(
+            "train", "--resume", "run", "--steps", "2", "--workers", "4", "--seed", "0"
+        ).code
+        == 0
+    )
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"{", b"seed: many", b"sed: 1"])
-def test_a_damaged_configuration_is_refused_in_a_line(content: bytes, egtrain_command: Run, tmp_path: Path) -> None:
+def test_a_damaged_configuration_is_refused_in_a_line(
+    content: bytes, egtrain_command: Run, tmp_path: Path
+) -> None:
     (tmp_path / "config.yaml").write_bytes(content)
     for command in (["train", "--resume", "."], ["eval", "."]):
         result = egtrain_command(*command)
@@ -252,7 +338,11 @@ def test_batch_size_and_workers_alone_keep_the_share_of_a_worker(
 ) -> None:
     result = egtrain_command("train", "--preset", "quickstart", "--dry-run", "--json", *options)
     plan = json.loads(result.stdout)
-    assert (plan["workers"], plan["worker_batch_size"], plan["batch_size"]) == (workers, share, workers * share)
+    assert (plan["workers"], plan["worker_batch_size"], plan["batch_size"]) == (
+        workers,
+        share,
+        workers * share,
+    )
 
 
 def test_the_ratio_follows_the_workers(egtrain_command: Run, images: Path, tmp_path: Path) -> None:
@@ -260,7 +350,11 @@ def test_the_ratio_follows_the_workers(egtrain_command: Run, images: Path, tmp_p
     sizes = []
     for workers, ratio in (("2", "1/K"), ("2", "0.5"), ("2", "0.25")):
         output = f"run-{len(sizes)}"
-        options = [*arguments(images, "steps=2", f"extrapolation.ratio={ratio}"), "--workers", workers]
+        options = [
+            *arguments(images, "steps=2", f"extrapolation.ratio={ratio}"),
+            "--workers",
+            workers,
+        ]
         assert egtrain_command(*options, "--output", output).code == 0
         sizes.append(outcome(tmp_path / output)["metrics"][1]["extrapolation_size"])
     assert sizes[0] == sizes[1] == pytest.approx(2 * sizes[2])
@@ -274,7 +368,14 @@ def test_a_dry_run_prints_the_plan_and_makes_nothing(
     result = egtrain_command(*options, "--json")
     assert (result.code, result.stderr) == (0, "")
     plan = json.loads(result.stdout)
-    expected = {"batch_size": 32, "workers": 4, "worker_batch_size": 8, "ranks": 2, "steps": 12, "steps_per_epoch": 4}
+    expected = {
+        "batch_size": 32,
+        "workers": 4,
+        "worker_batch_size": 8,
+        "ranks": 2,
+        "steps": 12,
+        "steps_per_epoch": 4,
+    }
     assert {name: plan[name] for name in expected} == expected
     assert plan["learning_rate"] == {"0": 0.1, "4": 0.1, "6": 0.085355, "11": 0.003806}
     assert plan["extrapolation"] == "local"
@@ -282,7 +383,12 @@ def test_a_dry_run_prints_the_plan_and_makes_nothing(
     assert plan["directory"] == "run"
 
     text = egtrain_command(*options).stdout
-    for part in ("batch size         32\n", "ranks              2\n", "steps              12\n", "0.1 at step 0, "):
+    for part in (
+        "batch size         32\n",
+        "ranks              2\n",
+        "steps              12\n",
+        "0.1 at step 0, ",
+    ):
         assert part in text
     assert list(tmp_path.iterdir()) == []
 
@@ -293,10 +399,14 @@ def test_a_dry_run_without_the_data_says_so(egtrain_command: Run) -> None:
     plan = json.loads(result.stdout)
     assert (plan["batch_size"], plan["workers"]) == (2048, 16)
     assert "missing" in plan["data"]
-    assert plan["missing"].startswith("steps and rates are not known, since CIFAR-10 was not found in ")
+    assert plan["missing"].startswith(
+        "steps and rates are not known, since CIFAR-10 was not found in "
+    )
 
 
-def test_json_stands_alone_on_standard_output(egtrain_command: Run, images: Path, tmp_path: Path) -> None:
+def test_json_stands_alone_on_standard_output(
+    egtrain_command: Run, images: Path, tmp_path: Path
+) -> None:
     for command in ([*arguments(images), "--output", "run"], ["train", "--resume", "run"]):
         result = egtrain_command(*command, "--json")
         assert result.code == 0
@@ -311,11 +421,16 @@ def test_json_is_json_where_a_number_is_not(
     nothing = {"loss": float("nan"), "accuracy": 0.25}
     monkeypatch.setattr("egtrain.train.evaluate", lambda *_: nothing)
     monkeypatch.setattr("egtrain.saved_run.evaluate", lambda *_: nothing)
-    for command in ([*arguments(images, "steps=1"), "--output", "run"], ["train", "--resume", "run"]):
+    for command in (
+        [*arguments(images, "steps=1"), "--output", "run"],
+        ["train", "--resume", "run"],
+    ):
         printed = json.loads(egtrain_command(*command, "--json").stdout, parse_constant=pytest.fail)
         assert printed["final"] == {"test": {"loss": None, "accuracy": 0.25}}
     assert "test: accuracy 25.00%, loss nan\n" in egtrain_command("train", "--resume", "run").stdout
-    printed = json.loads(egtrain_command("eval", "run", "--json").stdout, parse_constant=pytest.fail)
+    printed = json.loads(
+        egtrain_command("eval", "run", "--json").stdout, parse_constant=pytest.fail
+    )
     assert printed["loss"] is None
 
 
@@ -323,12 +438,18 @@ def test_json_is_json_where_a_number_is_not(
 
 
 def user_seconds(program: str) -> float:
-    """Return the processor time of the quickest of five runs; the clock on the wall tells of other processes."""
+    """Return the processor time of the quickest of five runs; the clock on the wall tells of other
+    processes.
+    """
     seconds = []
     for _ in range(5):
         before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
         done = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, env=environment(), timeout=60
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            env=environment(),
+            timeout=60,
         )
         assert done.returncode == 0, done.stderr
         assert "Usage: " in done.stdout
@@ -336,7 +457,9 @@ def user_seconds(program: str) -> float:
     return min(seconds)
 
 
-@pytest.mark.parametrize("command", ["", "train", "eval", "sweep-batch", "plot-sharpness", "bench", "presets"])
+@pytest.mark.parametrize(
+    "command", ["", "train", "eval", "sweep-batch", "plot-sharpness", "bench", "presets"]
+)
 def test_help_is_quick_and_does_without_torch(command: str) -> None:
     seconds = user_seconds(
         "import sys\n"
@@ -347,7 +470,8 @@ def test_help_is_quick_and_does_without_torch(command: str) -> None:
     )
     # What Typer alone takes says how slow this machine is just now.
     least = (
-        "import typer\ndef f(x: str = typer.Option('')): pass\nimport sys\nsys.argv = ['f', '--help']\ntyper.run(f)\n"
+        "import typer\ndef f(x: str = typer.Option('')): pass\n"
+        "import sys\nsys.argv = ['f', '--help']\ntyper.run(f)\n"
     )
     # Typer loads pydantic for the options of a subcommand, if it is installed.
     allowance, factor = (0.6, 3) if command else (0.3, 1.6)
@@ -363,7 +487,9 @@ def test_ctrl_c_during_the_import_of_torch_ends_the_command(tmp_path: Path) -> N
     )
     path = os.pathsep.join([str(tmp_path), environment()["PYTHONPATH"]])
     for command in (["train", "--preset", "quickstart"], ["eval", "runs/some"]):
-        with started([sys.executable, "-m", "egtrain", *command], tmp_path, PYTHONPATH=path) as process:
+        with started(
+            [sys.executable, "-m", "egtrain", *command], tmp_path, PYTHONPATH=path
+        ) as process:
             wait_until((tmp_path / "importing").exists)
             process.send_signal(signal.SIGINT)
             assert process.wait(10) == 130
@@ -375,12 +501,16 @@ def test_the_version_is_printed(egtrain_command: Run) -> None:
     assert (result.code, result.stdout) == (0, f"egtrain {egtrain.__version__}\n")
 
 
-def test_every_option_of_the_design_is_there(egtrain_command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_option_of_the_design_is_there(
+    egtrain_command: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     text = egtrain_command("train", "--help").stdout
     options = (
-        "data data-dir offline epochs steps workers batch-size seed nproc device precision compile no-compile "
-        "deterministic checkpoint-every max-restarts output dry-run json set preset resume allow-changes"
+        "data data-dir offline epochs steps workers batch-size seed nproc device precision "
+        "compile no-compile "
+        "deterministic checkpoint-every max-restarts output dry-run json set preset resume "
+        "allow-changes"
     )
     for option in options.split():
         assert f"--{option}" in text

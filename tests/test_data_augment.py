@@ -1,4 +1,6 @@
-"""Crop and flip agree with a loop over images; all their choices come from the generator; normalising is exact."""
+"""Crop and flip agree with a loop over images; all their choices come from the generator;
+normalising is exact.
+"""
 
 import numpy as np
 import pytest
@@ -13,7 +15,9 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def random_images(batch: int, height: int = 12, width: int = 9) -> torch.Tensor:
     # Never 0, so that black is the border alone.
-    return torch.randint(1, 256, (batch, height, width, 3), dtype=torch.uint8, generator=generator(99))
+    return torch.randint(
+        1, 256, (batch, height, width, 3), dtype=torch.uint8, generator=generator(99)
+    )
 
 
 def crops_by_hand(image: np.ndarray, padding: int) -> dict[tuple[int, int, bool], np.ndarray]:
@@ -35,7 +39,9 @@ def crops_by_hand(image: np.ndarray, padding: int) -> dict[tuple[int, int, bool]
 
 
 @pytest.mark.parametrize("padding", [0, 1, 2])
-def test_every_result_is_one_of_the_crops_that_a_loop_makes_and_every_crop_occurs(padding: int) -> None:
+def test_every_result_is_one_of_the_crops_that_a_loop_makes_and_every_crop_occurs(
+    padding: int,
+) -> None:
     outcomes = crops_by_hand(random_images(1)[0].numpy(), padding)
     names = {crop.tobytes(): key for key, crop in outcomes.items()}
     assert len(names) == 2 * (2 * padding + 1) ** 2

@@ -1,4 +1,6 @@
-"""CIFAR from either distribution: the same data, and no file that is damaged, altered or hostile is accepted."""
+"""CIFAR from either distribution: the same data, and no file that is damaged, altered or hostile is
+accepted.
+"""
 
 import dataclasses
 import hashlib
@@ -22,7 +24,11 @@ PER_CLASS = 2
 
 def string(text: bytes) -> bytes:
     """A Python 2 string of protocol 2."""
-    return b"U" + bytes([len(text)]) + text if len(text) < 256 else b"T" + struct.pack("<i", len(text)) + text
+    return (
+        b"U" + bytes([len(text)]) + text
+        if len(text) < 256
+        else b"T" + struct.pack("<i", len(text)) + text
+    )
 
 
 def integer(value: int) -> bytes:
@@ -34,7 +40,9 @@ def pickled_array(array: np.ndarray, kind: bytes = b"u1") -> bytes:
     rows, columns = array.shape
     state = b"(" + integer(1) + integer(rows) + integer(columns) + b"\x86"
     state += b"cnumpy\ndtype\n" + string(kind) + integer(0) + integer(1) + b"\x87R"
-    state += b"(" + integer(3) + string(b"|") + b"NNN" + integer(-1) + integer(-1) + integer(0) + b"tb"
+    state += (
+        b"(" + integer(3) + string(b"|") + b"NNN" + integer(-1) + integer(-1) + integer(0) + b"tb"
+    )
     state += b"\x89" + string(array.tobytes()) + b"tb"
     return (
         b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n"
@@ -50,7 +58,9 @@ def pickled_batch(rows: np.ndarray, labels: dict[str, list[int]], kind: bytes = 
     """A batch as in the official pickled files."""
     content = b"\x80\x02}(" + string(b"batch_label") + string(b"training batch 1 of 5")
     for key, values in labels.items():
-        content += string(key.encode()) + b"](" + b"".join(integer(value) for value in values) + b"e"
+        content += (
+            string(key.encode()) + b"](" + b"".join(integer(value) for value in values) + b"e"
+        )
     return content + string(b"data") + pickled_array(rows, kind) + b"u."
 
 
@@ -75,7 +85,10 @@ def make_fake(folder: Path, real: Cifar) -> Fake:
     files = len(real.layouts[0].files)
     count = PER_CLASS * real.classes
     rows = [generator.integers(0, 256, (count, 3072), np.uint8) for _ in range(files)]
-    labels = [generator.permutation(np.arange(count) % real.classes).astype(np.uint8) for _ in range(files)]
+    labels = [
+        generator.permutation(np.arange(count) % real.classes).astype(np.uint8)
+        for _ in range(files)
+    ]
     layouts = []
     for layout in real.layouts:
         (folder / layout.folder).mkdir()
@@ -87,10 +100,16 @@ def make_fake(folder: Path, real: Cifar) -> Fake:
                     keys["coarse_labels"] = (classes // 5).tolist()
                 content = pickled_batch(pixels, keys)
             else:
-                columns = [classes[:, None]] if real.label_bytes == 1 else [classes[:, None] // 5, classes[:, None]]
+                columns = (
+                    [classes[:, None]]
+                    if real.label_bytes == 1
+                    else [classes[:, None] // 5, classes[:, None]]
+                )
                 content = np.concatenate([*columns, pixels], axis=1).tobytes()
             (folder / layout.folder / file.name).write_bytes(content)
-            known = digest_of(content, "md5" if layout.pickled else "sha256") if file.digest else None
+            known = (
+                digest_of(content, "md5" if layout.pickled else "sha256") if file.digest else None
+            )
             written.append(BatchFile(file.name, count, len(content), known))
         layouts.append(Layout(layout.folder, layout.pickled, tuple(written[:-1]), (written[-1],)))
     cifar = dataclasses.replace(real, layouts=tuple(layouts))
@@ -109,17 +128,23 @@ def fake10(tmp_path: Path) -> Fake:
 
 def load_fake(fake: Fake, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ImageData:
     monkeypatch.setitem(images_module._CIFAR, "cifar10", fake.cifar)
-    return load_images("cifar10", data_dir=folder, offline=True, seed=0, train_samples=None, validation=0)
+    return load_images(
+        "cifar10", data_dir=folder, offline=True, seed=0, train_samples=None, validation=0
+    )
 
 
-def test_both_layouts_give_the_images_that_were_written(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_layouts_give_the_images_that_were_written(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
     binary = load_fake(fake, fake.binary, monkeypatch)
     pickled = load_fake(fake, fake.pickled, monkeypatch)
     assert binary.digest == pickled.digest
     expected = np.concatenate(fake.rows[:-1]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     assert np.array_equal(binary.x_train.numpy(), expected)
     assert np.array_equal(binary.y_train.numpy(), np.concatenate(fake.labels[:-1]))
-    assert np.array_equal(pickled.x_test.numpy(), fake.rows[-1].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+    assert np.array_equal(
+        pickled.x_test.numpy(), fake.rows[-1].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    )
     assert np.array_equal(pickled.y_test.numpy(), fake.labels[-1])
     assert binary.y_train.dtype == torch.int64
     assert binary.x_train.is_contiguous()
@@ -153,7 +178,9 @@ def test_one_flipped_bit_of_a_pixel_is_noticed(fake10: Fake) -> None:
     content = bytearray(path.read_bytes())
     content[100] ^= 1
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"test_batch\.bin: not the official file \(expected sha256 .*, found"):
+    with pytest.raises(
+        DataError, match=r"test_batch\.bin: not the official file \(expected sha256 .*, found"
+    ):
         read_layout(fake10.cifar, fake10.binary, fake10.cifar.layouts[0])
 
 
@@ -174,7 +201,9 @@ def test_both_labels_of_cifar100_are_checked(tmp_path: Path, column: int, limit:
     content = bytearray(path.read_bytes())
     content[3074 * 7 + column] = limit + 1
     path.write_bytes(content)
-    with pytest.raises(DataError, match=f"expected labels from 0 to {limit}, found {limit + 1} at image 7"):
+    with pytest.raises(
+        DataError, match=f"expected labels from 0 to {limit}, found {limit + 1} at image 7"
+    ):
         read_layout(fake.cifar, fake.binary, fake.cifar.layouts[0])
 
 
@@ -184,7 +213,9 @@ def test_an_altered_label_of_cifar100_is_noticed_by_counting(tmp_path: Path) -> 
     content = bytearray(path.read_bytes())
     content[1] = (content[1] + 1) % 100
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"train\.bin: not the official file \(expected 2 images of each class"):
+    with pytest.raises(
+        DataError, match=r"train\.bin: not the official file \(expected 2 images of each class"
+    ):
         read_layout(fake.cifar, fake.binary, fake.cifar.layouts[0])
 
 
@@ -202,7 +233,9 @@ def test_a_file_that_is_a_folder_or_is_gone_is_an_error_in_one_line(fake10: Fake
 
 
 def install_batch(fake: Fake, content: bytes, official: bool) -> tuple[Cifar, Layout]:
-    """Put `content` in the place of the first batch; `official` also makes its size and digest the expected ones."""
+    """Put `content` in the place of the first batch; `official` also makes its size and digest the
+    expected ones.
+    """
     layout = fake.cifar.layouts[1]
     first = layout.train[0]
     (fake.pickled / first.name).write_bytes(content)
@@ -282,7 +315,9 @@ def test_pickles_written_by_python_3_with_byte_arrays_are_plain() -> None:
     assert np.array_equal(by_columns[b"data"], array)
 
 
-@pytest.mark.parametrize("array", [np.zeros(3), np.array([None, "x"]), np.zeros(2, "u1,u1"), np.zeros(2, np.int8)])
+@pytest.mark.parametrize(
+    "array", [np.zeros(3), np.array([None, "x"]), np.zeros(2, "u1,u1"), np.zeros(2, np.int8)]
+)
 def test_arrays_of_anything_but_bytes_are_refused(array: np.ndarray) -> None:
     with pytest.raises(UnsafePickle, match="other than bytes"):
         load_plain_pickle(pickle.dumps({b"data": array}, 2))
@@ -290,7 +325,9 @@ def test_arrays_of_anything_but_bytes_are_refused(array: np.ndarray) -> None:
 
 def test_an_array_that_lies_about_its_shape_is_refused_without_being_made() -> None:
     content = pickled_batch(np.zeros((4, 4), np.uint8), {"labels": [1]})
-    content = content.replace(integer(4) + integer(4) + b"\x86", integer(2**31 - 1) + integer(2**31 - 1) + b"\x86")
+    content = content.replace(
+        integer(4) + integer(4) + b"\x86", integer(2**31 - 1) + integer(2**31 - 1) + b"\x86"
+    )
     with pytest.raises(UnsafePickle, match="comes with 16 bytes"):
         load_plain_pickle(content)
 
@@ -324,7 +361,9 @@ def test_a_damaged_pickle_is_one_sentence(fake10: Fake, content: bytes, message:
         ([2**31 - 1] + [0] * 19, "found 10 at image 0"),
     ],
 )
-def test_wrong_labels_in_a_pickled_file_are_named(fake10: Fake, labels: list[int], message: str) -> None:
+def test_wrong_labels_in_a_pickled_file_are_named(
+    fake10: Fake, labels: list[int], message: str
+) -> None:
     content = pickled_batch(fake10.rows[0], {"labels": labels})
     cifar, layout = install_batch(fake10, content, official=True)
     with pytest.raises(DataError, match=message):
@@ -334,14 +373,18 @@ def test_wrong_labels_in_a_pickled_file_are_named(fake10: Fake, labels: list[int
 def test_pixels_of_another_shape_in_a_pickled_file_are_named(fake10: Fake) -> None:
     content = pickled_batch(fake10.rows[0][:, :3000], {"labels": [0] * 20})
     cifar, layout = install_batch(fake10, content, official=True)
-    with pytest.raises(DataError, match=r"expected 'data' to be uint8 \[20, 3072\], found uint8 \[20, 3000\]"):
+    with pytest.raises(
+        DataError, match=r"expected 'data' to be uint8 \[20, 3072\], found uint8 \[20, 3000\]"
+    ):
         read_layout(cifar, fake10.pickled, layout)
 
 
 def test_an_altered_pickled_file_is_refused_before_it_is_unpickled(
     fake10: Fake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("egtrain.data.cifar.load_plain_pickle", lambda content: pytest.fail("it was unpickled"))
+    monkeypatch.setattr(
+        "egtrain.data.cifar.load_plain_pickle", lambda content: pytest.fail("it was unpickled")
+    )
     content = bytearray((fake10.pickled / "data_batch_1").read_bytes())
     content[-30] ^= 1
     (fake10.pickled / "data_batch_1").write_bytes(content)
@@ -359,8 +402,13 @@ def test_the_real_cifar10_has_the_published_statistics_and_survives_the_pickled_
     home = os.environ.get("EGTRAIN_DATA")
     folder = Path(home) / "cifar-10-batches-bin" if home else None
     if folder is None or not folder.is_dir():
-        pytest.skip("NOT TESTED ON REAL DATA: set EGTRAIN_DATA to the folder that holds cifar-10-batches-bin")
-    data = load_images("cifar10", data_dir=folder, offline=True, seed=0, train_samples=None, validation=0)
+        pytest.skip(
+            "NOT TESTED ON REAL DATA: set EGTRAIN_DATA to the folder that holds "
+            "cifar-10-batches-bin"
+        )
+    data = load_images(
+        "cifar10", data_dir=folder, offline=True, seed=0, train_samples=None, validation=0
+    )
     assert data.x_train.shape == (50_000, 32, 32, 3)
     assert data.x_test.shape == (10_000, 32, 32, 3)
     assert data.mean == pytest.approx((0.4914, 0.4822, 0.4465), abs=1e-4)

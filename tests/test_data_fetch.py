@@ -35,7 +35,9 @@ LAYOUT = Layout(
 Member = tuple[tarfile.TarInfo, bytes]
 
 
-def member(name: str, content: bytes = b"", kind: bytes = tarfile.REGTYPE, link: str = "") -> Member:
+def member(
+    name: str, content: bytes = b"", kind: bytes = tarfile.REGTYPE, link: str = ""
+) -> Member:
     info = tarfile.TarInfo(name)
     info.type, info.linkname, info.size = kind, link, len(content)
     return info, content
@@ -56,7 +58,9 @@ def archive_of(members: list[Member]) -> bytes:
     return buffer.getvalue()
 
 
-def described(content: bytes, addresses: tuple[str, ...] = ("https://one.example/a", "https://two.example/a")) -> Cifar:
+def described(
+    content: bytes, addresses: tuple[str, ...] = ("https://one.example/a", "https://two.example/a")
+) -> Cifar:
     archive = Archive("tiny.tar.gz", hashlib.sha256(content).hexdigest(), len(content), addresses)
     return dataclasses.replace(CIFAR10, title="Tiny", layouts=(LAYOUT,), archives=(archive,))
 
@@ -92,7 +96,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def serve(monkeypatch: pytest.MonkeyPatch, **answers: bytes | BaseException | Callable[[int], bytes]) -> Server:
+def serve(
+    monkeypatch: pytest.MonkeyPatch, **answers: bytes | BaseException | Callable[[int], bytes]
+) -> Server:
     server = Server(**answers)
     monkeypatch.setattr(fetch, "_open", server)
     return server
@@ -133,11 +139,16 @@ def test_the_places_are_tried_in_the_documented_order(
 def test_an_incomplete_folder_is_an_error_that_names_what_is_missing(home: Path) -> None:
     folder = put_data(home, "train.bin")
     for data_dir in (home, folder):
-        with pytest.raises(DataError, match=rf"{folder}: Tiny is incomplete, test\.bin missing; .* delete the folder"):
+        with pytest.raises(
+            DataError,
+            match=rf"{folder}: Tiny is incomplete, test\.bin missing; .* delete the folder",
+        ):
             fetch.find_or_download(described(b""), data_dir, offline=False)
 
 
-def test_a_complete_folder_elsewhere_is_taken_before_an_incomplete_one(home: Path, tmp_path: Path) -> None:
+def test_a_complete_folder_elsewhere_is_taken_before_an_incomplete_one(
+    home: Path, tmp_path: Path
+) -> None:
     put_data(home, "train.bin")
     cached = put_data(tmp_path / "cache" / "egtrain")
     assert fetch.find(described(b""), home) == (cached, LAYOUT)
@@ -168,10 +179,15 @@ def test_offline_names_every_place_and_both_ways_out(
 # Downloads.
 
 
-def test_a_good_archive_is_unpacked_and_nothing_else_is_left(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_good_archive_is_unpacked_and_nothing_else_is_left(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     content = archive_of(GOOD)
     server = serve(monkeypatch, one=content)
-    assert fetch.find_or_download(described(content), home, offline=False) == (home / FOLDER, LAYOUT)
+    assert fetch.find_or_download(described(content), home, offline=False) == (
+        home / FOLDER,
+        LAYOUT,
+    )
     assert everything_in(home) == COMPLETE
     assert {name: (home / FOLDER / name).read_bytes() for name in FILES} == FILES
     # The second time it is there.
@@ -221,7 +237,9 @@ def test_a_server_that_fails_is_followed_by_the_next_and_its_bytes_are_removed(
     assert "--data synthetic" in str(caught.value)
 
 
-def test_a_connection_that_breaks_in_the_middle_leaves_nothing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_connection_that_breaks_in_the_middle_leaves_nothing(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     content = archive_of(GOOD)
 
     def breaks(size: int, state: list[int] = []) -> bytes:  # noqa: B006
@@ -249,7 +267,9 @@ def test_ctrl_c_leaves_no_partial_file(home: Path, monkeypatch: pytest.MonkeyPat
     assert everything_in(home) == []
 
 
-def test_what_a_killed_download_left_is_cleared_away(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_killed_download_left_is_cleared_away(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     content = archive_of(GOOD)
     (home / ".egtrain-download-abc").mkdir()
     (home / ".egtrain-download-abc" / "tiny.tar.gz").write_bytes(b"half")
@@ -258,7 +278,9 @@ def test_what_a_killed_download_left_is_cleared_away(home: Path, monkeypatch: py
     assert everything_in(home) == COMPLETE
 
 
-def test_a_very_slow_server_is_given_up_but_not_the_last(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_very_slow_server_is_given_up_but_not_the_last(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     content = archive_of(GOOD)
     clock = iter(range(0, 10**6, 20))
     monkeypatch.setattr(fetch.time, "monotonic", lambda: float(next(clock)))
@@ -269,7 +291,9 @@ def test_a_very_slow_server_is_given_up_but_not_the_last(home: Path, monkeypatch
     assert everything_in(home) == COMPLETE
 
 
-def test_of_two_at_once_one_downloads_and_the_other_waits(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_two_at_once_one_downloads_and_the_other_waits(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     content = archive_of(GOOD)
     cifar = described(content)
     slow = io.BytesIO(content)
@@ -285,15 +309,23 @@ def test_of_two_at_once_one_downloads_and_the_other_waits(home: Path, monkeypatc
     assert server.asked == ["one"]
 
 
-def test_a_disk_without_room_is_named_with_its_free_bytes(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch.shutil, "disk_usage", lambda path: fetch.shutil._ntuple_diskusage(100, 97, 3))
-    with pytest.raises(EgtrainError, match=f"{home}: the disk is full, 3 bytes are free and .* needed") as caught:
+def test_a_disk_without_room_is_named_with_its_free_bytes(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        fetch.shutil, "disk_usage", lambda path: fetch.shutil._ntuple_diskusage(100, 97, 3)
+    )
+    with pytest.raises(
+        EgtrainError, match=f"{home}: the disk is full, 3 bytes are free and .* needed"
+    ) as caught:
         fetch.find_or_download(described(archive_of(GOOD)), home, offline=False)
     assert caught.value.exit_code == 1
     assert everything_in(home) == []
 
 
-def test_a_disk_that_fills_up_while_writing_leaves_nothing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fills_up_while_writing_leaves_nothing(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     content = archive_of(GOOD)
     serve(monkeypatch, one=content)
 
@@ -329,7 +361,10 @@ HOSTILE = [
     ([member("/tmp/outside", b"x")], "outside its folder"),
     ([member(f"{FOLDER}/link", kind=tarfile.SYMTYPE, link="/etc/passwd")], "no plain file"),
     ([member(f"{FOLDER}/train.bin", kind=tarfile.SYMTYPE, link="/etc/passwd")], "no plain file"),
-    ([member(f"{FOLDER}/train.bin", kind=tarfile.LNKTYPE, link=f"{FOLDER}/test.bin")], "no plain file"),
+    (
+        [member(f"{FOLDER}/train.bin", kind=tarfile.LNKTYPE, link=f"{FOLDER}/test.bin")],
+        "no plain file",
+    ),
     ([member(FOLDER, kind=tarfile.SYMTYPE, link="/tmp")], "no plain file"),
     ([member(f"{FOLDER}/device", kind=tarfile.CHRTYPE)], "no plain file"),
     ([member(f"{FOLDER}/device", kind=tarfile.BLKTYPE)], "no plain file"),
@@ -357,7 +392,10 @@ def test_a_hostile_archive_is_refused_whole_and_removed(
     ("content", "reason"),
     [
         (archive_of(GOOD[:-1]), r"its archive lacks tiny-bin/test\.bin"),
-        (archive_of([*GOOD[:-1], member(f"{FOLDER}/test.bin", b"short")]), "with an unexpected 5 bytes"),
+        (
+            archive_of([*GOOD[:-1], member(f"{FOLDER}/test.bin", b"short")]),
+            "with an unexpected 5 bytes",
+        ),
         (archive_of(GOOD)[:-20], "cannot be read"),
         (b"\x1f\x8b" + bytes(100), "cannot be read"),
         (b"<html>Moved</html>", "cannot be read"),
@@ -441,7 +479,9 @@ def zip_of(members: dict[str, bytes]) -> bytes:
 
 
 def part(name: str, content: bytes) -> Archive:
-    return Archive(name, hashlib.sha256(content).hexdigest(), len(content), (f"https://one.example/{name}",))
+    return Archive(
+        name, hashlib.sha256(content).hexdigest(), len(content), (f"https://one.example/{name}",)
+    )
 
 
 def set_of(*archives: Archive) -> Cifar:
@@ -449,9 +489,15 @@ def set_of(*archives: Archive) -> Cifar:
 
 
 def test_a_zip_is_unpacked_like_a_tar(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    content = zip_of({f"{FOLDER}/": b"", f"{FOLDER}/read.me": b"?"} | {f"{FOLDER}/{n}": c for n, c in FILES.items()})
+    content = zip_of(
+        {f"{FOLDER}/": b"", f"{FOLDER}/read.me": b"?"}
+        | {f"{FOLDER}/{n}": c for n, c in FILES.items()}
+    )
     serve(monkeypatch, one=content)
-    assert fetch.find_or_download(set_of(part("tiny.zip", content)), home, offline=False) == (home / FOLDER, LAYOUT)
+    assert fetch.find_or_download(set_of(part("tiny.zip", content)), home, offline=False) == (
+        home / FOLDER,
+        LAYOUT,
+    )
     assert everything_in(home) == COMPLETE
     assert {name: (home / FOLDER / name).read_bytes() for name in FILES} == FILES
 
@@ -474,7 +520,9 @@ def test_a_zip_that_is_not_what_it_claims_to_be_is_refused(
     assert everything_in(home) == []
 
 
-def test_parts_that_are_packed_one_by_one_are_put_together(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_that_are_packed_one_by_one_are_put_together(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     packed = {name: gzip.compress(content) for name, content in FILES.items()}
     parts = [part(f"{name}.gz", content) for name, content in packed.items()]
     answers = {f"https://one.example/{name}.gz": content for name, content in packed.items()}
@@ -484,10 +532,14 @@ def test_parts_that_are_packed_one_by_one_are_put_together(home: Path, monkeypat
     assert {name: (home / FOLDER / name).read_bytes() for name in FILES} == FILES
 
 
-def test_a_part_that_cannot_be_had_leaves_nothing_of_the_others(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_that_cannot_be_had_leaves_nothing_of_the_others(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     good, larger = gzip.compress(FILES["train.bin"]), gzip.compress(b"more than is expected")
     answers = {"https://one.example/train.bin.gz": good, "https://one.example/test.bin.gz": larger}
     monkeypatch.setattr(fetch, "_open", lambda address: io.BytesIO(answers[address]))
     with pytest.raises(DataError, match="with an unexpected 12 bytes"):
-        fetch.find_or_download(set_of(part("train.bin.gz", good), part("test.bin.gz", larger)), home, offline=False)
+        fetch.find_or_download(
+            set_of(part("train.bin.gz", good), part("test.bin.gz", larger)), home, offline=False
+        )
     assert everything_in(home) == []

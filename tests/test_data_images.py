@@ -20,9 +20,16 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def load(file: Path, train_samples: int | None = None, validation: int = 0, seed: int = 0) -> ImageData:
+def load(
+    file: Path, train_samples: int | None = None, validation: int = 0, seed: int = 0
+) -> ImageData:
     return load_images(
-        f"npz:{file}", data_dir=None, offline=True, seed=seed, train_samples=train_samples, validation=validation
+        f"npz:{file}",
+        data_dir=None,
+        offline=True,
+        seed=seed,
+        train_samples=train_samples,
+        validation=validation,
     )
 
 
@@ -45,7 +52,9 @@ def test_the_splits_are_disjoint_and_keep_each_label_with_its_image(file: Path) 
     label_of = dict(zip(contents(whole.x_train), whole.y_train.tolist(), strict=True))
     assert [label_of[image] for image in contents(data.x_train)] == data.y_train.tolist()
     assert [label_of[image] for image in contents(data.x_validation)] == data.y_validation.tolist()
-    assert len(set(data.y_validation.tolist())) == 4  # drawn at random, not cut off the end of a sorted file
+    assert (
+        len(set(data.y_validation.tolist())) == 4
+    )  # drawn at random, not cut off the end of a sorted file
     assert torch.equal(data.x_test, whole.x_test)
 
 
@@ -60,7 +69,9 @@ def test_the_split_is_the_same_for_ever(file: Path) -> None:
     assert [order.index(image) for image in contents(data.x_validation)] == [17, 97, 214, 260, 284]
 
 
-def test_a_smaller_training_set_is_a_part_of_a_larger_one_and_validation_comes_first(file: Path) -> None:
+def test_a_smaller_training_set_is_a_part_of_a_larger_one_and_validation_comes_first(
+    file: Path,
+) -> None:
     small, large = load(file, 50, 60), load(file, 200, 60)
     assert set(contents(small.x_train)) < set(contents(large.x_train))
     assert torch.equal(small.x_validation, large.x_validation)
@@ -72,7 +83,9 @@ def test_mean_and_deviation_are_those_of_the_training_pixels_alone(file: Path) -
     data = load(file, 100, 60)
     pixels = data.x_train.double() / 255
     assert data.mean == pytest.approx(pixels.mean((0, 1, 2)).tolist(), abs=1e-12)
-    assert data.std[:2] == pytest.approx(pixels.std((0, 1, 2), correction=0).tolist()[:2], abs=1e-12)
+    assert data.std[:2] == pytest.approx(
+        pixels.std((0, 1, 2), correction=0).tolist()[:2], abs=1e-12
+    )
     assert data.mean != load(file).mean
 
 
@@ -107,19 +120,26 @@ def test_an_impossible_split_names_the_possible_maximum(
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
     for name in ("cifar", "", "../cifar10"):
-        with pytest.raises(UsageError, match=f"unknown image data '{name}'; use cifar10, cifar100, synthetic or npz:"):
+        with pytest.raises(
+            UsageError,
+            match=f"unknown image data '{name}'; use cifar10, cifar100, synthetic or npz:",
+        ):
             load_images(name, data_dir=None, offline=True, seed=0, train_samples=None, validation=0)
         with pytest.raises(UsageError):
             locate_images(name, data_dir=None, offline=True)
 
 
-def test_a_dry_run_can_say_where_the_data_lie(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_can_say_where_the_data_lie(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("EGTRAIN_DATA", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert locate_images("synthetic", data_dir=None, offline=True) == "made when needed"
     assert locate_images(f"npz:{file}", data_dir=None, offline=True) == f"found: {file}"
     assert locate_images("npz:nowhere.npz", data_dir=None, offline=True) == "missing: nowhere.npz"
-    assert locate_images("cifar10", data_dir=tmp_path, offline=True).startswith(f"missing: not in {tmp_path}, ")
+    assert locate_images("cifar10", data_dir=tmp_path, offline=True).startswith(
+        f"missing: not in {tmp_path}, "
+    )
     planned = locate_images("cifar10", data_dir=tmp_path, offline=False)
     assert planned == f"to be downloaded (170 MB) to {tmp_path}"
     folder = tmp_path / "cifar-10-batches-bin"

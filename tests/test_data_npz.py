@@ -1,4 +1,6 @@
-"""A user's own images: every layout is understood, and every mistake is answered with what to do."""
+"""A user's own images: every layout is understood, and every mistake is answered with what to
+do.
+"""
 
 import io
 import pickle
@@ -31,7 +33,9 @@ def write(path: Path, contents: dict[str, Any]) -> Path:
 
 
 def load(path: Path) -> ImageData:
-    return load_images(f"npz:{path}", data_dir=None, offline=True, seed=0, train_samples=None, validation=0)
+    return load_images(
+        f"npz:{path}", data_dir=None, offline=True, seed=0, train_samples=None, validation=0
+    )
 
 
 @pytest.fixture
@@ -44,7 +48,9 @@ def test_channels_last_channels_first_and_column_order_are_the_same_data(path: P
     expected = load(write(path, good))
     assert np.array_equal(expected.x_train.numpy(), good["x_train"])
     assert expected.classes == 3
-    first = {key: np.moveaxis(value, 3, 1) if key[0] == "x" else value for key, value in good.items()}
+    first = {
+        key: np.moveaxis(value, 3, 1) if key[0] == "x" else value for key, value in good.items()
+    }
     assert load(write(path, first)).digest == expected.digest
     by_columns = {key: np.asfortranarray(value) for key, value in good.items()}
     assert load(write(path, by_columns)).digest == expected.digest
@@ -67,26 +73,50 @@ def test_labels_of_every_integer_type_are_taken(path: Path, kind: str) -> None:
 
 
 WRONG = [
-    ({"x_train": np.zeros((12, 8, 10, 3), np.float32)}, r"x_train holds float32 .* \(255 \* x_train\)\.round\(\)"),
-    ({"x_test": np.zeros((6, 8, 10, 3), np.int64)}, r"x_test holds int64 .* x_test\.astype\('uint8'\)"),
+    (
+        {"x_train": np.zeros((12, 8, 10, 3), np.float32)},
+        r"x_train holds float32 .* \(255 \* x_train\)\.round\(\)",
+    ),
+    (
+        {"x_test": np.zeros((6, 8, 10, 3), np.int64)},
+        r"x_test holds int64 .* x_test\.astype\('uint8'\)",
+    ),
     ({"x_train": np.array([None] * 12)}, "x_train holds object"),
     ({"y_train": np.arange(12) / 2}, r"y_train holds float64 .* y_train\.astype\('int64'\)"),
     ({"y_test": np.array(list("abcdef"))}, "y_test holds <U1 where integers"),
     ({"y_test": np.array([None] * 6)}, "y_test holds object where integers"),
     ({"y_train": np.ones(12, bool)}, "y_train holds bool where integers"),
-    ({"x_train": np.zeros((12, 8, 10, 4), np.uint8)}, r"x_train has shape \[12, 8, 10, 4\]; expected"),
+    (
+        {"x_train": np.zeros((12, 8, 10, 4), np.uint8)},
+        r"x_train has shape \[12, 8, 10, 4\]; expected",
+    ),
     ({"x_train": np.zeros((12, 80), np.uint8)}, r"x_train has shape \[12, 80\]; expected"),
     ({"x_train": np.zeros((), np.uint8)}, r"x_train has shape \[\] and so holds no image"),
-    ({"x_train": np.zeros((0, 8, 10, 3), np.uint8)}, r"x_train has shape \[0, 8, 10, 3\] and so holds no image"),
+    (
+        {"x_train": np.zeros((0, 8, 10, 3), np.uint8)},
+        r"x_train has shape \[0, 8, 10, 3\] and so holds no image",
+    ),
     ({"y_train": np.arange(11) % 3}, r"y_train has shape \[11\] where x_train holds 12 images"),
-    ({"y_train": (np.arange(12) % 3)[:, None]}, r"y_train has shape \[12, 1\] .* with shape \[12\]"),
+    (
+        {"y_train": (np.arange(12) % 3)[:, None]},
+        r"y_train has shape \[12, 1\] .* with shape \[12\]",
+    ),
     ({"y_test": np.arange(7) % 3}, r"y_test has shape \[7\] where x_test holds 6 images"),
-    ({"x_test": np.zeros((6, 10, 8, 3), np.uint8)}, r"images of 8 x 10 and x_test of 10 x 8 .* one size"),
+    (
+        {"x_test": np.zeros((6, 10, 8, 3), np.uint8)},
+        r"images of 8 x 10 and x_test of 10 x 8 .* one size",
+    ),
     ({"x_train": np.zeros((12, 7, 10, 3), np.uint8)}, "images of 7 x 10 pixels; at least 8 x 8"),
     ({"x_train": np.zeros((12, 10, 7), np.uint8)}, "images of 10 x 7 pixels; at least 8 x 8"),
     ({"y_train": np.arange(12) % 3 - 1}, "y_train has labels from -1 to 1"),
-    ({"y_test": np.arange(6) - 1}, "y_test has labels from -1 to 4 where y_train has classes 0 to 2"),
-    ({"y_test": np.arange(6) % 4}, "y_test has labels from 0 to 3 where y_train has classes 0 to 2"),
+    (
+        {"y_test": np.arange(6) - 1},
+        "y_test has labels from -1 to 4 where y_train has classes 0 to 2",
+    ),
+    (
+        {"y_test": np.arange(6) % 4},
+        "y_test has labels from 0 to 3 where y_train has classes 0 to 2",
+    ),
     ({"y_train": np.arange(12) * 1000}, "highest label in y_train is 11000 for 12 images"),
     ({"y_train": np.full(12, 2**63, np.uint64)}, "highest label in y_train is 9223372036854775808"),
     ({"y_train": np.zeros(12, np.int64), "y_test": np.zeros(6, np.int64)}, "have at least two"),
@@ -110,7 +140,9 @@ def test_missing_arrays_are_all_named(path: Path) -> None:
         load(write(path, contents))
 
 
-def test_a_file_that_is_not_there_and_one_that_is_something_else(path: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_not_there_and_one_that_is_something_else(
+    path: Path, tmp_path: Path
+) -> None:
     with pytest.raises(DataError, match="no such file"):
         load(path)
     path.write_bytes(b"not a zip archive")
@@ -157,8 +189,12 @@ def with_member(path: Path, name: str, content: bytes) -> Path:
     return path
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-def test_an_array_that_carries_code_is_refused_and_the_code_has_not_run(path: Path, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+def test_an_array_that_carries_code_is_refused_and_the_code_has_not_run(
+    path: Path, tmp_path: Path
+) -> None:
     mark = tmp_path / "the code has run"
     bomb = io.BytesIO()
     np.save(bomb, np.array([RunsCode(mark)] * 12), allow_pickle=True)
@@ -175,6 +211,10 @@ def test_an_array_that_carries_code_is_refused_and_the_code_has_not_run(path: Pa
 
 def test_a_header_that_declares_a_huge_array_costs_no_memory(path: Path) -> None:
     header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (2**40, 8, 10, 3)})
-    with pytest.raises(DataError, match=r"x_train declares 263,\d{3},\d{3},\d{3},\d{3} bytes and holds"):
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "|u1", "fortran_order": False, "shape": (2**40, 8, 10, 3)}
+    )
+    with pytest.raises(
+        DataError, match=r"x_train declares 263,\d{3},\d{3},\d{3},\d{3} bytes and holds"
+    ):
         load(with_member(path, "x_train.npy", header.getvalue() + bytes(100)))

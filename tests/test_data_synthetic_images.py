@@ -1,4 +1,6 @@
-"""The drawn images: the same everywhere, with the stated share of wrong labels, and beyond a linear model."""
+"""The drawn images: the same everywhere, with the stated share of wrong labels, and beyond a linear
+model.
+"""
 
 import hashlib
 from pathlib import Path
@@ -9,7 +11,12 @@ import torch
 from torch import nn
 
 from egtrain.data.images import ImageData, load_images
-from egtrain.data.synthetic_images import CLASSES, WRONG_LABELS, SyntheticImages, make_synthetic_images
+from egtrain.data.synthetic_images import (
+    CLASSES,
+    WRONG_LABELS,
+    SyntheticImages,
+    make_synthetic_images,
+)
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +26,12 @@ def drawn() -> SyntheticImages:
 
 def load(seed: int = 0) -> ImageData:
     return load_images(
-        "synthetic", data_dir=Path("no such folder"), offline=True, seed=seed, train_samples=None, validation=0
+        "synthetic",
+        data_dir=Path("no such folder"),
+        offline=True,
+        seed=seed,
+        train_samples=None,
+        validation=0,
     )
 
 
@@ -30,7 +42,8 @@ def test_the_images_are_the_same_for_every_seed_of_a_run() -> None:
 
 
 def test_the_labels_are_the_published_ones(drawn: SyntheticImages) -> None:
-    # Held by their hash, so that results of two versions stay comparable; labels involve no floating-point rounding.
+    # Held by their hash, so that results of two versions stay comparable; labels involve no
+    # floating-point rounding.
     labels = np.concatenate([drawn.arrays.y_train, drawn.arrays.y_test]).astype(np.uint8)
     assert (
         hashlib.sha256(labels.tobytes()).hexdigest()
@@ -50,7 +63,9 @@ def test_shapes_types_and_sizes(drawn: SyntheticImages) -> None:
         assert counts.max() - counts.min() <= 1
 
 
-def test_the_share_of_wrong_labels_is_the_stated_one_and_they_are_spread_evenly(drawn: SyntheticImages) -> None:
+def test_the_share_of_wrong_labels_is_the_stated_one_and_they_are_spread_evenly(
+    drawn: SyntheticImages,
+) -> None:
     for labels, truth in (
         (drawn.arrays.y_train, drawn.drawn_train),
         (drawn.arrays.y_test, drawn.drawn_test),
@@ -63,7 +78,9 @@ def test_the_share_of_wrong_labels_is_the_stated_one_and_they_are_spread_evenly(
 
 
 def test_the_ceiling_is_the_accuracy_of_a_perfect_model(drawn: SyntheticImages) -> None:
-    assert load().ceiling == drawn.ceiling == np.mean(drawn.arrays.y_test == drawn.drawn_test) == 0.91
+    assert (
+        load().ceiling == drawn.ceiling == np.mean(drawn.arrays.y_test == drawn.drawn_test) == 0.91
+    )
 
 
 def test_no_image_occurs_twice_nor_in_both_splits(drawn: SyntheticImages) -> None:

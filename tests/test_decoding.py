@@ -1,4 +1,6 @@
-"""Beam search finds what the enumeration of all translations finds, and is greedy with one hypothesis."""
+"""Beam search finds what the enumeration of all translations finds, and is greedy with one
+hypothesis.
+"""
 
 import itertools
 import math
@@ -38,13 +40,21 @@ class Toy:
     def step(self, subwords: Tensor, state: Histories) -> Tensor:
         state.words = torch.cat([state.words, subwords[:, None]], dim=1)
         self.rows.append(len(subwords))
-        return torch.stack([self.logits(int(s), w.tolist()) for s, w in zip(state.sentence, state.words, strict=True)])
+        return torch.stack(
+            [
+                self.logits(int(s), w.tolist())
+                for s, w in zip(state.sentence, state.words, strict=True)
+            ]
+        )
 
     def logits(self, sentence: int, said: list[int]) -> Tensor:
         number = self.seed * 1_000_003 + sentence
         for word in said:
             number = number * 31 + word + 1
-        return self.spread * torch.randn(WORDS, generator=torch.Generator().manual_seed(number % 2**62)).double()
+        return (
+            self.spread
+            * torch.randn(WORDS, generator=torch.Generator().manual_seed(number % 2**62)).double()
+        )
 
 
 def log_probability(model: Toy, sentence: int, words: list[int]) -> float:
@@ -58,14 +68,27 @@ def log_probability(model: Toy, sentence: int, words: list[int]) -> float:
 def best_of_all(model: Toy, sentence: int, limit: int, penalty: float) -> list[int]:
     """Return the best of all translations of at most `limit` words, the end counted."""
     others = [word for word in range(WORDS) if word != END]
-    every = [list(words) for length in range(limit) for words in itertools.product(others, repeat=length)]
-    return max(every, key=lambda words: log_probability(model, sentence, words) / (len(words) + 1) ** penalty)
+    every = [
+        list(words) for length in range(limit) for words in itertools.product(others, repeat=length)
+    ]
+    return max(
+        every,
+        key=lambda words: log_probability(model, sentence, words) / (len(words) + 1) ** penalty,
+    )
 
 
-def search(model: Toy, sentences: list[int], beam: int, limits: list[int], penalty: float = 1.0) -> list[list[int]]:
+def search(
+    model: Toy, sentences: list[int], beam: int, limits: list[int], penalty: float = 1.0
+) -> list[list[int]]:
     source = torch.tensor(sentences)[:, None]
     return beam_search(
-        model, source, beam=beam, limits=torch.tensor(limits), length_penalty=penalty, begin=BEGIN, end=END
+        model,
+        source,
+        beam=beam,
+        limits=torch.tensor(limits),
+        length_penalty=penalty,
+        begin=BEGIN,
+        end=END,
     )
 
 
@@ -75,19 +98,27 @@ def test_a_wide_beam_finds_the_best_of_all_translations(seed: int, penalty: floa
     model = Toy(seed)
     limits = [1, 2, 3, 5]
     found = search(model, [0, 1, 2, 3], beam=400, limits=limits, penalty=penalty)
-    assert found == [best_of_all(model, sentence, limit, penalty) for sentence, limit in enumerate(limits)]
+    assert found == [
+        best_of_all(model, sentence, limit, penalty) for sentence, limit in enumerate(limits)
+    ]
 
 
-def naive_beam_search(model: Toy, sentence: int, beam: int, limit: int, penalty: float) -> list[int]:
+def naive_beam_search(
+    model: Toy, sentence: int, beam: int, limit: int, penalty: float
+) -> list[int]:
     """One sentence and one continuation at a time; finished hypotheses keep their places."""
     live, finished = [(0.0, [BEGIN])], []
     for length in range(1, limit + 1):
         following = []
         for total, said in live:
             log = model.logits(sentence, said).log_softmax(0).tolist()
-            following += [(total + log[w], [*said, w]) for w in range(WORDS) if length < limit or w == END]
+            following += [
+                (total + log[w], [*said, w]) for w in range(WORDS) if length < limit or w == END
+            ]
         best = sorted(following, reverse=True)[: beam - len(finished)]
-        finished += [(total / length**penalty, said[1:-1]) for total, said in best if said[-1] == END]
+        finished += [
+            (total / length**penalty, said[1:-1]) for total, said in best if said[-1] == END
+        ]
         live = [(total, said) for total, said in best if said[-1] != END]
     return max(finished)[1]
 
@@ -134,11 +165,15 @@ def test_more_hypotheses_are_better_in_the_mean() -> None:
 
 
 def test_the_search_ends_as_soon_as_nothing_can_be_better() -> None:
-    """The first subword ends the sentence with near certainty; what is left is worse however long it gets."""
+    """The first subword ends the sentence with near certainty; what is left is worse however long
+    it gets.
+    """
 
     class Sure(Toy):
         def logits(self, sentence: int, said: list[int]) -> Tensor:
-            return torch.tensor([0.0, 40.0 if len(said) == 1 else -5.0, 0.0, 0.0], dtype=torch.float64)
+            return torch.tensor(
+                [0.0, 40.0 if len(said) == 1 else -5.0, 0.0, 0.0], dtype=torch.float64
+            )
 
     model = Sure(0)
     assert search(model, [0, 1, 2], beam=3, limits=[50] * 3) == [[], [], []]

@@ -24,13 +24,17 @@ def plain(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def validated(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the directory of a finished run with validation, whose best checkpoint is not the last."""
+    """Return the directory of a finished run with validation, whose best checkpoint is not the
+    last.
+    """
     config = config_of(images, "data.validation=20", "optimizer.lr=0.3", "epochs=8")
     return run_here(tmp_path_factory.mktemp("validated") / "run", config)
 
 
 def final_of(directory: Path) -> dict[str, dict[str, float]]:
-    final: dict[str, dict[str, float]] = json.loads((directory / "summary.json").read_text())["final"]
+    final: dict[str, dict[str, float]] = json.loads((directory / "summary.json").read_text())[
+        "final"
+    ]
     return final
 
 
@@ -42,11 +46,16 @@ def test_eval_finds_the_final_metrics(plain: Path, capsys: pytest.CaptureFixture
 
     result = command_line(capsys, "eval", str(plain))
     final = final_of(plain)["test"]
-    assert result.stdout == f"test: accuracy {final['accuracy']:.2%}, loss {final['loss']:.4f} after 12 steps\n"
+    assert (
+        result.stdout
+        == f"test: accuracy {final['accuracy']:.2%}, loss {final['loss']:.4f} after 12 steps\n"
+    )
 
 
 def test_eval_of_the_validation_split(validated: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = json.loads(command_line(capsys, "eval", str(validated), "--split", "validation", "--json").stdout)
+    found = json.loads(
+        command_line(capsys, "eval", str(validated), "--split", "validation", "--json").stdout
+    )
     assert {name: found[name] for name in ("loss", "accuracy")} == final_of(validated)["validation"]
 
 
@@ -55,25 +64,33 @@ def test_eval_of_the_best_checkpoint(validated: Path, capsys: pytest.CaptureFixt
     found = json.loads(command_line(capsys, "eval", str(validated), *options).stdout)
     best = json.loads((validated / "summary.json").read_text())["best"]
     assert (found["step"], found["accuracy"]) == (best["step"], best["validation"]["accuracy"])
-    (line,) = [m for m in metrics_in(validated) if (m["split"], m["step"]) == ("validation", best["step"])]
+    (line,) = [
+        m for m in metrics_in(validated) if (m["split"], m["step"]) == ("validation", best["step"])
+    ]
     assert found["loss"] == line["loss"]
 
 
-def test_best_without_validation_is_refused(plain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_best_without_validation_is_refused(
+    plain: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     result = command_line(capsys, "eval", str(plain), "--checkpoint", "best")
     assert result.code == 2
     assert "there is no best checkpoint" in result.line
     assert "data.validation" in result.line
 
 
-def test_the_validation_split_of_a_run_without_is_refused(plain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_validation_split_of_a_run_without_is_refused(
+    plain: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     result = command_line(capsys, "eval", str(plain), "--split", "validation")
     assert result.code == 2
     assert "held out no validation samples" in result.line
 
 
 def test_eval_of_a_file(plain: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    by_path = command_line(capsys, "eval", str(plain), "--json", "--checkpoint", str(newest_checkpoint(plain)))
+    by_path = command_line(
+        capsys, "eval", str(plain), "--json", "--checkpoint", str(newest_checkpoint(plain))
+    )
     by_name = command_line(capsys, "eval", str(plain), "--json", "--checkpoint", "step-00000008.pt")
     assert [json.loads(result.stdout)["step"] for result in (by_path, by_name)] == [12, 8]
 
@@ -125,7 +142,9 @@ def test_a_run_knows_its_data_again_elsewhere_and_when_they_have_changed(
     (tmp_path / "there").mkdir()
     moved = file.rename(tmp_path / "there/here.npz")
     capsys.readouterr()
-    result = command_line(capsys, "eval", str(directory), "--data-dir", str(tmp_path / "there"), "--json")
+    result = command_line(
+        capsys, "eval", str(directory), "--data-dir", str(tmp_path / "there"), "--json"
+    )
     assert json.loads(result.stdout)["accuracy"] == final_of(directory)["test"]["accuracy"]
 
     with np.load(moved) as arrays:

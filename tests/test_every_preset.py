@@ -11,26 +11,43 @@ from helpers import digest, flattened, outcome, run_here, torch_as_it_was, write
 from torch import Tensor
 
 from egtrain.build import build_run
-from egtrain.config import Config
-from egtrain.config_files import load_config, preset_families, preset_names
+from egtrain.config.files import load_config, preset_families, preset_names
+from egtrain.config.schema import Config
 from egtrain.errors import InterruptedRun
 from egtrain.train import Run, take_step
 from egtrain.workers import Ranks
 
 FAMILY = "resnet"
-"""The family whose presets are resumed from files, as a user does it; the others are resumed in memory, for speed."""
-FROM_FILES = [*(f"{FAMILY}-{variant}" for variant in preset_families()[FAMILY]), "quickstart", "quickstart-sgd"]
+"""The family whose presets are resumed from files, as a user does it; the others are resumed in
+memory, for speed."""
+FROM_FILES = [
+    *(f"{FAMILY}-{variant}" for variant in preset_families()[FAMILY]),
+    "quickstart",
+    "quickstart-sgd",
+]
 IN_MEMORY = [name for name in preset_names() if name not in FROM_FILES]
 TINY_MODELS = {
     "resnet": ["model.depth=8", "model.width=2"],
     "vgg": ["model.width=2"],
     "lstm": ["model.width=4", "model.layers=2", "task.bptt=5"],
-    "transformer": ["model.width=8", "model.layers=1", "model.heads=2", "model.feedforward=8", "task.subwords=40"],
+    "transformer": [
+        "model.width=8",
+        "model.layers=1",
+        "model.heads=2",
+        "model.feedforward=8",
+        "task.subwords=40",
+    ],
 }
-DATA = {"resnet": "npz:{}/8.npz", "vgg": "npz:{}/32.npz", "lstm": "text:{}", "transformer": "pairs:{}"}
+DATA = {
+    "resnet": "npz:{}/8.npz",
+    "vgg": "npz:{}/32.npz",
+    "lstm": "text:{}",
+    "transformer": "pairs:{}",
+}
 """Two batches of eight, and a rest. VGG-11 halves the size of images five times."""
 STEPS, INTERRUPTED = 4, 3
-"""One step of warm-up, one at the full rate, and two in what may be a local phase, interrupted within its period."""
+"""One step of warm-up, one at the full rate, and two in what may be a local phase, interrupted
+within its period."""
 Tiny = Callable[[str], Config]
 Trained = Callable[[str], dict[str, Any]]
 
@@ -70,7 +87,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 @pytest.fixture(scope="module")
 def trained(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """Return a function that gives the outcome of a tiny preset's undisturbed run."""
-    return cache(lambda name: outcome(run_here(tmp_path_factory.mktemp("undisturbed") / "run", tiny(name))))
+    return cache(
+        lambda name: outcome(run_here(tmp_path_factory.mktemp("undisturbed") / "run", tiny(name)))
+    )
 
 
 @pytest.mark.parametrize("name", FROM_FILES)
@@ -86,7 +105,9 @@ def test_a_preset_trains_and_an_interruption_changes_nothing(
 def test_every_variant_trains_another_net(trained: Trained) -> None:
     """Otherwise the test above would hold for a variant that does nothing."""
     variants = preset_families()[FAMILY]
-    assert len({trained(f"{FAMILY}-{variant}")["metrics"][-1]["loss"] for variant in variants}) == len(variants)
+    assert len(
+        {trained(f"{FAMILY}-{variant}")["metrics"][-1]["loss"] for variant in variants}
+    ) == len(variants)
 
 
 @pytest.mark.parametrize("name", IN_MEMORY)
@@ -109,4 +130,6 @@ def steps_taken(run: Run, until: int) -> Run:
 def state_of(run: Run) -> dict[str, Any]:
     """Return all that makes up the run's state."""
     leaves = flattened(run.state_dict())
-    return {name: digest(leaf) if isinstance(leaf, Tensor) else leaf for name, leaf in leaves.items()}
+    return {
+        name: digest(leaf) if isinstance(leaf, Tensor) else leaf for name, leaf in leaves.items()
+    }

@@ -30,7 +30,7 @@ from egtrain.optim.extrapolation import Need, Point
 from egtrain.optim.lengths import scaled_to_weights
 from egtrain.optim.randomness import generator_for, seed_for
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # The fast path and the reference, step by step
 
 NESTEROV = Base(clip_norm=2.5)
@@ -50,25 +50,57 @@ ROWS: list[tuple[Zeta, Direction | None, Base]] = [
     (Zeta("local", ratio=0.25), LocalGradient(ratio=0.25), HEAVY_BALL),
     (Zeta("local", ratio=1.0), LocalGradient(ratio=1.0), PLAIN),
     (Zeta("local", rate=0.03), LocalGradient(rate=0.03), NESTEROV),
-    (Zeta("local", size=0.05, scaling="layer"), LocalGradient(size=0.05, scaling="layer"), NESTEROV),
-    (Zeta("local", size=0.05, scaling="filter"), LocalGradient(size=0.05, scaling="filter"), NESTEROV),
+    (
+        Zeta("local", size=0.05, scaling="layer"),
+        LocalGradient(size=0.05, scaling="layer"),
+        NESTEROV,
+    ),
+    (
+        Zeta("local", size=0.05, scaling="filter"),
+        LocalGradient(size=0.05, scaling="filter"),
+        NESTEROV,
+    ),
     (Zeta("local", ratio=0.25, until=4), LocalGradient(ratio=0.25), NESTEROV),
     (Zeta("global", ratio=0.5), GlobalGradient(ratio=0.5), NESTEROV),
     (Zeta("global", ratio=1.0), GlobalGradient(ratio=1.0), PLAIN),
     (Zeta("global", rate=0.03), GlobalGradient(rate=0.03), NESTEROV),
-    (Zeta("global", size=0.05, scaling="layer"), GlobalGradient(size=0.05, scaling="layer"), NESTEROV),
-    (Zeta("global", size=0.05, scaling="filter"), GlobalGradient(size=0.05, scaling="filter"), NESTEROV),
+    (
+        Zeta("global", size=0.05, scaling="layer"),
+        GlobalGradient(size=0.05, scaling="layer"),
+        NESTEROV,
+    ),
+    (
+        Zeta("global", size=0.05, scaling="filter"),
+        GlobalGradient(size=0.05, scaling="filter"),
+        NESTEROV,
+    ),
     (Zeta("gradient-noise", ratio=0.5), GradientNoise(ratio=0.5), NESTEROV),
     (Zeta("gradient-noise", ratio=0.5), GradientNoise(ratio=0.5), PLAIN),
     (Zeta("gradient-noise", rate=0.03), GradientNoise(rate=0.03), NESTEROV),
-    (Zeta("gradient-noise", size=0.05, scaling="layer"), GradientNoise(size=0.05, scaling="layer"), NESTEROV),
-    (Zeta("gradient-noise", size=0.05, scaling="filter"), GradientNoise(size=0.05, scaling="filter"), NESTEROV),
+    (
+        Zeta("gradient-noise", size=0.05, scaling="layer"),
+        GradientNoise(size=0.05, scaling="layer"),
+        NESTEROV,
+    ),
+    (
+        Zeta("gradient-noise", size=0.05, scaling="filter"),
+        GradientNoise(size=0.05, scaling="filter"),
+        NESTEROV,
+    ),
     (Zeta("fresh", ratio=0.5), FreshGradient(ratio=0.5), NESTEROV),
     (Zeta("fresh", ratio=1.0), FreshGradient(ratio=1.0), PLAIN),
     (Zeta("fresh", ratio=0.5, samples="new"), FreshGradient(ratio=0.5), NESTEROV),
     (Zeta("fresh", rate=0.03, samples="new", until=4), FreshGradient(rate=0.03), NESTEROV),
-    (Zeta("fresh", size=0.05, scaling="layer"), FreshGradient(size=0.05, scaling="layer"), NESTEROV),
-    (Zeta("fresh", size=0.05, scaling="filter"), FreshGradient(size=0.05, scaling="filter"), NESTEROV),
+    (
+        Zeta("fresh", size=0.05, scaling="layer"),
+        FreshGradient(size=0.05, scaling="layer"),
+        NESTEROV,
+    ),
+    (
+        Zeta("fresh", size=0.05, scaling="filter"),
+        FreshGradient(size=0.05, scaling="filter"),
+        NESTEROV,
+    ),
     (Zeta("sam", size=0.1), SharpnessAware(radius=0.1), NESTEROV),
     (Zeta("sam", size=0.1), SharpnessAware(radius=0.1), PLAIN),
     *(
@@ -81,7 +113,10 @@ ROWS: list[tuple[Zeta, Direction | None, Base]] = [
         for scaling in ("none", "layer", "filter")
         for norm_and_bias in (False, True)
     ),
-    *((Zeta("momentum", size=0.1), Momentum(radius=0.1), base) for base in (HEAVY_BALL, *OTHER_BASES)),
+    *(
+        (Zeta("momentum", size=0.1), Momentum(radius=0.1), base)
+        for base in (HEAVY_BALL, *OTHER_BASES)
+    ),
     (Zeta("momentum", size=0.1, until=5, every=3), Momentum(radius=0.1), HEAVY_BALL),
     (Zeta("fresh", ratio=0.5, every=2), FreshGradient(ratio=0.5), NESTEROV),
     (Zeta("fresh", ratio=0.5, samples="new", until=5, every=3), FreshGradient(ratio=0.5), NESTEROV),
@@ -96,8 +131,15 @@ ROWS: list[tuple[Zeta, Direction | None, Base]] = [
             *([{"ratio": 0.25, "precondition": "none"}] if name in ("local", "fresh") else []),
         ]
     ),
-    (Zeta("local", ratio=0.25, precondition="none"), LocalGradient(ratio=0.25, precondition="none"), NESTEROV),
-    *((Zeta("gaussian", size=0.05, scaling="filter"), Noise(size=0.05), base) for base in OTHER_BASES),
+    (
+        Zeta("local", ratio=0.25, precondition="none"),
+        LocalGradient(ratio=0.25, precondition="none"),
+        NESTEROV,
+    ),
+    *(
+        (Zeta("gaussian", size=0.05, scaling="filter"), Noise(size=0.05), base)
+        for base in OTHER_BASES
+    ),
     *((Zeta("sam", size=0.1), SharpnessAware(radius=0.1), base) for base in OTHER_BASES),
     *((Zeta(), None, base) for base in OTHER_BASES),
 ]
@@ -105,7 +147,9 @@ ROWS: list[tuple[Zeta, Direction | None, Base]] = [
 
 def row_name(row: object) -> str | None:
     if isinstance(row, Zeta):
-        changed = [f"{name}={value}" for name, value in vars(row).items() if value != getattr(Zeta, name)]
+        changed = [
+            f"{name}={value}" for name, value in vars(row).items() if value != getattr(Zeta, name)
+        ]
         return "-".join(changed) or "none"
     if isinstance(row, Base):
         return {NESTEROV: "nesterov", PLAIN: "plain", HEAVY_BALL: "heavyball"}.get(row, row.name)
@@ -121,7 +165,9 @@ def assert_close(found: Tensor, expected: Tensor, tolerance: float = 1e-12) -> N
 
 
 @pytest.mark.parametrize(("zeta", "direction", "base"), ROWS, ids=row_name)
-def test_the_engine_agrees_with_the_reference_step_by_step(zeta: Zeta, direction: Direction | None, base: Base) -> None:
+def test_the_engine_agrees_with_the_reference_step_by_step(
+    zeta: Zeta, direction: Direction | None, base: Base
+) -> None:
     workers, seed, steps = 4 if base.name == "sgd" else 2, 3, 7
     task = TinyTask(workers, torch.float64)
     reference = Reference(
@@ -159,7 +205,9 @@ def test_the_engine_agrees_with_the_reference_step_by_step(zeta: Zeta, direction
             name = "momentum_buffer" if base.name in ("sgd", "lars") else "exp_avg"
             assert_close(flat([state[name] for state in states]), flat(reference.velocity))
         if reference.second_moment is not None:
-            assert_close(flat([state["exp_avg_sq"] for state in states]), flat(reference.second_moment))
+            assert_close(
+                flat([state["exp_avg_sq"] for state in states]), flat(reference.second_moment)
+            )
         if reference.trust_ratios is not None:
             found = torch.stack([state["trust_ratio"] for state in states])
             assert_close(found, torch.tensor(reference.trust_ratios, dtype=torch.float64))
@@ -167,16 +215,23 @@ def test_the_engine_agrees_with_the_reference_step_by_step(zeta: Zeta, direction
         assert_close(run.workers.state_dict()["buffers"], torch.stack(statistics))
 
         assert metrics["loss"] == pytest.approx(sum(expected.losses) / workers, rel=1e-12)
-        assert metrics["gradient_norm"] == pytest.approx(expected.squared_norm_of_mean**0.5, rel=1e-12)
+        assert metrics["gradient_norm"] == pytest.approx(
+            expected.squared_norm_of_mean**0.5, rel=1e-12
+        )
         mean_squared_norm = sum(expected.squared_norms) / workers
         assert metrics["local_gradient_norm"] == pytest.approx(mean_squared_norm**0.5, rel=1e-12)
         assert metrics["gradient_alignment"] == pytest.approx(expected.alignment, abs=1e-12)
         # ‖ζ‖ is read off the shifted weights, where rounding hides its last digits.
-        assert metrics.get("extrapolation_size", 0.0) == pytest.approx(expected.relative_size, rel=1e-9)
+        assert metrics.get("extrapolation_size", 0.0) == pytest.approx(
+            expected.relative_size, rel=1e-9
+        )
 
-        # METHOD's formulas, with b and B = K·b in samples; a moving average with decay 0.99 of each.
+        # METHOD's formulas, with b and B = K·b in samples; a moving average with decay 0.99 of
+        # each.
         b, large = task.worker_batch_size, task.batch_size
-        squared_gradient = (large * expected.squared_norm_of_mean - b * mean_squared_norm) / (large - b)
+        squared_gradient = (large * expected.squared_norm_of_mean - b * mean_squared_norm) / (
+            large - b
+        )
         noise_trace = (mean_squared_norm - expected.squared_norm_of_mean) / (1 / b - 1 / large)
         for name, value in (("squared_gradient", squared_gradient), ("noise_trace", noise_trace)):
             noise_scale[name] = 0.99 * noise_scale[name] + 0.01 * value
@@ -186,9 +241,13 @@ def test_the_engine_agrees_with_the_reference_step_by_step(zeta: Zeta, direction
 
     assert len(factors) == steps
     assert run.gradient_evaluations == reference.gradients_taken * task.worker_batch_size
-    # The comparison is worth something only if the shift, and where it is asked for the clipping, were there.
+    # The comparison is worth something only if the shift, and where it is asked for the clipping,
+    # were there.
     if zeta.name != "none":
-        assert min(shift for step, shift in enumerate(shifts) if zeta.acts_in(step) and step > 0) > 1e-5
+        assert (
+            min(shift for step, shift in enumerate(shifts) if zeta.acts_in(step) and step > 0)
+            > 1e-5
+        )
     if base.clip_norm is not None:
         assert min(factors) < 0.95
         assert max(factors) == 1.0
@@ -198,7 +257,7 @@ def flat(tensors: list[Tensor]) -> Tensor:
     return torch.cat([t.detach().flatten() for t in tensors])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Promises that every direction keeps, in a loop that a user would write
 
 DIRECTIONS: dict[str, Direction] = {
@@ -219,7 +278,9 @@ DIRECTIONS: dict[str, Direction] = {
     "uniform-layer": Noise(size=0.1, distribution="uniform", scaling="layer", norm_and_bias=True),
 }
 every_direction = pytest.mark.parametrize("direction", DIRECTIONS.values(), ids=DIRECTIONS.keys())
-every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+every_dtype = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str
+)
 
 WORKERS = 3
 
@@ -230,9 +291,15 @@ class Problem(nn.Module):
     def __init__(self, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(11)
-        self.matrix = nn.Parameter(torch.randn(4, 5, generator=generator, dtype=torch.float64).to(dtype))
-        self.kernel = nn.Parameter(torch.randn(3, 2, 2, 2, generator=generator, dtype=torch.float64).to(dtype))
-        self.vector = nn.Parameter(torch.randn(6, generator=generator, dtype=torch.float64).to(dtype))
+        self.matrix = nn.Parameter(
+            torch.randn(4, 5, generator=generator, dtype=torch.float64).to(dtype)
+        )
+        self.kernel = nn.Parameter(
+            torch.randn(3, 2, 2, 2, generator=generator, dtype=torch.float64).to(dtype)
+        )
+        self.vector = nn.Parameter(
+            torch.randn(6, generator=generator, dtype=torch.float64).to(dtype)
+        )
         self.scalar = nn.Parameter(torch.tensor(1.25, dtype=dtype))
         self.unused = nn.Parameter(torch.ones(2, 3, dtype=dtype))
         self.frozen = nn.Parameter(torch.full((2, 2), 0.5, dtype=dtype), requires_grad=False)
@@ -241,14 +308,22 @@ class Problem(nn.Module):
         return [self.matrix, self.kernel, self.vector, self.scalar]
 
     def forward(self, data: float) -> Tensor:
-        losses = [(torch.cos(data + p) * (1 + 0.1 * data)).sum() + 0.1 * p.square().sum() for p in self.used()]
+        losses = [
+            (torch.cos(data + p) * (1 + 0.1 * data)).sum() + 0.1 * p.square().sum()
+            for p in self.used()
+        ]
         return torch.stack(losses).sum() * (1 + 0.1 * self.frozen.sum())
 
 
 class UserLoop:
     """A model, a base optimizer with two rates, and extrapolation, without egtrain's engine."""
 
-    def __init__(self, direction: Direction, dtype: torch.dtype = torch.float64, workers: int | range = WORKERS):
+    def __init__(
+        self,
+        direction: Direction,
+        dtype: torch.dtype = torch.float64,
+        workers: int | range = WORKERS,
+    ):
         self.model = Problem(dtype)
         m = self.model
         self.optimizer = torch.optim.SGD(
@@ -315,7 +390,8 @@ class UserLoop:
 def same(a: list[Tensor], b: list[Tensor]) -> bool:
     """Return whether two lists are equal bit for bit."""
     return len(a) == len(b) and all(
-        x.dtype == y.dtype and x.shape == y.shape and bits(x) == bits(y) for x, y in zip(a, b, strict=True)
+        x.dtype == y.dtype and x.shape == y.shape and bits(x) == bits(y)
+        for x, y in zip(a, b, strict=True)
     )
 
 
@@ -430,8 +506,12 @@ def test_a_ctrl_c_while_the_weights_are_shifted_leaves_no_trace(
     loop.step()
 
 
-@pytest.mark.parametrize("length", [{"ratio": 0.5}, {"rate": 0.03}, {"size": 0.1, "scaling": "layer"}])
-def test_a_clipped_past_gradient_is_scaled_in_every_group_at_its_own_rate(length: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "length", [{"ratio": 0.5}, {"rate": 0.03}, {"size": 0.1, "scaling": "layer"}]
+)
+def test_a_clipped_past_gradient_is_scaled_in_every_group_at_its_own_rate(
+    length: dict[str, Any],
+) -> None:
     plain, clipped = UserLoop(LocalGradient(**length)), UserLoop(LocalGradient(**length))
     clipped.extrapolation.clip_past_gradients(0.25)
     for loop in (plain, clipped):
@@ -501,12 +581,23 @@ def test_a_state_is_a_copy(direction: Direction) -> None:
 
 @pytest.mark.parametrize(
     ("zeta", "direction", "base"),
-    [row for row in ROWS if row[0].until > 100 and (row[2] == NESTEROV or row[0].name in ("none", "momentum"))],
+    [
+        row
+        for row in ROWS
+        if row[0].until > 100 and (row[2] == NESTEROV or row[0].name in ("none", "momentum"))
+    ],
     ids=row_name,
 )
 def test_a_run_resumes_bit_for_bit(zeta: Zeta, direction: Direction | None, base: Base) -> None:
     def run() -> Any:
-        return tiny_run(direction, base, workers=2, dtype=torch.float32, steps=6, new_samples=zeta.samples == "new")
+        return tiny_run(
+            direction,
+            base,
+            workers=2,
+            dtype=torch.float32,
+            steps=6,
+            new_samples=zeta.samples == "new",
+        )
 
     undisturbed = run()
     file = io.BytesIO()
@@ -525,8 +616,13 @@ def test_a_run_resumes_bit_for_bit(zeta: Zeta, direction: Direction | None, base
     train_watched(resumed, lambda step, metrics: resumed_losses.append(metrics["loss"]))
     assert resumed_losses == losses[3:]
     assert same([resumed.workers.parameters], [undisturbed.workers.parameters])
-    assert same([*tensors_in(resumed.workers.state_dict())], [*tensors_in(undisturbed.workers.state_dict())])
-    assert same([*tensors_in(resumed.optimizer.state_dict())], [*tensors_in(undisturbed.optimizer.state_dict())])
+    assert same(
+        [*tensors_in(resumed.workers.state_dict())], [*tensors_in(undisturbed.workers.state_dict())]
+    )
+    assert same(
+        [*tensors_in(resumed.optimizer.state_dict())],
+        [*tensors_in(undisturbed.optimizer.state_dict())],
+    )
     assert resumed.noise_scale == undisturbed.noise_scale
 
 
@@ -536,21 +632,41 @@ def test_a_run_resumes_bit_for_bit(zeta: Zeta, direction: Direction | None, base
         (GlobalGradient(ratio=0.5), 3, "belongs to other parameters, workers or another direction"),
         (GradientNoise(ratio=0.5), 3, "belongs to other parameters, workers or another direction"),
         (Noise(size=0.1), 3, "belongs to other parameters, workers or another direction"),
-        (LocalGradient(ratio=0.5), 2, r"that of the workers \[0, 1, 2\], and carried here are \[0, 1\]"),
-        (LocalGradient(ratio=0.5), range(3, 6), r"carried here are \[3, 4, 5\]: every process loads what it has saved"),
+        (
+            LocalGradient(ratio=0.5),
+            2,
+            r"that of the workers \[0, 1, 2\], and carried here are \[0, 1\]",
+        ),
+        (
+            LocalGradient(ratio=0.5),
+            range(3, 6),
+            r"carried here are \[3, 4, 5\]: every process loads what it has saved",
+        ),
     ],
-    ids=["another direction", "more state", "less state", "fewer workers", "those of another process"],
+    ids=[
+        "another direction",
+        "more state",
+        "less state",
+        "fewer workers",
+        "those of another process",
+    ],
 )
-def test_a_state_that_does_not_fit_is_refused(other: Direction, workers: int | range, what: str) -> None:
+def test_a_state_that_does_not_fit_is_refused(
+    other: Direction, workers: int | range, what: str
+) -> None:
     loop = UserLoop(LocalGradient(ratio=0.5))
     loop.step()
     with pytest.raises(ValueError, match=what):
-        UserLoop(other, workers=workers).extrapolation.load_state_dict(loop.extrapolation.state_dict())
+        UserLoop(other, workers=workers).extrapolation.load_state_dict(
+            loop.extrapolation.state_dict()
+        )
 
 
 @every_direction
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda loop: pickle.loads(pickle.dumps(loop))])
-def test_a_copy_goes_on_by_itself(direction: Direction, copied: Callable[[UserLoop], UserLoop]) -> None:
+def test_a_copy_goes_on_by_itself(
+    direction: Direction, copied: Callable[[UserLoop], UserLoop]
+) -> None:
     original = UserLoop(direction)
     original.step()
     copy_of_it = copied(original)
@@ -573,17 +689,30 @@ def test_the_shift_is_the_ratio_times_each_groups_rate_times_the_own_gradient() 
     for worker in range(WORKERS):
         with loop.shifted(worker):
             loop.backward(worker)
-        own.append({n: p.grad.clone() for n, p in loop.model.named_parameters() if p.grad is not None})
+        own.append(
+            {n: p.grad.clone() for n, p in loop.model.named_parameters() if p.grad is not None}
+        )
     loop.optimizer.step()
-    # As a schedule does: the rate of the step that is being made counts. A resumed optimizer has new groups.
+    # As a schedule does: the rate of the step that is being made counts. A resumed optimizer has
+    # new groups.
     loop.shift()
     loop.optimizer.load_state_dict(loop.optimizer.state_dict())
     for rate, other_rate in [(0.1, 0.02), (0.01, 0.02), (0.01, 0.3)]:
-        loop.optimizer.param_groups[0]["lr"], loop.optimizer.param_groups[1]["lr"] = rate, other_rate
+        loop.optimizer.param_groups[0]["lr"], loop.optimizer.param_groups[1]["lr"] = (
+            rate,
+            other_rate,
+        )
         for worker in range(WORKERS):
             shift = loop.shift(worker)
-            for name, r in {"matrix": rate, "vector": rate, "kernel": other_rate, "scalar": other_rate}.items():
-                torch.testing.assert_close(shift[name], 0.5 * r * own[worker][name], rtol=1e-9, atol=1e-14)
+            for name, r in {
+                "matrix": rate,
+                "vector": rate,
+                "kernel": other_rate,
+                "scalar": other_rate,
+            }.items():
+                torch.testing.assert_close(
+                    shift[name], 0.5 * r * own[worker][name], rtol=1e-9, atol=1e-14
+                )
 
 
 @every_direction
@@ -622,7 +751,8 @@ def test_parameters_that_would_not_be_shifted_are_refused(direction: Direction, 
     group = 0 if how == "unfrozen" else 2
     with (
         pytest.raises(
-            RuntimeError, match=f"group {group} has parameters that were added or unfrozen since: make a new"
+            RuntimeError,
+            match=f"group {group} has parameters that were added or unfrozen since: make a new",
         ),
         loop.shifted(),
     ):
@@ -704,9 +834,14 @@ def test_noise_changes_with_every_step_and_seed() -> None:
 
 @pytest.mark.parametrize("distribution", ["gaussian", "uniform"])
 def test_noise_is_drawn_in_one_go_in_whatever_order_the_weights_lie(distribution: Any) -> None:
-    """Drawn number by number, as torch does into channels-last weights, Gaussian noise costs 4 % of a step."""
+    """Drawn number by number, as torch does into channels-last weights, Gaussian noise costs 4 % of
+    a step.
+    """
     drawn = []
-    for like in (torch.zeros(6 * 5 * 9), torch.zeros(6, 5, 3, 3).to(memory_format=torch.channels_last)):
+    for like in (
+        torch.zeros(6 * 5 * 9),
+        torch.zeros(6, 5, 3, 3).to(memory_format=torch.channels_last),
+    ):
         weights = nn.Parameter(like)
         noise = Noise(size=1.0, distribution=distribution, scaling="none", norm_and_bias=True)
         extrapolation = Extrapolation(torch.optim.SGD([weights], lr=0.1), noise)
@@ -742,7 +877,12 @@ def test_noise_has_the_distribution_that_it_names(distribution: Any) -> None:
 @pytest.mark.parametrize("scaling", ["layer", "filter"])
 @pytest.mark.parametrize(
     "direction",
-    [LocalGradient, GlobalGradient, FreshGradient, lambda **size: Noise(norm_and_bias=True, **size)],
+    [
+        LocalGradient,
+        GlobalGradient,
+        FreshGradient,
+        lambda **size: Noise(norm_and_bias=True, **size),
+    ],
     ids=["local", "global", "fresh", "noise"],
 )
 def test_size_is_relative_to_the_weights(direction: Callable[..., Direction], scaling: str) -> None:
@@ -754,7 +894,10 @@ def test_size_is_relative_to_the_weights(direction: Callable[..., Direction], sc
             dims = tuple(range(1, shift.ndim)) if scaling == "filter" and shift.ndim > 1 else None
             found = torch.linalg.vector_norm(shift, dim=dims)
             torch.testing.assert_close(
-                found, 0.2 * torch.linalg.vector_norm(weights[name].detach(), dim=dims), rtol=1e-5, atol=0
+                found,
+                0.2 * torch.linalg.vector_norm(weights[name].detach(), dim=dims),
+                rtol=1e-5,
+                atol=0,
             )
 
 
@@ -828,7 +971,10 @@ def test_backward_after_the_block_is_refused_by_autograd(direction: Direction) -
 def test_an_unknown_worker_is_refused(worker: int) -> None:
     loop = UserLoop(LocalGradient(ratio=0.5), workers=range(4, 7))
     before = loop.weights()
-    with pytest.raises(ValueError, match=f"worker {worker} is not carried here"), loop.shifted(worker):
+    with (
+        pytest.raises(ValueError, match=f"worker {worker} is not carried here"),
+        loop.shifted(worker),
+    ):
         pass
     assert same(loop.weights(), before)
     with loop.shifted(6):
@@ -866,16 +1012,23 @@ def test_sparse_gradients_are_refused_where_they_would_be_needed(direction: Dire
     assert torch.equal(embedding.weight, before)
 
 
-@pytest.mark.parametrize("direction", [FreshGradient(ratio=1), SharpnessAware(radius=0.1)], ids=["fresh", "sam"])
+@pytest.mark.parametrize(
+    "direction", [FreshGradient(ratio=1), SharpnessAware(radius=0.1)], ids=["fresh", "sam"]
+)
 def test_a_second_gradient_needs_a_function(direction: Direction) -> None:
     loop = UserLoop(direction)
     before = loop.weights()
-    with pytest.raises(ValueError, match=r"pass shifted\(\.\.\., gradient=function\)"), loop.extrapolation.shifted(0):
+    with (
+        pytest.raises(ValueError, match=r"pass shifted\(\.\.\., gradient=function\)"),
+        loop.extrapolation.shifted(0),
+    ):
         pass
     assert same(loop.weights(), before)
 
 
-@pytest.mark.parametrize("direction", [FreshGradient(ratio=1), SharpnessAware(radius=0.1)], ids=["fresh", "sam"])
+@pytest.mark.parametrize(
+    "direction", [FreshGradient(ratio=1), SharpnessAware(radius=0.1)], ids=["fresh", "sam"]
+)
 def test_the_second_gradient_is_not_added_to_the_first(direction: Direction) -> None:
     loop = UserLoop(direction)
     with loop.shifted():
@@ -897,14 +1050,22 @@ def test_the_second_gradient_is_not_added_to_the_first(direction: Direction) -> 
         ({"size": 0.1}, "size goes with scaling"),
         ({"ratio": 0.1, "scaling": "layer"}, "size goes with scaling"),
         ({"rate": 0.1, "scaling": "filter"}, "size goes with scaling"),
-        ({"size": 0.1, "scaling": "layers"}, "scaling must be one of none, layer, filter, not 'layers'"),
-        ({"ratio": 0.1, "precondition": "adam"}, "precondition must be one of base, none, not 'adam'"),
+        (
+            {"size": 0.1, "scaling": "layers"},
+            "scaling must be one of none, layer, filter, not 'layers'",
+        ),
+        (
+            {"ratio": 0.1, "precondition": "adam"},
+            "precondition must be one of base, none, not 'adam'",
+        ),
         ({"ratio": -0.1}, "ratio must be a finite number of at least 0"),
         ({"rate": float("nan")}, "rate must be a finite number of at least 0"),
         ({"size": float("inf"), "scaling": "layer"}, "size must be a finite number of at least 0"),
     ],
 )
-def test_lengths_that_do_not_go_together_are_refused(direction: Any, settings: dict[str, Any], message: str) -> None:
+def test_lengths_that_do_not_go_together_are_refused(
+    direction: Any, settings: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         direction(**settings)
 
@@ -921,7 +1082,9 @@ def test_noise_of_an_unknown_kind_is_refused(settings: dict[str, Any]) -> None:
     ids=["noise", "sam", "momentum"],
 )
 @pytest.mark.parametrize("size", [-0.1, float("nan"), float("inf")])
-def test_sizes_that_are_not_sizes_are_refused(make: Callable[[float], Direction], size: float) -> None:
+def test_sizes_that_are_not_sizes_are_refused(
+    make: Callable[[float], Direction], size: float
+) -> None:
     with pytest.raises(ValueError, match="must be a finite number of at least 0"):
         make(size)
 
@@ -943,7 +1106,9 @@ def test_sizes_that_are_not_sizes_are_refused(make: Callable[[float], Direction]
     ],
     ids=["local", "local-filter", "global", "gradient-noise", "fresh", "sam", "momentum", "noise"],
 )
-def test_it_keeps_one_buffer_a_worker_and_one_for_the_return(direction: Direction, buffers: int) -> None:
+def test_it_keeps_one_buffer_a_worker_and_one_for_the_return(
+    direction: Direction, buffers: int
+) -> None:
     loop = UserLoop(direction)
     for _ in range(2):
         loop.step(clip=1.0)
@@ -985,12 +1150,17 @@ import sys, torch
 before = {name.partition(".")[0] for name in sys.modules}
 import egtrain.optim, egtrain.optim.schedules, egtrain.optim.noise_scale
 brought = {name for name in sys.modules if name.startswith("egtrain")}
-others = {name.partition(".")[0] for name in sys.modules} - before - set(sys.stdlib_module_names) - {"egtrain"}
+others = {name.partition(".")[0] for name in sys.modules} - before
+others -= {*sys.stdlib_module_names, "egtrain"}
 assert all(name == "egtrain" or name.startswith("egtrain.optim") for name in brought), brought
 assert not others, others
 """
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert result.returncode == 0, result.stderr
 
@@ -998,7 +1168,11 @@ assert not others, others
 def test_the_docstring_example_works() -> None:
     import egtrain.optim
 
-    lines = [line[4:] for line in (egtrain.optim.__doc__ or "").splitlines() if line.startswith((">>> ", "... "))]
+    lines = [
+        line[4:]
+        for line in (egtrain.optim.__doc__ or "").splitlines()
+        if line.startswith((">>> ", "... "))
+    ]
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
     before = model.weight.detach().clone()
@@ -1023,7 +1197,13 @@ def test_the_docstring_example_works() -> None:
     ("scaling", "expected"),
     [
         ("none", [[[0.5 * 3.0, 0.5 * 4.0], [0.0, 0.5 * 2.0]], [0.5 * 6.0, 0.5 * 8.0]]),
-        ("layer", [[[0.5 * x * 50**0.5 / 29**0.5 for x in (3.0, 4.0)], [0.0, 50**0.5 / 29**0.5]], [0.3, 0.4]]),
+        (
+            "layer",
+            [
+                [[0.5 * x * 50**0.5 / 29**0.5 for x in (3.0, 4.0)], [0.0, 50**0.5 / 29**0.5]],
+                [0.3, 0.4],
+            ],
+        ),
         ("filter", [[[0.5 * 5.0 * 0.6, 0.5 * 5.0 * 0.8], [0.0, 0.5 * 5.0]], [0.3, 0.4]]),
     ],
 )
@@ -1041,5 +1221,7 @@ def test_a_gradient_of_rounding_errors_is_not_blown_up_to_full_size() -> None:
 
 
 def test_a_zero_gradient_in_half_precision_scales_to_zero() -> None:
-    (shift,) = scaled_to_weights([torch.zeros(64, 64).half()], [torch.ones(64, 64).half()], 0.5, "layer")
+    (shift,) = scaled_to_weights(
+        [torch.zeros(64, 64).half()], [torch.ones(64, 64).half()], 0.5, "layer"
+    )
     assert torch.equal(shift, torch.zeros(64, 64).half())

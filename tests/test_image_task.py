@@ -20,7 +20,9 @@ STEPS_PER_EPOCH = 4  # 4 x 16 = 64, and 11 are dropped
 
 @pytest.fixture(scope="module")
 def data() -> ImageData:
-    """Return images whose every pixel is the number of the image, so that they can be told apart."""
+    """Return images whose every pixel is the number of the image, so that they can be told
+    apart.
+    """
 
     def numbered(first: int, count: int) -> Tensor:
         numbers = torch.arange(first, first + count, dtype=torch.uint8)
@@ -42,7 +44,12 @@ def data() -> ImageData:
 
 
 def task_on(data: ImageData, **changes: Any) -> ImageTask:
-    options: dict[str, Any] = {"workers": WORKERS, "worker_batch_size": SHARE, "seed": 5, "augment": False}
+    options: dict[str, Any] = {
+        "workers": WORKERS,
+        "worker_batch_size": SHARE,
+        "seed": 5,
+        "augment": False,
+    }
     return ImageTask(data, channels_last=True, device=torch.device("cpu"), **(options | changes))
 
 
@@ -56,7 +63,9 @@ def numbers_of(batch: tuple[Tensor, Tensor]) -> list[int]:
 
 @pytest.mark.parametrize("augment", [False, True])
 def test_a_batch_is_a_function_of_worker_and_step(data: ImageData, augment: bool) -> None:
-    """In whatever order they are asked for, by whomever: that is what makes ranks and resumed runs equal."""
+    """In whatever order they are asked for, by whomever: that is what makes ranks and resumed runs
+    equal.
+    """
     places = [(worker, step) for step in range(10) for worker in range(WORKERS)]
     task = task_on(data, augment=augment)
     forwards = {place: task.batch(*place) for place in places}
@@ -83,7 +92,10 @@ def test_an_epoch_takes_each_sample_once_at_most_and_drops_the_rest(data: ImageD
     for epoch in range(6):
         steps = range(epoch * STEPS_PER_EPOCH, (epoch + 1) * STEPS_PER_EPOCH)
         taken = [
-            number for step in steps for worker in range(WORKERS) for number in numbers_of(task.batch(worker, step))
+            number
+            for step in steps
+            for worker in range(WORKERS)
+            for number in numbers_of(task.batch(worker, step))
         ]
         assert len(taken) == len(set(taken)) == STEPS_PER_EPOCH * WORKERS * SHARE
         epochs.append(taken)
@@ -97,7 +109,9 @@ def test_a_batch_is_cut_in_the_order_of_the_workers(data: ImageData) -> None:
     together = task_on(data, workers=1, worker_batch_size=WORKERS * SHARE)
     task = task_on(data)
     for step in range(9):
-        parts = [number for worker in range(WORKERS) for number in numbers_of(task.batch(worker, step))]
+        parts = [
+            number for worker in range(WORKERS) for number in numbers_of(task.batch(worker, step))
+        ]
         assert parts == numbers_of(together.batch(0, step))
 
 
@@ -108,7 +122,11 @@ def test_another_seed_has_another_order(data: ImageData) -> None:
 def test_augmentation_differs_between_workers_steps_and_epochs(data: ImageData) -> None:
     """A black border shows where an image was shifted to."""
     task = task_on(data, augment=True, worker_batch_size=16)
-    borders = {(worker, step): task.batch(worker, step)[0][:, 0] == 0 for worker in range(2) for step in range(3)}
+    borders = {
+        (worker, step): task.batch(worker, step)[0][:, 0] == 0
+        for worker in range(2)
+        for step in range(3)
+    }
     assert len({tuple(border.flatten().tolist()) for border in borders.values()}) == 6
     plain = task_on(data, augment=False, worker_batch_size=16)
     assert not bool((plain.batch(0, 0)[0] == 0).any())
@@ -118,9 +136,12 @@ def test_a_further_batch_is_independent_of_the_first(data: ImageData) -> None:
     task = task_on(data)
     places = [(worker, step) for step in range(40) for worker in range(WORKERS)]
     extra = {place: numbers_of(task.extra_batch(*place)) for place in places}
-    assert extra == {place: numbers_of(task_on(data).extra_batch(*place)) for place in reversed(places)}
+    assert extra == {
+        place: numbers_of(task_on(data).extra_batch(*place)) for place in reversed(places)
+    }
     assert len({tuple(numbers) for numbers in extra.values()}) == len(places)
-    # 160 batches of 4 out of 75: two that have nothing to do with each other share 4 x 4 / 75 images on average.
+    # 160 batches of 4 out of 75: two that have nothing to do with each other share 4 x 4 / 75
+    # images on average.
     shared = [len(set(extra[place]) & set(numbers_of(task.batch(*place)))) for place in places]
     assert sum(shared) / len(shared) == pytest.approx(16 / 75, abs=0.12)
     drawn = torch.bincount(torch.tensor(list(extra.values())).flatten(), minlength=SAMPLES)
@@ -130,7 +151,8 @@ def test_a_further_batch_is_independent_of_the_first(data: ImageData) -> None:
 
 def test_a_batch_larger_than_the_data_is_refused_with_the_fix(data: ImageData) -> None:
     with pytest.raises(
-        UsageError, match=r"a batch of 19 x 4 = 76 is larger than the 75 training samples: take fewer work"
+        UsageError,
+        match=r"a batch of 19 x 4 = 76 is larger than the 75 training samples: take fewer work",
     ):
         task_on(data, workers=19)
     assert task_on(data, workers=1, worker_batch_size=SAMPLES).steps_per_epoch == 1
@@ -160,8 +182,12 @@ def test_evaluation_is_the_mean_over_the_split(data: ImageData) -> None:
     task = task_on(data)
     assert task.evaluation_size("test") == 33
     found = evaluate(task, model, "test", Ranks())
-    assert found["loss"] == pytest.approx(nn.functional.cross_entropy(logits, data.y_test).item(), rel=1e-5)
-    assert found["accuracy"] == pytest.approx((logits.argmax(1) == data.y_test).double().mean().item())
+    assert found["loss"] == pytest.approx(
+        nn.functional.cross_entropy(logits, data.y_test).item(), rel=1e-5
+    )
+    assert found["accuracy"] == pytest.approx(
+        (logits.argmax(1) == data.y_test).double().mean().item()
+    )
 
 
 def test_evaluation_leaves_the_model_as_it_was(data: ImageData) -> None:
@@ -175,7 +201,9 @@ def test_evaluation_leaves_the_model_as_it_was(data: ImageData) -> None:
 
 def test_held_out_samples_are_not_trained_on() -> None:
     """On the real loader: training, validation and test share no image."""
-    loaded = load_images("synthetic", data_dir=None, offline=True, seed=0, train_samples=None, validation=500)
+    loaded = load_images(
+        "synthetic", data_dir=None, offline=True, seed=0, train_samples=None, validation=500
+    )
     task = task_on(loaded, workers=1, worker_batch_size=1)
     splits = {
         "training": loaded.x_train,
@@ -189,7 +217,9 @@ def test_held_out_samples_are_not_trained_on() -> None:
     assert (task.evaluation_size("validation"), task.evaluation_size("test")) == (500, 2000)
 
 
-def test_the_loss_is_the_cross_entropy_and_the_metric_the_share_of_right_answers(data: ImageData) -> None:
+def test_the_loss_is_the_cross_entropy_and_the_metric_the_share_of_right_answers(
+    data: ImageData,
+) -> None:
     class Fixed(nn.Module):
         def forward(self, images: Tensor) -> Tensor:
             return torch.tensor([[0.0, 1.0, 0.0], [2.0, 0.0, 0.0]])

@@ -16,7 +16,9 @@ random.Random(1).shuffle(TEXT)
 def test_probabilities_add_up_to_one_after_any_two_words() -> None:
     model = KneserNeyTrigram(TEXT, vocabulary=SIZE, first=0)
     for before in itertools.product(range(0, SIZE, 3), repeat=2):
-        assert math.isclose(sum(model.probability(word, before) for word in range(SIZE)), 1, rel_tol=1e-12)
+        assert math.isclose(
+            sum(model.probability(word, before) for word in range(SIZE)), 1, rel_tol=1e-12
+        )
     assert all(0 < discount <= 1 for discount in model.discounts)
 
 
@@ -37,7 +39,13 @@ def test_the_perplexity_on_the_small_wikitext(shared_data: Path) -> None:
     """What docs/results.md compares the LSTM with."""
     from egtrain.data.text import EOS, load_text
 
-    data = load_text("text:wikitext2-small", data_dir=shared_data, offline=True, max_vocabulary=None, train_tokens=None)
+    data = load_text(
+        "text:wikitext2-small",
+        data_dir=shared_data,
+        offline=True,
+        max_vocabulary=None,
+        train_tokens=None,
+    )
     model = KneserNeyTrigram(data.train.tolist(), len(data.vocabulary), EOS)
     assert round(model.perplexity(data.validation.tolist(), EOS), 1) == 238.8
     assert round(model.perplexity(data.test.tolist(), EOS), 1) == 267.9

@@ -1,4 +1,6 @@
-"""Each worker reads its own columns and carries its own state along; evaluation predicts every word once."""
+"""Each worker reads its own columns and carries its own state along; evaluation predicts every word
+once.
+"""
 
 import math
 from typing import Any
@@ -22,12 +24,19 @@ CPU = torch.device("cpu")
 
 def text(train: int = 200, validation: int = 57, test: int = 83) -> TextData:
     generator = torch.Generator().manual_seed(3)
-    streams = [torch.randint(WORDS, (length,), generator=generator) for length in (train, validation, test)]
+    streams = [
+        torch.randint(WORDS, (length,), generator=generator) for length in (train, validation, test)
+    ]
     return TextData(*streams, vocabulary=tuple(map(str, range(WORDS))), floor=None, digest="")
 
 
 def task_on(data: TextData, **changes: Any) -> LanguageTask:
-    options: dict[str, Any] = {"workers": WORKERS, "worker_batch_size": SHARE, "seed": 5, "bptt": BPTT}
+    options: dict[str, Any] = {
+        "workers": WORKERS,
+        "worker_batch_size": SHARE,
+        "seed": 5,
+        "bptt": BPTT,
+    }
     return LanguageTask(data, device=CPU, **(options | changes))
 
 
@@ -50,13 +59,20 @@ def test_columns_lie_side_by_side_and_windows_follow_each_other() -> None:
             for column in range(SHARE):
                 start = (worker * SHARE + column) * length + step % task.steps_per_epoch * BPTT
                 assert window.words[:, column].tolist() == data.train[start : start + BPTT].tolist()
-                assert window.targets[:, column].tolist() == data.train[start + 1 : start + BPTT + 1].tolist()
+                assert (
+                    window.targets[:, column].tolist()
+                    == data.train[start + 1 : start + BPTT + 1].tolist()
+                )
 
 
 def test_a_second_batch_is_a_function_of_worker_and_step_and_starts_from_nothing() -> None:
     task = task_on(text())
     state = torch.get_rng_state()
-    one, again, other = task.extra_batch(1, 4), task_on(text()).extra_batch(1, 4), task.extra_batch(0, 4)
+    one, again, other = (
+        task.extra_batch(1, 4),
+        task_on(text()).extra_batch(1, 4),
+        task.extra_batch(0, 4),
+    )
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(one.words, again.words)
     assert not torch.equal(one.words, other.words)
@@ -72,7 +88,9 @@ def test_windows_with_a_carried_state_are_one_long_sequence() -> None:
     losses = [task.loss(model, window)[0] for window in windows]
     logits, _ = model(torch.cat([window.words for window in windows]), None)
     whole = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), torch.cat([window.targets for window in windows]).flatten(), reduction="none"
+        logits.flatten(0, 1),
+        torch.cat([window.targets for window in windows]).flatten(),
+        reduction="none",
     ).view(task.steps_per_epoch, -1)
     assert torch.allclose(torch.stack(losses), whole.mean(dim=1).float(), rtol=1e-6)
     assert torch.equal(task.loss(model, task.batch(0, task.steps_per_epoch))[0], losses[0])
@@ -155,7 +173,9 @@ def test_frozen_windows_are_those_of_the_text_whatever_the_batch() -> None:
     data = text()
     batches = task_on(data).frozen_batches(torch.tensor([0, 7, 3]))
     assert [size for _, size in batches] == [3]
-    assert batches[0][0].words.T.tolist() == [data.train[i * BPTT : (i + 1) * BPTT].tolist() for i in (0, 7, 3)]
+    assert batches[0][0].words.T.tolist() == [
+        data.train[i * BPTT : (i + 1) * BPTT].tolist() for i in (0, 7, 3)
+    ]
 
 
 @pytest.mark.parametrize("words", [BPTT * 10 - 1, BPTT * 10, BPTT * 10 + 1])
@@ -182,11 +202,16 @@ def test_sharpness_differentiates_it_twice() -> None:
         with loss.at([p - step * v for p, v in zip(loss.parameters, direction, strict=True)]):
             behind = loss.gradient()
     for exact, high, low, gradient in zip(product, ahead, behind, base, strict=True):
-        assert torch.allclose(exact, (high - low) / (2 * step), atol=3e-3 * float(gradient.abs().max()) + 1e-4)
+        assert torch.allclose(
+            exact, (high - low) / (2 * step), atol=3e-3 * float(gradient.abs().max()) + 1e-4
+        )
 
 
 def test_columns_shorter_than_a_window_are_refused() -> None:
-    with pytest.raises(UsageError, match=r"a batch of 20 x 3 = 60 columns leaves 3 of the 200 training words to each"):
+    with pytest.raises(
+        UsageError,
+        match=r"a batch of 20 x 3 = 60 columns leaves 3 of the 200 training words to each",
+    ):
         task_on(text(), workers=20)
 
 
@@ -218,4 +243,8 @@ def test_autocast_gives_nearly_the_same_loss_and_keeps_the_state_in_full_precisi
         logits, state = model(task.batch(0, 0).words)
     loss.backward()
     assert math.isclose(loss.item(), plain, rel_tol=1e-2)
-    assert (logits.dtype, state.dtype, model.hidden.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    assert (logits.dtype, state.dtype, model.hidden.dtype) == (
+        torch.bfloat16,
+        torch.float32,
+        torch.float32,
+    )

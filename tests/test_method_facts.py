@@ -1,4 +1,6 @@
-"""The facts that METHOD states of the method, held against the code, for every row of its table of variants."""
+"""The facts that METHOD states of the method, held against the code, for every row of its table of
+variants.
+"""
 
 import functools
 from collections.abc import Callable
@@ -13,7 +15,7 @@ from reference import Base
 from tiny_run import base_optimizer, tiny_run, trajectory
 from torch import Tensor, nn
 
-from egtrain.config import UNIONS
+from egtrain.config.schema import UNIONS
 from egtrain.optim import (
     Direction,
     Extrapolation,
@@ -40,13 +42,17 @@ class Row:
     """The choice of ζ with a ratio, radius or size."""
     base: Base = BASE
     bilinear: float | None = None
-    """‖w‖ at the end of the bilinear game. SAM, noise and momentum have no ratio of 1 or no place where u = 0."""
+    """‖w‖ at the end of the bilinear game. SAM, noise and momentum have no ratio of 1 or no place
+    where u = 0."""
     order: int | None = None
-    """Of the error against the implicit step. A past that is still empty is a plain step, of order 2."""
+    """Of the error against the implicit step. A past that is still empty is a plain step, of order
+    2."""
     is_linear: bool = False
-    """Whether it is a linear recursion on quadratics: it has one gradient and divides by no norm."""
+    """Whether it is a linear recursion on quadratics: it has one gradient and divides by no
+    norm."""
     bounded_at: tuple[float, ...] = ()
-    """Sizes at which it is held to the bound, if its shift does not depend on the current sample, and u may be 0."""
+    """Sizes at which it is held to the bound, if its shift does not depend on the current sample,
+    and u may be 0."""
     is_one_worker: bool = True
     """Whether workers that see the same are one worker: not if their noise is their own."""
     has_zero_past: bool = True
@@ -54,7 +60,9 @@ class Row:
 
 
 ROWS = {
-    "none": Row(direction=lambda _: None, bilinear=71.4, order=2, is_linear=True, bounded_at=(0.0,)),
+    "none": Row(
+        direction=lambda _: None, bilinear=71.4, order=2, is_linear=True, bounded_at=(0.0,)
+    ),
     "local": Row(
         direction=lambda ratio: LocalGradient(ratio=ratio),
         bilinear=0.021,
@@ -63,7 +71,11 @@ ROWS = {
         bounded_at=(0.25, 0.5),
     ),
     "global": Row(
-        direction=lambda ratio: GlobalGradient(ratio=ratio), bilinear=0.021, order=2, is_linear=True, bounded_at=(0.5,)
+        direction=lambda ratio: GlobalGradient(ratio=ratio),
+        bilinear=0.021,
+        order=2,
+        is_linear=True,
+        bounded_at=(0.5,),
     ),
     "fresh": Row(direction=lambda ratio: FreshGradient(ratio=ratio), bilinear=0.028, order=3),
     "gaussian": Row(
@@ -74,7 +86,9 @@ ROWS = {
         has_zero_past=False,
     ),
     "uniform": Row(
-        direction=lambda size: Noise(size=size, distribution="uniform", scaling="none", norm_and_bias=True),
+        direction=lambda size: Noise(
+            size=size, distribution="uniform", scaling="none", norm_and_bias=True
+        ),
         is_linear=True,
         bounded_at=(0.5,),
         is_one_worker=False,
@@ -82,7 +96,11 @@ ROWS = {
     ),
     # One worker has no noise against itself, and is then the base optimizer.
     "gradient-noise": Row(
-        direction=lambda ratio: GradientNoise(ratio=ratio), bilinear=71.4, order=2, is_linear=True, bounded_at=(0.5,)
+        direction=lambda ratio: GradientNoise(ratio=ratio),
+        bilinear=71.4,
+        order=2,
+        is_linear=True,
+        bounded_at=(0.5,),
     ),
     "sam": Row(direction=lambda radius: SharpnessAware(radius=radius)),
     "momentum": Row(direction=lambda radius: Momentum(radius=radius), base=HEAVY_BALL),
@@ -99,19 +117,23 @@ def test_every_choice_of_the_configuration_is_a_row() -> None:
     assert set(UNIONS["extrapolation"]) == set(ROWS)
 
 
-def sgd(weights: Tensor, learning_rate: float, **settings: Any) -> tuple[nn.Parameter, torch.optim.SGD]:
+def sgd(
+    weights: Tensor, learning_rate: float, **settings: Any
+) -> tuple[nn.Parameter, torch.optim.SGD]:
     """Return a float64 parameter and its optimizer."""
     parameter = nn.Parameter(weights.double())
     return parameter, torch.optim.SGD([parameter], lr=learning_rate, **settings)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # The bilinear game
 
 
 @rows(lambda row: row.bilinear is not None)
 def test_extrapolation_converges_on_the_bilinear_game(name: str) -> None:
-    assert played_bilinear_game(ROWS[name].direction(1.0)) == pytest.approx(ROWS[name].bilinear, rel=0.03)
+    assert played_bilinear_game(ROWS[name].direction(1.0)) == pytest.approx(
+        ROWS[name].bilinear, rel=0.03
+    )
 
 
 def test_an_absolute_rate_converges_on_the_bilinear_game() -> None:
@@ -136,7 +158,7 @@ def played_bilinear_game(direction: Direction | None) -> float:
     return float(torch.linalg.vector_norm(point.detach()))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # The order of the error
 
 
@@ -170,7 +192,9 @@ def error_against_the_implicit_step(direction: Direction | None, learning_rate: 
 
 @rows(lambda row: row.order is not None)
 def test_a_fresh_step_is_the_implicit_step_up_to_third_order(name: str) -> None:
-    assert order_of_the_error(ROWS[name].direction(1.0)) == pytest.approx(ROWS[name].order, abs=0.07)
+    assert order_of_the_error(ROWS[name].direction(1.0)) == pytest.approx(
+        ROWS[name].order, abs=0.07
+    )
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.5])
@@ -186,14 +210,21 @@ def order_of_the_error(direction: Direction | None) -> float:
     return float(slope)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Quadratics
 
 
 def quadratic_recursion(
-    row: str, matrices: Vector, offsets: Vector, rate: float, ratio: float, momentum: float, weight_decay: float
+    row: str,
+    matrices: Vector,
+    offsets: Vector,
+    rate: float,
+    ratio: float,
+    momentum: float,
+    weight_decay: float,
 ) -> Vector:
-    """Return M of z_{t+1} = M·z_t for z = (x, v, g^1 … g^K, n^1 … n^K, 1), where ∇f^k(x) = A_k·x − b_k.
+    """Return M of z_{t+1} = M·z_t for z = (x, v, g^1 … g^K, n^1 … n^K, 1), where ∇f^k(x) = A_k·x −
+    b_k.
 
     n^k is the noise of the step, which no recursion tells: its rows are zero.
     """
@@ -210,7 +241,9 @@ def quadratic_recursion(
         "gaussian": ratio * noise,
         "uniform": ratio * noise,
     }[row]
-    gradients = [a @ (x - z) - np.outer(b, one) for a, b, z in zip(matrices, offsets, zeta, strict=True)]
+    gradients = [
+        a @ (x - z) - np.outer(b, one) for a, b, z in zip(matrices, offsets, zeta, strict=True)
+    ]
     descent = np.mean(gradients, axis=0) + weight_decay * x
     velocity = momentum * v + descent
     update = x - rate * (descent + momentum * velocity)
@@ -219,7 +252,10 @@ def quadratic_recursion(
 
 def noise_of(row: str, worker: int, step: int, d: int) -> Vector:
     """Return the numbers that a row draws, or zeros."""
-    drawn, generator = torch.zeros(d, dtype=torch.float64), generator_for(0, "extrapolation", worker, step)
+    drawn, generator = (
+        torch.zeros(d, dtype=torch.float64),
+        generator_for(0, "extrapolation", worker, step),
+    )
     if row == "gaussian":
         drawn.normal_(generator=generator)
     elif row == "uniform":
@@ -229,7 +265,9 @@ def noise_of(row: str, worker: int, step: int, d: int) -> Vector:
 
 @pytest.mark.parametrize(("momentum", "weight_decay"), [(0.0, 0.0), (0.9, 0.05)])
 @rows(lambda row: row.is_linear)
-def test_on_quadratics_the_iterates_are_a_linear_recursion(name: str, momentum: float, weight_decay: float) -> None:
+def test_on_quadratics_the_iterates_are_a_linear_recursion(
+    name: str, momentum: float, weight_decay: float
+) -> None:
     workers, d, rate = 3, 4, 0.1
     direction = ROWS[name].direction(0.7)
     random = np.random.default_rng(5)
@@ -241,7 +279,11 @@ def test_on_quadratics_the_iterates_are_a_linear_recursion(name: str, momentum: 
     state = first.copy()
 
     weights, optimizer = sgd(
-        torch.from_numpy(start), rate, momentum=momentum, nesterov=momentum > 0, weight_decay=weight_decay
+        torch.from_numpy(start),
+        rate,
+        momentum=momentum,
+        nesterov=momentum > 0,
+        weight_decay=weight_decay,
     )
     extrapolation = Extrapolation(optimizer, direction, workers) if direction is not None else None
 
@@ -253,7 +295,9 @@ def test_on_quadratics_the_iterates_are_a_linear_recursion(name: str, momentum: 
         return weights.grad.clone()
 
     for step in range(1, 41):
-        state[-workers * d - 1 : -1] = np.concatenate([noise_of(name, k, step - 1, d) for k in range(workers)])
+        state[-workers * d - 1 : -1] = np.concatenate(
+            [noise_of(name, k, step - 1, d) for k in range(workers)]
+        )
         state = recursion @ state
         gradients = []
         for worker in range(workers):
@@ -270,15 +314,19 @@ def test_on_quadratics_the_iterates_are_a_linear_recursion(name: str, momentum: 
             np.testing.assert_allclose(weights.detach().numpy(), expected, rtol=1e-10, atol=1e-12)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # The bound for functions that are not convex
 
 WORKERS, DIMENSIONS, TRIALS = 4, 5, 400
 VARIANCE = 1.0
 
 
-def mean_squared_gradient_and_bound(direction: Direction | None, rate: float, steps: int) -> tuple[float, float]:
-    """Return both sides of METHOD's inequality for f(x) = Σ_j (1 − cos x_j), with L = 1 and f* = 0."""
+def mean_squared_gradient_and_bound(
+    direction: Direction | None, rate: float, steps: int
+) -> tuple[float, float]:
+    """Return both sides of METHOD's inequality for f(x) = Σ_j (1 − cos x_j), with L = 1 and f* =
+    0.
+    """
     weights, optimizer = sgd(torch.linspace(-2.5, 2, DIMENSIONS).repeat(TRIALS, 1), rate)
     extrapolation = Extrapolation(optimizer, direction, WORKERS) if direction is not None else None
     noise = torch.Generator().manual_seed(17)
@@ -304,16 +352,21 @@ def mean_squared_gradient_and_bound(direction: Direction | None, rate: float, st
         weights.grad = torch.stack(gradients).mean(dim=0)
         optimizer.step()
     shift = float(np.mean(squared_shifts)) if squared_shifts else 0.0
-    return float(np.mean(squared_gradients)), 2 * start / (rate * steps) + rate * VARIANCE / WORKERS + shift
+    return float(np.mean(squared_gradients)), 2 * start / (
+        rate * steps
+    ) + rate * VARIANCE / WORKERS + shift
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.3])
-@pytest.mark.parametrize(("name", "size"), [(name, size) for name, row in ROWS.items() for size in row.bounded_at])
+@pytest.mark.parametrize(
+    ("name", "size"), [(name, size) for name, row in ROWS.items() for size in row.bounded_at]
+)
 def test_the_gradient_stays_below_the_bound(name: str, size: float, rate: float) -> None:
     direction = ROWS[name].direction(size)
     found, bound = mean_squared_gradient_and_bound(direction, rate, steps=60)
     assert found <= bound
-    # It says something: without a step the left side is 2.2, and with plain steps it comes near the bound.
+    # It says something: without a step the left side is 2.2, and with plain steps it comes near the
+    # bound.
     assert bound < 1.8
     if direction is None:
         assert found > 0.4 * bound
@@ -324,7 +377,7 @@ def test_the_bound_does_not_hold_for_any_rate() -> None:
     assert found > bound
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Size zero
 
 SCALED: dict[str, Callable[[float], Direction]] = {
@@ -343,11 +396,14 @@ def plain_trajectory(base: Base, dtype: torch.dtype) -> list[dict[str, Tensor]]:
 
 
 def is_plain(direction: Direction, base: Base, dtype: torch.dtype, **settings: Any) -> bool:
-    """Return whether a run is its base optimizer bit for bit: weights, state, BatchNorm statistics and losses."""
+    """Return whether a run is its base optimizer bit for bit: weights, state, BatchNorm statistics
+    and losses.
+    """
     plain = plain_trajectory(base, dtype)
     shifted = trajectory(tiny_run(direction, base, dtype=dtype, steps=5, workers=2, **settings))
     return len(plain) == len(shifted) == 5 and all(
-        {name: t.numpy().tobytes() for name, t in a.items()} == {name: t.numpy().tobytes() for name, t in b.items()}
+        {name: t.numpy().tobytes() for name, t in a.items()}
+        == {name: t.numpy().tobytes() for name, t in b.items()}
         for a, b in zip(plain, shifted, strict=True)
     )
 
@@ -393,19 +449,24 @@ def test_extrapolation_from_the_past_begins_with_the_second_step() -> None:
     assert not torch.equal(plain[1]["statistics"], shifted[1]["statistics"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Workers that see the same
 
 
 @rows(lambda row: row.is_one_worker)
 @pytest.mark.parametrize(
-    ("base", "workers"), [("its own", 3), ("its own", 4), ("lars", 3), ("lamb", 3), ("adam", 3), ("adamw", 3)]
+    ("base", "workers"),
+    [("its own", 3), ("its own", 4), ("lars", 3), ("lamb", 3), ("adam", 3), ("adamw", 3)],
 )
-def test_workers_that_see_the_same_samples_are_one_worker(name: str, base: str, workers: int) -> None:
+def test_workers_that_see_the_same_samples_are_one_worker(
+    name: str, base: str, workers: int
+) -> None:
     follow_one_worker(ROWS[name].direction(0.1), OTHER_BASES.get(base, ROWS[name].base), workers)
 
 
-@pytest.mark.parametrize("direction", [LocalGradient(rate=0.05), LocalGradient(size=0.1, scaling="filter")])
+@pytest.mark.parametrize(
+    "direction", [LocalGradient(rate=0.05), LocalGradient(size=0.1, scaling="filter")]
+)
 def test_they_are_with_rates_and_scaling_too(direction: Direction) -> None:
     follow_one_worker(direction, BASE, 3)
 
@@ -413,20 +474,26 @@ def test_they_are_with_rates_and_scaling_too(direction: Direction) -> None:
 def follow_one_worker(direction: Direction | None, base: Base, workers: int) -> None:
     """Assert that K workers that see the same samples go the way of one."""
     one = trajectory(tiny_run(direction, base, workers=1, dropout=0.0, same_for_all=True, steps=6))
-    several = trajectory(tiny_run(direction, base, workers=workers, dropout=0.0, same_for_all=True, steps=6))
+    several = trajectory(
+        tiny_run(direction, base, workers=workers, dropout=0.0, same_for_all=True, steps=6)
+    )
     for a, b in zip(one, several, strict=True):
         for name in ("weights", "optimizer", "loss", "gradient_norm"):
             torch.testing.assert_close(b[name], a[name], rtol=1e-12, atol=1e-13)
-        torch.testing.assert_close(b["statistics"], a["statistics"].repeat(workers, 1), rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(
+            b["statistics"], a["statistics"].repeat(workers, 1), rtol=1e-12, atol=1e-13
+        )
 
 
 def test_workers_that_see_the_same_samples_have_no_gradient_noise() -> None:
     plain = trajectory(tiny_run(None, BASE, dropout=0.0, same_for_all=True, steps=6))
-    shifted = trajectory(tiny_run(GradientNoise(ratio=0.5), BASE, dropout=0.0, same_for_all=True, steps=6))
+    shifted = trajectory(
+        tiny_run(GradientNoise(ratio=0.5), BASE, dropout=0.0, same_for_all=True, steps=6)
+    )
     torch.testing.assert_close(shifted[-1]["weights"], plain[-1]["weights"], rtol=1e-12, atol=1e-13)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Zero norms
 
 NEEDS_A_GRADIENT: dict[str, Direction] = {
@@ -440,15 +507,25 @@ NEEDS_A_GRADIENT: dict[str, Direction] = {
         }.items()
         for scaling in ("layer", "filter")
     },
-    **{name: direction for name, row in ROWS.items() if row.has_zero_past and (direction := row.direction(0.5))},
+    **{
+        name: direction
+        for name, row in ROWS.items()
+        if row.has_zero_past and (direction := row.direction(0.5))
+    },
 }
 SCALED_TO_WEIGHTS = {
-    **{name: direction for name, direction in NEEDS_A_GRADIENT.items() if name.endswith(("layer", "filter"))},
+    **{
+        name: direction
+        for name, direction in NEEDS_A_GRADIENT.items()
+        if name.endswith(("layer", "filter"))
+    },
     "gaussian-layer": Noise(size=0.5, scaling="layer", norm_and_bias=True),
     "uniform-filter": Noise(size=0.5, distribution="uniform", norm_and_bias=True),
 }
 NO_DECAY = Base(nesterov=False, weight_decay=0.0)
-every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+every_dtype = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str
+)
 
 
 def shifted_weights(
@@ -457,7 +534,9 @@ def shifted_weights(
     take_gradients: Callable[[list[Tensor]], list[Tensor]],
     base: Base = NO_DECAY,
 ) -> list[Tensor]:
-    """Return the weights in the second block of worker 1 of two, whose gradients are not the mean's."""
+    """Return the weights in the second block of worker 1 of two, whose gradients are not the
+    mean's.
+    """
     parameters = [nn.Parameter(t.clone()) for t in tensors]
     optimizer = base_optimizer(base, parameters)
     for group in optimizer.param_groups:
@@ -490,13 +569,17 @@ def test_a_zero_gradient_is_no_shift(direction: Direction, dtype: torch.dtype) -
 def test_a_zero_gradient_is_no_shift_with_any_base(direction: Direction, base: str) -> None:
     weights = [torch.full(shape, 2.0) for shape in ((3, 2), (2, 2, 2, 2), (4,), ())]
     no_decay = replace(NO_DECAY, name=base)
-    inside = shifted_weights(direction, weights, lambda ws: [torch.zeros_like(w) for w in ws], no_decay)
+    inside = shifted_weights(
+        direction, weights, lambda ws: [torch.zeros_like(w) for w in ws], no_decay
+    )
     assert all(torch.equal(a, b) for a, b in zip(inside, weights, strict=True))
 
 
 @every_dtype
 @pytest.mark.parametrize("direction", SCALED_TO_WEIGHTS.values(), ids=SCALED_TO_WEIGHTS.keys())
-def test_zero_weights_are_not_shifted_in_proportion_to_themselves(direction: Direction, dtype: torch.dtype) -> None:
+def test_zero_weights_are_not_shifted_in_proportion_to_themselves(
+    direction: Direction, dtype: torch.dtype
+) -> None:
     weights = [torch.zeros(shape, dtype=dtype) for shape in ((3, 2), (4,), ())]
     inside = shifted_weights(direction, weights, lambda ws: [torch.ones_like(w) for w in ws])
     assert all(torch.equal(a, b) for a, b in zip(inside, weights, strict=True))
@@ -504,19 +587,32 @@ def test_zero_weights_are_not_shifted_in_proportion_to_themselves(direction: Dir
 
 @every_dtype
 @pytest.mark.parametrize("kind", [LocalGradient, FreshGradient])
-def test_a_filter_without_a_gradient_stays_and_the_others_move(kind: Any, dtype: torch.dtype) -> None:
+def test_a_filter_without_a_gradient_stays_and_the_others_move(
+    kind: Any, dtype: torch.dtype
+) -> None:
     weights = [torch.full((3, 2), 2.0, dtype=dtype)]
     gradient = torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 1e-4]], dtype=dtype)
     [inside] = shifted_weights(kind(size=0.5, scaling="filter"), weights, lambda _: [gradient])
     length = 0.5 * 8**0.5
-    expected = torch.tensor([[2.0, 2.0], [2 - 0.6 * length, 2 - 0.8 * length], [2.0, 2 - length / 1.01]], dtype=dtype)
-    torch.testing.assert_close(inside, expected, rtol=2e-2 if dtype == torch.bfloat16 else 1e-6, atol=0)
+    expected = torch.tensor(
+        [[2.0, 2.0], [2 - 0.6 * length, 2 - 0.8 * length], [2.0, 2 - length / 1.01]], dtype=dtype
+    )
+    torch.testing.assert_close(
+        inside, expected, rtol=2e-2 if dtype == torch.bfloat16 else 1e-6, atol=0
+    )
 
 
 @every_dtype
-def test_sharpness_aware_steps_have_the_length_of_the_radius_and_go_uphill(dtype: torch.dtype) -> None:
+def test_sharpness_aware_steps_have_the_length_of_the_radius_and_go_uphill(
+    dtype: torch.dtype,
+) -> None:
     weights = [torch.zeros(2, 2, dtype=dtype), torch.zeros(1, dtype=dtype)]
-    gradients = [torch.tensor([[2.0, 0.0], [1.0, 0.0]], dtype=dtype), torch.tensor([2.0], dtype=dtype)]
+    gradients = [
+        torch.tensor([[2.0, 0.0], [1.0, 0.0]], dtype=dtype),
+        torch.tensor([2.0], dtype=dtype),
+    ]
     inside = shifted_weights(SharpnessAware(radius=0.3), weights, lambda _: gradients)
     for found, gradient in zip(inside, gradients, strict=True):
-        torch.testing.assert_close(found, 0.1 * gradient, rtol=2e-2 if dtype == torch.bfloat16 else 1e-6, atol=0)
+        torch.testing.assert_close(
+            found, 0.1 * gradient, rtol=2e-2 if dtype == torch.bfloat16 else 1e-6, atol=0
+        )

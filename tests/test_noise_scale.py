@@ -10,13 +10,17 @@ TRUE_SQUARED_GRADIENT, TRUE_TRACE = 2.0, 30.0
 
 
 def norms(steps: int, seed: int, workers: int = WORKERS) -> list[tuple[float, float]]:
-    """Return mean_k‖g^k‖² and ‖ḡ‖² of Gaussian gradients, each the mean of so many samples, for some steps."""
+    """Return mean_k‖g^k‖² and ‖ḡ‖² of Gaussian gradients, each the mean of so many samples, for
+    some steps.
+    """
     random = np.random.default_rng(seed)
     deviation = np.sqrt(TRUE_TRACE / DIMENSIONS / SAMPLES)
     gradients = deviation * random.standard_normal((steps, workers, DIMENSIONS))
     gradients += np.sqrt(TRUE_SQUARED_GRADIENT / DIMENSIONS)
     local = np.square(gradients).sum(axis=2).mean(axis=1)
-    return list(zip(local.tolist(), np.square(gradients.mean(axis=1)).sum(axis=1).tolist(), strict=True))
+    return list(
+        zip(local.tolist(), np.square(gradients.mean(axis=1)).sum(axis=1).tolist(), strict=True)
+    )
 
 
 def one_step_estimates(workers: int) -> tuple[np.ndarray, np.ndarray]:
@@ -31,7 +35,9 @@ def one_step_estimates(workers: int) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("workers", [2, 4])
 def test_the_one_step_estimates_are_unbiased(workers: int) -> None:
-    for estimates, truth in zip(one_step_estimates(workers), (TRUE_SQUARED_GRADIENT, TRUE_TRACE), strict=True):
+    for estimates, truth in zip(
+        one_step_estimates(workers), (TRUE_SQUARED_GRADIENT, TRUE_TRACE), strict=True
+    ):
         error = estimates.std() / np.sqrt(len(estimates))
         assert error < 0.01 * truth
         assert abs(estimates.mean() - truth) < 4 * error
@@ -43,7 +49,9 @@ def test_the_averages_are_taken_before_the_ratio() -> None:
         scale.update(local, mean, WORKERS, SAMPLES)
     assert scale.value == pytest.approx(TRUE_TRACE / TRUE_SQUARED_GRADIENT, rel=0.05)
     squared_gradient, trace = one_step_estimates(WORKERS)
-    assert np.mean(trace / squared_gradient) != pytest.approx(TRUE_TRACE / TRUE_SQUARED_GRADIENT, rel=0.05)
+    assert np.mean(trace / squared_gradient) != pytest.approx(
+        TRUE_TRACE / TRUE_SQUARED_GRADIENT, rel=0.05
+    )
 
 
 def test_the_averages_forget_at_the_rate_of_their_decay() -> None:
@@ -54,7 +62,9 @@ def test_the_averages_forget_at_the_rate_of_their_decay() -> None:
     # The first estimate is a ratio of sums that start at zero alike: no correction is needed.
     assert scale.value == pytest.approx(32 / 3)
     scale.update(0.0, 0.0, workers=4, samples=8)
-    assert (scale.squared_gradient, scale.noise_trace) == pytest.approx((0.75 * 0.25 * 3, 0.75 * 0.25 * 32))
+    assert (scale.squared_gradient, scale.noise_trace) == pytest.approx(
+        (0.75 * 0.25 * 3, 0.75 * 0.25 * 32)
+    )
 
 
 def test_one_worker_shows_nothing() -> None:

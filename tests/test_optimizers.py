@@ -13,7 +13,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from egtrain.optim import LAMB, LARS, Extrapolation, FreshGradient, GlobalGradient, LocalGradient, Momentum
+from egtrain.optim import (
+    LAMB,
+    LARS,
+    Extrapolation,
+    FreshGradient,
+    GlobalGradient,
+    LocalGradient,
+    Momentum,
+)
 from egtrain.optim.extrapolation import Direction
 
 Array = NDArray[np.float64]
@@ -21,7 +29,7 @@ Optimizers = type[LARS] | type[LAMB]
 
 every_optimizer = pytest.mark.parametrize("optimizer", [LARS, LAMB], ids=["lars", "lamb"])
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # The papers' formulas, one parameter at a time
 
 
@@ -57,12 +65,17 @@ SHAPES: list[tuple[int, ...]] = [(4, 3), (3, 2, 2, 2), (5,), (), (2, 3), (3,)]
 
 def parameters(dtype: torch.dtype = torch.float64, seed: int = 1) -> list[nn.Parameter]:
     random = np.random.default_rng(seed)
-    values = [torch.from_numpy(np.asarray(random.standard_normal(s))) * (n < 4) for n, s in enumerate(SHAPES)]
+    values = [
+        torch.from_numpy(np.asarray(random.standard_normal(s))) * (n < 4)
+        for n, s in enumerate(SHAPES)
+    ]
     return [nn.Parameter(v.to(dtype)) for v in values]
 
 
 def give_gradients(groups: list[list[nn.Parameter]], step: int) -> None:
-    """Set gradients that depend on the weights and the step; now and then one is zero, or there is none."""
+    """Set gradients that depend on the weights and the step; now and then one is zero, or there is
+    none.
+    """
     random = np.random.default_rng(1000 + step)
     for group in groups:
         for n, p in enumerate(group):
@@ -76,7 +89,11 @@ def give_gradients(groups: list[list[nn.Parameter]], step: int) -> None:
 
 def make(optimizer: Optimizers, groups: list[list[nn.Parameter]], **settings: Any) -> LARS | LAMB:
     """Return an optimizer whose groups differ in everything."""
-    own: list[dict[str, Any]] = [{"lr": 0.3, "weight_decay": 0.05}, {"weight_decay": 0.0}, {"weight_decay": 0.4}]
+    own: list[dict[str, Any]] = [
+        {"lr": 0.3, "weight_decay": 0.05},
+        {"weight_decay": 0.0},
+        {"weight_decay": 0.4},
+    ]
     if optimizer is LARS:
         own[1] |= {"momentum": 0.5}
         own[2] |= {"trust_coefficient": 0.4}
@@ -96,7 +113,12 @@ def test_the_weights_follow_the_papers_formulas(
 ) -> None:
     formula: Callable[..., tuple[Array, float]] = lars if optimizer is LARS else lamb
     groups = [parameters(seed=n) for n in range(3)]
-    fast = make(optimizer, groups, adapt_norm_and_bias=adapt_norm_and_bias, decay_norm_and_bias=decay_norm_and_bias)
+    fast = make(
+        optimizer,
+        groups,
+        adapt_norm_and_bias=adapt_norm_and_bias,
+        decay_norm_and_bias=decay_norm_and_bias,
+    )
     memories: list[list[dict[str, Any]]] = [[{} for _ in group] for group in groups]
     weights = [[np.asarray(p.detach().numpy().copy()) for p in group] for group in groups]
     rates = [0.3, 0.1, 0.1]
@@ -111,11 +133,15 @@ def test_the_weights_follow_the_papers_formulas(
             for i, p in enumerate(group):
                 if p.grad is not None:
                     g = np.asarray(p.grad.numpy())
-                    weights[n][i], expected_ratios[p] = formula(weights[n][i], g, memories[n][i], fast.param_groups[n])
+                    weights[n][i], expected_ratios[p] = formula(
+                        weights[n][i], g, memories[n][i], fast.param_groups[n]
+                    )
         fast.step()
         for n, group in enumerate(groups):
             for i, p in enumerate(group):
-                np.testing.assert_allclose(p.detach().numpy(), weights[n][i], rtol=1e-12, atol=1e-12)
+                np.testing.assert_allclose(
+                    p.detach().numpy(), weights[n][i], rtol=1e-12, atol=1e-12
+                )
         for p, ratio in expected_ratios.items():
             assert fast.state[p]["trust_ratio"].shape == ()
             assert float(fast.state[p]["trust_ratio"]) == pytest.approx(ratio, rel=1e-12)
@@ -162,7 +188,7 @@ def test_without_weights_or_gradients_the_ratio_is_one(optimizer: Optimizers) ->
     assert torch.equal(still, torch.ones(2, 3))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # As torch's optimizers behave
 
 
@@ -170,7 +196,10 @@ def test_without_weights_or_gradients_the_ratio_is_one(optimizer: Optimizers) ->
 def test_what_has_no_gradient_stays_and_has_no_state(optimizer: Optimizers) -> None:
     used, unused = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2))
     frozen = nn.Parameter(torch.ones(3), requires_grad=False)
-    base = optimizer([{"params": [used, unused, frozen]}, {"params": [nn.Parameter(torch.ones(1), False)]}], lr=0.1)
+    base = optimizer(
+        [{"params": [used, unused, frozen]}, {"params": [nn.Parameter(torch.ones(1), False)]}],
+        lr=0.1,
+    )
     for _ in range(2):
         used.grad = torch.ones(2, 2)
         base.step()
@@ -263,15 +292,25 @@ def test_torchs_schedulers_set_the_rate(optimizer: Optimizers) -> None:
     assert used.param_groups[0]["lr"] == 0.2
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # What a user can do wrong
 
 WRONG: list[tuple[Optimizers, dict[str, Any], str]] = [
-    *((kind, {"lr": lr}, "lr must be above 0") for kind in (LARS, LAMB) for lr in (0, 0.0, -0.1, math.nan)),
+    *(
+        (kind, {"lr": lr}, "lr must be above 0")
+        for kind in (LARS, LAMB)
+        for lr in (0, 0.0, -0.1, math.nan)
+    ),
     *((kind, {"weight_decay": -1e-4}, "weight_decay must be at least 0") for kind in (LARS, LAMB)),
-    *((LARS, {"momentum": m}, "momentum must be at least 0 and below 1") for m in (-0.1, 1.0, math.nan)),
+    *(
+        (LARS, {"momentum": m}, "momentum must be at least 0 and below 1")
+        for m in (-0.1, 1.0, math.nan)
+    ),
     *((LARS, {"trust_coefficient": t}, "trust_coefficient must be above 0") for t in (0.0, -0.001)),
-    *((LAMB, {"betas": b}, "betas must be at least 0 and below 1") for b in ((1.0, 0.9), (0.9, -0.1), (0.9, 1.0))),
+    *(
+        (LAMB, {"betas": b}, "betas must be at least 0 and below 1")
+        for b in ((1.0, 0.9), (0.9, -0.1), (0.9, 1.0))
+    ),
     (LAMB, {"eps": -1e-6}, "eps must be at least 0"),
 ]
 
@@ -302,11 +341,14 @@ def test_a_group_without_a_gradient_is_refused(optimizer: Optimizers) -> None:
     weights, other = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     used = optimizer([{"params": [weights]}, {"params": [other]}], lr=0.1)
     weights.grad = torch.ones(2)
-    with pytest.raises(RuntimeError, match=r"^parameter group 1 has no gradient: call backward\(\) before step\(\)$"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"^parameter group 1 has no gradient: call backward\(\) before step\(\)$",
+    ):
         used.step()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # As the base of an extrapolation
 
 
@@ -333,11 +375,25 @@ def factor_of(state: dict[str, Any], group: dict[str, Any]) -> Any:
     factor = torch.as_tensor(state.get("trust_ratio", 1.0), dtype=torch.float64)
     if "exp_avg_sq" in state:
         v = state.get("max_exp_avg_sq", state["exp_avg_sq"])
-        factor = factor / ((v / (1 - group["betas"][1] ** int(state["step"]))).sqrt() + group["eps"])
+        factor = factor / (
+            (v / (1 - group["betas"][1] ** int(state["step"]))).sqrt() + group["eps"]
+        )
     return factor
 
 
-BASES = ["sgd", "lars", "lamb", "adam", "adamw", "amsgrad", "nadam", "radam", "fused", "adamax", "rmsprop"]
+BASES = [
+    "sgd",
+    "lars",
+    "lamb",
+    "adam",
+    "adamw",
+    "amsgrad",
+    "nadam",
+    "radam",
+    "fused",
+    "adamax",
+    "rmsprop",
+]
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -359,13 +415,19 @@ def test_the_shift_has_the_scale_of_the_bases_own_step(name: str) -> None:
         numbers = [0] * 4 + [1] * 4
         for p, number, x, y, g in zip(chain(*groups), numbers, before, after, past, strict=True):
             settings = used.param_groups[number]
-            zeta = 0 * x if g is None else 0.5 * settings["lr"] * factor_of(used.state.get(p, {}), settings) * g
+            zeta = (
+                0 * x
+                if g is None
+                else 0.5 * settings["lr"] * factor_of(used.state.get(p, {}), settings) * g
+            )
             torch.testing.assert_close(x - y, zeta, rtol=1e-9, atol=1e-14)
         used.step()
 
 
 class ForeignAdam(torch.optim.Optimizer):
-    """Adam as some packages have it, with the number of updates as a Python integer; plain steps suffice here."""
+    """Adam as some packages have it, with the number of updates as a Python integer; plain steps
+    suffice here.
+    """
 
     def __init__(self, weights: nn.Parameter, counted: str) -> None:
         super().__init__([weights], {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8})
@@ -403,7 +465,9 @@ def test_an_optimizer_that_does_not_count_its_updates_is_no_base() -> None:
     used.step()
     extrapolation = Extrapolation(used, LocalGradient(rate=0.25))
     with (
-        pytest.raises(ValueError, match="how many updates it made: give the direction precondition='none'"),
+        pytest.raises(
+            ValueError, match="how many updates it made: give the direction precondition='none'"
+        ),
         extrapolation.shifted(),
     ):
         pass
@@ -489,7 +553,9 @@ def test_the_shift_along_the_momentum_has_the_length_of_the_radius(name: str) ->
                     p.grad = p.detach() - 0.5 * worker
             assert float(nn.utils.get_total_norm(shift)) == pytest.approx(0.3 if step else 0.0)
             if step:
-                name_of_it = "momentum_buffer" if "momentum_buffer" in used.state[params[0]] else "exp_avg"
+                name_of_it = (
+                    "momentum_buffer" if "momentum_buffer" in used.state[params[0]] else "exp_avg"
+                )
                 momentum = [used.state[p][name_of_it] for p in params]
                 along = sum(float((z * v).sum()) for z, v in zip(shift, momentum, strict=True))
                 assert along == pytest.approx(0.3 * float(nn.utils.get_total_norm(momentum)))
@@ -513,21 +579,34 @@ def test_the_shift_along_the_momentum_has_the_length_of_the_radius(name: str) ->
     ],
     ids=["sgd", "lars", "rmsprop", "adam", "nesterov", "second group"],
 )
-def test_a_base_without_heavy_ball_momentum_is_refused(optimizer: Callable[[Any], Any], message: str) -> None:
+def test_a_base_without_heavy_ball_momentum_is_refused(
+    optimizer: Callable[[Any], Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         Extrapolation(optimizer([nn.Parameter(torch.ones(2))]), Momentum(radius=0.1))
 
 
 @pytest.mark.parametrize("name", ["lars", "lamb", "adam", "adamw"])
-@pytest.mark.parametrize("direction", [LocalGradient(ratio=0.5), Momentum(radius=0.1)], ids=["local", "momentum"])
+@pytest.mark.parametrize(
+    "direction", [LocalGradient(ratio=0.5), Momentum(radius=0.1)], ids=["local", "momentum"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_extrapolation_over_it_resumes_bit_for_bit(name: str, direction: Direction, dtype: torch.dtype) -> None:
-    def start(weights: list[Tensor]) -> tuple[list[nn.Parameter], torch.optim.Optimizer, Extrapolation]:
+def test_extrapolation_over_it_resumes_bit_for_bit(
+    name: str, direction: Direction, dtype: torch.dtype
+) -> None:
+    def start(
+        weights: list[Tensor],
+    ) -> tuple[list[nn.Parameter], torch.optim.Optimizer, Extrapolation]:
         params = [nn.Parameter(w.clone()) for w in weights]
         used = base(name, params)
         return params, used, Extrapolation(used, direction)
 
-    def train(params: list[nn.Parameter], used: torch.optim.Optimizer, extrapolation: Extrapolation, step: int) -> None:
+    def train(
+        params: list[nn.Parameter],
+        used: torch.optim.Optimizer,
+        extrapolation: Extrapolation,
+        step: int,
+    ) -> None:
         with extrapolation.shifted():
             give_gradients([params], step)
         used.step()
@@ -536,7 +615,10 @@ def test_extrapolation_over_it_resumes_bit_for_bit(name: str, direction: Directi
     for step in range(4):
         train(*undisturbed, step)
     file = io.BytesIO()
-    torch.save([[p.detach() for p in undisturbed[0]], *(part.state_dict() for part in undisturbed[1:])], file)
+    torch.save(
+        [[p.detach() for p in undisturbed[0]], *(part.state_dict() for part in undisturbed[1:])],
+        file,
+    )
     file.seek(0)
     weights, *states = torch.load(file, weights_only=True)
     resumed = start(weights)

@@ -1,4 +1,6 @@
-"""`egtrain.optim` in a loop of one's own: alone, with DistributedDataParallel, and step by step as `egtrain train`."""
+"""`egtrain.optim` in a loop of one's own: alone, with DistributedDataParallel, and step by step as
+`egtrain train`.
+"""
 
 import contextlib
 import functools
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from egtrain.build import build_direction, build_model, build_run, load_data
-from egtrain.config_files import load_config
+from egtrain.config.files import load_config
 from egtrain.data.images import ImageData
 from egtrain.optim import (
     Direction,
@@ -51,8 +53,12 @@ DIRECTIONS: dict[str, Direction] = {
 
 
 def on_two_ranks(function: Callable[[], Any], folder: Path) -> list[Any]:
-    """Call a function in two processes with torchrun's variables and return what it returned in each."""
-    with forked_ranks([], folder, 2, before=functools.partial(save_result, function, folder)) as ranks:
+    """Call a function in two processes with torchrun's variables and return what it returned in
+    each.
+    """
+    with forked_ranks(
+        [], folder, 2, before=functools.partial(save_result, function, folder)
+    ) as ranks:
         codes = [rank.wait(120) for rank in ranks]
     assert codes == [0, 0], "\n".join(rank.stderr for rank in ranks)
     return [torch.load(folder / f"result-{rank}.pt") for rank in range(2)]
@@ -74,7 +80,14 @@ def process_group() -> Iterator[None]:
 def small_network() -> nn.Module:
     """Return a network in float64 whose convolution is laid out as channels_last."""
     torch.manual_seed(7)
-    layers = [nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 3)]
+    layers = [
+        nn.Conv2d(2, 3, 3),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(12, 8),
+        nn.Tanh(),
+        nn.Linear(8, 3),
+    ]
     network: nn.Module = nn.Sequential(*layers).double().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network
 
@@ -100,7 +113,12 @@ def make_optimizer(network: nn.Module) -> torch.optim.Optimizer:
 
 
 def train_alone(
-    direction: Direction, *, workers: int = 1, parts: int = 1, clip: float | None = None, steps: int = 5
+    direction: Direction,
+    *,
+    workers: int = 1,
+    parts: int = 1,
+    clip: float | None = None,
+    steps: int = 5,
 ) -> Trajectory:
     """Train the small network in one process."""
     network = small_network()
@@ -135,7 +153,12 @@ def clip_gradients(network: nn.Module, extrapolation: Extrapolation, clip: float
 
 
 def train_with_ddp(
-    direction: Direction, *, parts: int = 1, clip: float | None = None, steps: int = 5, **options: Any
+    direction: Direction,
+    *,
+    parts: int = 1,
+    clip: float | None = None,
+    steps: int = 5,
+    **options: Any,
 ) -> Trajectory:
     """Train the small network on this rank and the others."""
     model = DistributedDataParallel(small_network(), **options)
@@ -235,7 +258,9 @@ def egtrains_steps(name: str) -> tuple[Trajectory, list[float]]:
 
 
 def steps_of_a_plain_loop(name: str) -> tuple[Trajectory, list[float]]:
-    """Return the same of a loop in one process that takes the two workers' gradients one after the other."""
+    """Return the same of a loop in one process that takes the two workers' gradients one after the
+    other.
+    """
     same = SameRun(name)
     network = same.network
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, nesterov=True)
@@ -263,12 +288,16 @@ def steps_of_a_plain_loop(name: str) -> tuple[Trajectory, list[float]]:
 
 
 def steps_of_the_readme(name: str) -> tuple[Trajectory, list[float]]:
-    """Return the weights and this rank's losses of the README's example with DDP, on egtrain's network and batches."""
+    """Return the weights and this rank's losses of the README's example with DDP, on egtrain's
+    network and batches.
+    """
     program, given = re.subn(r"^(network|batches) = .*\n", "", DDP, flags=re.MULTILINE)
     program, directions = re.subn(r"LocalGradient\(ratio=1 / world\)", "direction", program)
     assert (given, directions) == (2, 1)
     if name == "fresh":
-        program = SECOND_GRADIENT + program.replace("shifted()", "shifted(gradient=second_gradient)")
+        program = SECOND_GRADIENT + program.replace(
+            "shifted()", "shifted(gradient=second_gradient)"
+        )
     same = SameRun(name)
     weights, losses = [], []
 
@@ -288,17 +317,22 @@ def readme_with_every_zeta() -> dict[str, tuple[Trajectory, list[float]]]:
 
 
 @pytest.fixture(scope="module")
-def readmes_steps(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, tuple[Trajectory, list[float]]]]:
+def readmes_steps(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> list[dict[str, tuple[Trajectory, list[float]]]]:
     return on_two_ranks(readme_with_every_zeta, tmp_path_factory.mktemp("readme"))
 
 
 @pytest.mark.parametrize("name", ZETAS)
-def test_egtrain_a_plain_loop_and_the_readme_with_ddp_make_the_same_steps(name: str, readmes_steps: Any) -> None:
+def test_egtrain_a_plain_loop_and_the_readme_with_ddp_make_the_same_steps(
+    name: str, readmes_steps: Any
+) -> None:
     with torch_as_it_was():
         weights, losses = egtrains_steps(name)
         plain_weights, plain_losses = steps_of_a_plain_loop(name)
-    # In float32. They were equal bit for bit where this was written, but the engine lays its weights flat, and a kernel
-    # may sum in another order where the memory is aligned otherwise. Another ζ makes a difference of 1e-3.
+    # In float32. They were equal bit for bit where this was written, but the engine lays its
+    # weights flat, and a kernel may sum in another order where the memory is aligned otherwise.
+    # Another ζ makes a difference of 1e-3.
     assert len(weights) == 20
     assert_equal_steps(plain_weights, weights, tolerance=1e-6)
     assert plain_losses == pytest.approx(losses, abs=1e-6)
@@ -328,7 +362,9 @@ def ddp_in_all_forms() -> dict[str, Trajectory]:
         for name, direction in DIRECTIONS.items():
             for view in (False, True):
                 parts = 4 if not view else 2
-                found[f"{name} {view}"] = train_with_ddp(direction, parts=parts, clip=0.3, gradient_as_bucket_view=view)
+                found[f"{name} {view}"] = train_with_ddp(
+                    direction, parts=parts, clip=0.3, gradient_as_bucket_view=view
+                )
         found |= wrong_loops()
     return found
 
@@ -375,7 +411,9 @@ def test_clipping_is_that_of_the_formula() -> None:
             for p, g in zip(network.parameters(), past, strict=True):
                 p.sub_(ratio * rate * g)
         ((inputs, targets),) = micro_batches(0, step, 1)
-        gradients = torch.autograd.grad(loss_function(network(inputs), targets), list(network.parameters()))
+        gradients = torch.autograd.grad(
+            loss_function(network(inputs), targets), list(network.parameters())
+        )
         norm = torch.cat([g.flatten() for g in gradients]).norm().item()
         factors.append(min(1.0, limit / (norm + 1e-6)))
         past = [factors[-1] * g for g in gradients]
@@ -393,7 +431,9 @@ def test_the_shift_follows_a_scheduler() -> None:
     network = small_network()
     optimizer = make_optimizer(network)
     extrapolation = Extrapolation(optimizer, LocalGradient(ratio=0.5))
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.5, total_steps=6, cycle_momentum=False)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=0.5, total_steps=6, cycle_momentum=False
+    )
     past = torch.zeros_like(flat(network))
     rates = set()
     for step in range(5):
@@ -401,7 +441,9 @@ def test_the_shift_follows_a_scheduler() -> None:
         rates.add(rate)
         before = flat(network)
         with extrapolation.shifted():
-            torch.testing.assert_close(before - flat(network), 0.5 * rate * past, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(
+                before - flat(network), 0.5 * rate * past, rtol=1e-9, atol=1e-12
+            )
             optimizer.zero_grad()
             ((inputs, targets),) = micro_batches(0, step, 1)
             torch.autograd.backward(loss_function(network(inputs), targets))
@@ -417,7 +459,12 @@ def test_a_loop_saved_as_in_the_readme_goes_on_bit_for_bit(tmp_path: Path) -> No
         optimizer = make_optimizer(network)
         return network, optimizer, Extrapolation(optimizer, LocalGradient(ratio=0.5))
 
-    def train(network: nn.Module, optimizer: torch.optim.Optimizer, extrapolation: Extrapolation, steps: range) -> None:
+    def train(
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        extrapolation: Extrapolation,
+        steps: range,
+    ) -> None:
         for step in steps:
             with extrapolation.shifted():
                 optimizer.zero_grad()
@@ -440,7 +487,9 @@ def test_a_loop_saved_as_in_the_readme_goes_on_bit_for_bit(tmp_path: Path) -> No
     assert torch.equal(flat(then[0]), flat(whole[0]))
 
 
-@pytest.mark.parametrize("outside", [False, True], ids=["autocast in the block", "the block in autocast"])
+@pytest.mark.parametrize(
+    "outside", [False, True], ids=["autocast in the block", "the block in autocast"]
+)
 def test_autocast_follows_the_shifts(outside: bool) -> None:
     def train(enabled: bool) -> Trajectory:
         network = small_network().float()
@@ -448,7 +497,10 @@ def test_autocast_follows_the_shifts(outside: bool) -> None:
         extrapolation = Extrapolation(optimizer, LocalGradient(rate=0.5))
         found = []
         for step in range(5):
-            with torch.autocast("cpu", torch.bfloat16, enabled=enabled and outside), extrapolation.shifted():
+            with (
+                torch.autocast("cpu", torch.bfloat16, enabled=enabled and outside),
+                extrapolation.shifted(),
+            ):
                 optimizer.zero_grad()
                 for inputs, targets in micro_batches(0, step, 2):
                     with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
@@ -480,7 +532,9 @@ def wrong_loops() -> dict[str, Any]:
     found: dict[str, Any] = {}
     ((inputs, targets),) = micro_batches(dist.get_rank(), 0, 1)
 
-    def loop(direction: Direction) -> tuple[DistributedDataParallel, torch.optim.Optimizer, Extrapolation]:
+    def loop(
+        direction: Direction,
+    ) -> tuple[DistributedDataParallel, torch.optim.Optimizer, Extrapolation]:
         model = DistributedDataParallel(small_network())
         optimizer = make_optimizer(model)
         extrapolation = Extrapolation(optimizer, direction)
@@ -534,7 +588,9 @@ def wrong_loops() -> dict[str, Any]:
 
     def several_workers() -> None:
         model = DistributedDataParallel(small_network())
-        remember_local_gradients(model, Extrapolation(make_optimizer(model), LocalGradient(ratio=1), workers=2))
+        remember_local_gradients(
+            model, Extrapolation(make_optimizer(model), LocalGradient(ratio=1), workers=2)
+        )
 
     def rank_for_all() -> None:
         _, _, extrapolation = loop(LocalGradient(ratio=1))
@@ -566,18 +622,47 @@ def wrong_loops() -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
-        ("never_averaged", "RuntimeError: no gradient was averaged in the block: forward and backward belong in it"),
-        ("averaged_twice", "RuntimeError: gradients were averaged more than once in the block: take all micro-batches"),
-        ("backward_outside", "RuntimeError: no gradient was averaged in the block: forward and backward belong in it"),
-        ("backward_outside_at_first", "RuntimeError: parameter group 0 has no gradient: backward() belongs inside"),
-        ("second_gradient_averaged", "RuntimeError: the second gradient was averaged: take it, forward too, within"),
-        ("sparse", "RuntimeError: extrapolation needs dense gradients: use sparse=False in embeddings"),
-        ("other_parameters", "ValueError: the optimizer has none of the model's parameters: make it from"),
-        ("several_workers", "ValueError: a process of DistributedDataParallel is one worker: leave out workers="),
+        (
+            "never_averaged",
+            "RuntimeError: no gradient was averaged in the block: forward and backward belong in "
+            "it",
+        ),
+        (
+            "averaged_twice",
+            "RuntimeError: gradients were averaged more than once in the block: take all "
+            "micro-batches",
+        ),
+        (
+            "backward_outside",
+            "RuntimeError: no gradient was averaged in the block: forward and backward belong in "
+            "it",
+        ),
+        (
+            "backward_outside_at_first",
+            "RuntimeError: parameter group 0 has no gradient: backward() belongs inside",
+        ),
+        (
+            "second_gradient_averaged",
+            "RuntimeError: the second gradient was averaged: take it, forward too, within",
+        ),
+        (
+            "sparse",
+            "RuntimeError: extrapolation needs dense gradients: use sparse=False in embeddings",
+        ),
+        (
+            "other_parameters",
+            "ValueError: the optimizer has none of the model's parameters: make it from",
+        ),
+        (
+            "several_workers",
+            "ValueError: a process of DistributedDataParallel is one worker: leave out workers=",
+        ),
         ("rank_for_all", "ValueError: worker 2 is not carried here"),
     ],
 )
-def test_mistakes_with_ddp_are_refused_on_every_rank(mistake: str, message: str, ddp_steps: Any) -> None:
+def test_mistakes_with_ddp_are_refused_on_every_rank(
+    mistake: str, message: str, ddp_steps: Any
+) -> None:
     for rank in range(2):
         assert ddp_steps[rank][mistake].startswith(message)
 
@@ -591,17 +676,29 @@ def test_a_rank_is_a_worker_and_a_step_without_a_block_is_a_plain_one(ddp_steps:
 def test_the_hook_is_for_ddp_alone() -> None:
     network = small_network()
     extrapolation = Extrapolation(make_optimizer(network), LocalGradient(ratio=1))
-    with pytest.raises(ValueError, match="takes a DistributedDataParallel, not a Sequential: wrap the model first"):
+    with pytest.raises(
+        ValueError, match="takes a DistributedDataParallel, not a Sequential: wrap the model first"
+    ):
         remember_local_gradients(network, extrapolation)
 
 
 def test_one_of_several_workers_has_to_be_named() -> None:
-    extrapolation = Extrapolation(make_optimizer(small_network()), LocalGradient(ratio=1), workers=2)
-    with pytest.raises(ValueError, match=r"say whose gradient it is: shifted\(worker\)"), extrapolation.shifted():
+    extrapolation = Extrapolation(
+        make_optimizer(small_network()), LocalGradient(ratio=1), workers=2
+    )
+    with (
+        pytest.raises(ValueError, match=r"say whose gradient it is: shifted\(worker\)"),
+        extrapolation.shifted(),
+    ):
         pass
 
 
-def test_the_library_is_imported_where_torch_has_no_distributed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_library_is_imported_where_torch_has_no_distributed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     assert ddp.__file__ is not None
     monkeypatch.setitem(sys.modules, "torch.distributed", None)
-    exec(compile(Path(ddp.__file__).read_text(encoding="utf-8"), ddp.__file__, "exec"), {"__name__": "again"})
+    exec(
+        compile(Path(ddp.__file__).read_text(encoding="utf-8"), ddp.__file__, "exec"),
+        {"__name__": "again"},
+    )

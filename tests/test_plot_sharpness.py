@@ -1,4 +1,6 @@
-"""`egtrain plot-sharpness`: what it measures is what the numerics give, it repeats nothing, and it refuses nonsense."""
+"""`egtrain plot-sharpness`: what it measures is what the numerics give, it repeats nothing, and it
+refuses nonsense.
+"""
 
 import csv
 import json
@@ -19,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 import egtrain
-from egtrain.config_files import load_config
+from egtrain.config.files import load_config
 from egtrain.errors import UsageError
 from egtrain.figures import new_figure
 from egtrain.optim.randomness import generator_for
@@ -54,7 +56,9 @@ OPTIONS = ["--samples", "24", "--device", "cpu"]
 
 
 def make_small() -> None:
-    """Take few vectors and points, and leave the drawing away, which takes longer than all of them."""
+    """Take few vectors and points, and leave the drawing away, which takes longer than all of
+    them.
+    """
     measure.METRICS.update({name: (p, p) for name, p in SMALL.items()})
     comparison.minimum_figure = lambda runs: Figure()
     comparison.paths_figure = lambda runs: None
@@ -68,7 +72,8 @@ def write_dots(figure: Figure | None, path: Path) -> None:
 
 
 DRAWING = {
-    name: getattr(comparison, name) for name in ("minimum_figure", "paths_figure", "training_figure", "save_figure")
+    name: getattr(comparison, name)
+    for name in ("minimum_figure", "paths_figure", "training_figure", "save_figure")
 }
 
 
@@ -83,10 +88,14 @@ def _small() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def runs(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with finished runs: sgd, eg with another batch, wide with another network, one of other data."""
+    """Return a folder with finished runs: sgd, eg with another batch, wide with another network,
+    one of other data.
+    """
     folder = tmp_path_factory.mktemp("runs")
     small = ["model.width=2", "evaluate_every=10", "checkpoint.every=6", "checkpoint.keep=all"]
-    run_here(folder / "sgd", config_of(images, *small, "log.tensorboard=true", extrapolation="none"))
+    run_here(
+        folder / "sgd", config_of(images, *small, "log.tensorboard=true", extrapolation="none")
+    )
     run_here(folder / "eg", config_of(images, *small, "worker_batch_size=4", "steps=6", "seed=1"))
     run_here(folder / "wide", config_of(images, "model.width=4", "steps=1", "evaluate_every=10"))
     run_here(folder / "elsewhere", config_of(changed_images(images, folder), *small, "steps=1"))
@@ -112,7 +121,14 @@ def test_every_metric_of_two_runs_is_in_every_output(
 ) -> None:
     vars(comparison).update(DRAWING)
     before = files_in(runs)
-    command = ["plot-sharpness", str(runs / "sgd"), str(runs / "eg"), *OPTIONS, "--output", str(tmp_path)]
+    command = [
+        "plot-sharpness",
+        str(runs / "sgd"),
+        str(runs / "eg"),
+        *OPTIONS,
+        "--output",
+        str(tmp_path),
+    ]
     first = command_line(capsys, *command, "--label", f"{runs / 'eg'}=with extrapolation")
     assert first.code == 0, first.stderr
     assert "19 measurements to make" in first.stdout
@@ -133,8 +149,12 @@ def test_every_metric_of_two_runs_is_in_every_output(
     assert curves["sgd/12/line/losses"].shape == (2, 3)
     assert curves["sgd/12/plane/losses"].shape == (3, 3)
     assert curves["with extrapolation/6/between/losses"].shape == (5,)
-    assert curves["sgd/12/line/losses"][0, 1] == pytest.approx(metrics_of(results)["level"]["train"]["loss"], rel=1e-6)
-    rows = list(csv.DictReader((tmp_path / "sharpness.csv").read_text(encoding="utf-8").splitlines()))
+    assert curves["sgd/12/line/losses"][0, 1] == pytest.approx(
+        metrics_of(results)["level"]["train"]["loss"], rel=1e-6
+    )
+    rows = list(
+        csv.DictReader((tmp_path / "sharpness.csv").read_text(encoding="utf-8").splitlines())
+    )
     (row,) = [r for r in rows if (r["run"], r["metric"]) == ("sgd", "trace")]
     assert float(row["value"]) == metrics_of(results)["trace"]["mean"]
     for name in ("sharpness", "sharpness-paths"):
@@ -144,7 +164,9 @@ def test_every_metric_of_two_runs_is_in_every_output(
 
     after = files_in(runs)
     new = set(after) - set(before)
-    assert new == {"sgd/tensorboard/sharpness/events.out.tfevents.0000000000.sharpness"}, "eg wants no TensorBoard"
+    assert new == {"sgd/tensorboard/sharpness/events.out.tfevents.0000000000.sharpness"}, (
+        "eg wants no TensorBoard"
+    )
     assert {name: after[name] for name in before} == before
     assert events_in(runs / "sgd" / "tensorboard" / "sharpness")["sharpness/trace"] == {
         12: pytest.approx(metrics_of(results)["trace"]["mean"], rel=1e-6)
@@ -174,10 +196,14 @@ def test_the_numbers_are_those_of_the_weights_and_samples(
     found = metrics_of(results_in(tmp_path))
 
     run = egtrain.load_run(runs / "sgd")
-    order = torch.randperm(run.task.samples, generator=generator_for(0, "sharpness"))[:24].sort().values
+    order = (
+        torch.randperm(run.task.samples, generator=generator_for(0, "sharpness"))[:24].sort().values
+    )
     with FrozenLoss(run.model, run.task.loss, run.task.frozen_batches(order)) as loss:
         assert found["level"]["train"]["loss"] == loss.value()[0]
-        assert found["eigenvalues"]["largest"] == eigenvalues(loss, count=2, steps=4, seed=0).largest
+        assert (
+            found["eigenvalues"]["largest"] == eigenvalues(loss, count=2, steps=4, seed=0).largest
+        )
         assert found["trace"]["mean"] == trace(loss, samples=3, seed=0).mean
     assert found["level"]["test"] == run.evaluate("test")
 
@@ -215,12 +241,17 @@ def test_nothing_finished_is_repeated_after_a_failure(
     assert command_line(capsys, *command).code == 0
     assert made == ["level", "trace", "line", "line", "plane"]
 
-    (damaged,) = [p for p in (tmp_path / "measured").iterdir() if '"metric": "trace"' in p.read_text()]
+    (damaged,) = [
+        p for p in (tmp_path / "measured").iterdir() if '"metric": "trace"' in p.read_text()
+    ]
     whole = damaged.read_bytes()
     damaged.write_bytes(whole[:50])
     assert command_line(capsys, *command).code == 0
     assert made[5:] == ["trace"]
-    assert json.loads(damaged.read_bytes())["record"]["values"] == json.loads(whole)["record"]["values"]
+    assert (
+        json.loads(damaged.read_bytes())["record"]["values"]
+        == json.loads(whole)["record"]["values"]
+    )
 
     assert command_line(capsys, *command, "--samples", "23").code == 0
     assert made[6:] == ["level", "trace", "line", "plane"], "other samples are another measurement"
@@ -244,13 +275,22 @@ def interrupt_before_anything() -> None:
 
 
 def test_an_interrupt_says_what_is_stored(runs: Path, tmp_path: Path) -> None:
-    command = ["plot-sharpness", str(runs / "sgd"), *OPTIONS, "--output", "out", "--metrics", "trace,line,plane"]
+    command = [
+        "plot-sharpness",
+        str(runs / "sgd"),
+        *OPTIONS,
+        "--output",
+        "out",
+        "--metrics",
+        "trace,line,plane",
+    ]
     with Forked(command, tmp_path, before=interrupt_before_anything) as early:
         assert early.wait() == 130
     with Forked(command, tmp_path, before=interrupt_in_third_metric) as process:
         assert process.wait() == 75
         assert process.stderr == (
-            "egtrain: interrupted; 2 of 4 measurements are stored in out, and the same command goes on\n"
+            "egtrain: interrupted; 2 of 4 measurements are stored in out, and the same command "
+            "goes on\n"
         )
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [".lock", "measured"]
     with Forked(command, tmp_path, before=make_small) as again:
@@ -262,8 +302,19 @@ def test_two_ranks_give_the_numbers_of_one(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     metrics = ["--metrics", "eigenvalues,trace,worst"]
-    command = ["plot-sharpness", str(runs / "sgd"), str(runs / "eg"), "--device", "cpu", "--samples", "150", *metrics]
-    with forked_ranks([*command, "--output", "two"], tmp_path, 2, before=use_small_batches) as ranks:
+    command = [
+        "plot-sharpness",
+        str(runs / "sgd"),
+        str(runs / "eg"),
+        "--device",
+        "cpu",
+        "--samples",
+        "150",
+        *metrics,
+    ]
+    with forked_ranks(
+        [*command, "--output", "two"], tmp_path, 2, before=use_small_batches
+    ) as ranks:
         assert [rank.wait() for rank in ranks] == [0, 0], "".join(rank.stderr for rank in ranks)
         assert ranks[1].stdout == ""
     monkeypatch.setattr("egtrain.tasks.image.FROZEN_BATCH", 60)
@@ -273,7 +324,9 @@ def test_two_ranks_give_the_numbers_of_one(
     for run in range(2):
         alone, shared = metrics_of(one, run), metrics_of(two, run)
         assert shared["level"]["train"] == pytest.approx(alone["level"]["train"], rel=1e-6)
-        assert shared["eigenvalues"]["largest"] == pytest.approx(alone["eigenvalues"]["largest"], rel=1e-4)
+        assert shared["eigenvalues"]["largest"] == pytest.approx(
+            alone["eigenvalues"]["largest"], rel=1e-4
+        )
         assert shared["trace"]["mean"] == pytest.approx(alone["trace"]["mean"], rel=1e-4)
         assert shared["worst"]["sharpness"] == pytest.approx(alone["worst"]["sharpness"], rel=1e-3)
 
@@ -297,7 +350,10 @@ def test_all_checkpoints_give_curves_over_the_steps(
         (12, ["eigenvalues", "level", "line"]),
     ]
     assert (tmp_path / "sharpness-training.png").is_file()
-    assert list(events_in(runs / "sgd" / "tensorboard" / "sharpness")["sharpness/lambda_max"]) == [6, 12]
+    assert list(events_in(runs / "sgd" / "tensorboard" / "sharpness")["sharpness/lambda_max"]) == [
+        6,
+        12,
+    ]
 
     file = runs / "sgd" / "checkpoints" / "step-00000006.pt"
     assert command_line(capsys, *command, str(file)).code == 0
@@ -310,12 +366,20 @@ def test_all_checkpoints_give_curves_over_the_steps(
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["sgd", "--metrics", "eigenvalue"], 2, "unknown metric 'eigenvalue'; did you mean 'eigenvalues'?"),
+        (
+            ["sgd", "--metrics", "eigenvalue"],
+            2,
+            "unknown metric 'eigenvalue'; did you mean 'eigenvalues'?",
+        ),
         (["sgd", "--metrics", "trace,trace"], 2, "names trace twice"),
         (["sgd", "--metrics", ","], 2, "names nothing to measure"),
         (["sgd", "--metrics", "between"], 2, "name a second run"),
         (["sgd", "sgd/../sgd"], 2, "sgd/../sgd is named twice"),
-        (["sgd", "--samples", "151"], 2, "--samples 151 is more than the 150 training samples of sgd"),
+        (
+            ["sgd", "--samples", "151"],
+            2,
+            "--samples 151 is more than the 150 training samples of sgd",
+        ),
         (["sgd", "--label", "sg=x"], 2, "--label sg=x is of no run here: write PATH=TEXT"),
         (["sgd", "--label", "sgd="], 2, "has no text"),
         (["sgd", "--label", "sgd=x", "--label", "sgd=y"], 2, "names sgd twice"),
@@ -327,9 +391,17 @@ def test_all_checkpoints_give_curves_over_the_steps(
         (["nowhere"], 2, "nowhere holds no run"),
         (["sgd/checkpoints/step-00000099.pt"], 3, "there is no checkpoint file"),
         (["lonely.pt"], 2, "lonely.pt is a checkpoint without its run"),
-        (["sgd", "other"], 2, "sgd and other cannot be compared: their training samples differ (all and 100)"),
+        (
+            ["sgd", "other"],
+            2,
+            "sgd and other cannot be compared: their training samples differ (all and 100)",
+        ),
         (["sgd", "elsewhere", "--samples", "20"], 2, "their training data differ"),
-        (["sgd", "wide", "--metrics", "between", "--samples", "20"], 2, "sgd and wide have different networks"),
+        (
+            ["sgd", "wide", "--metrics", "between", "--samples", "20"],
+            2,
+            "sgd and wide have different networks",
+        ),
         (["sgd", "--device", "tpu"], 2, "device"),
     ],
 )
@@ -346,11 +418,15 @@ def test_what_cannot_be_measured_is_one_line(
     monkeypatch.chdir(tmp_path)
     for name in ("sgd", "eg", "wide", "elsewhere"):
         (tmp_path / name).symlink_to(runs / name)
-    (tmp_path / "lonely.pt").write_bytes((runs / "sgd" / "checkpoints" / "step-00000006.pt").read_bytes())
+    (tmp_path / "lonely.pt").write_bytes(
+        (runs / "sgd" / "checkpoints" / "step-00000006.pt").read_bytes()
+    )
     text = (runs / "sgd" / "config.yaml").read_text()
     assert "train_samples: null" in text
     (tmp_path / "other").mkdir()
-    (tmp_path / "other/config.yaml").write_text(text.replace("train_samples: null", "train_samples: 100"))
+    (tmp_path / "other/config.yaml").write_text(
+        text.replace("train_samples: null", "train_samples: 100")
+    )
     (tmp_path / "other/checkpoints").symlink_to(runs / "sgd" / "checkpoints")
     if "elsewhere" in arguments:
         # Under one name, so that only the data tell.
@@ -371,7 +447,14 @@ def changed_images(images: Path, folder: Path) -> Path:
 def test_runs_of_different_networks_are_compared_without_a_line_between(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["plot-sharpness", str(runs / "sgd"), str(runs / "wide"), *OPTIONS, "--output", str(tmp_path)]
+    command = [
+        "plot-sharpness",
+        str(runs / "sgd"),
+        str(runs / "wide"),
+        *OPTIONS,
+        "--output",
+        str(tmp_path),
+    ]
     assert command_line(capsys, *command).code == 0
     assert "between" not in results_in(tmp_path)["settings"]["metrics"]
 
@@ -406,17 +489,30 @@ def measured_run(number: int, label: str, loss: float = 0.01, checkpoints: int =
     positions = np.linspace(-1, 1, 9)
     bowl = positions**2 * (1 + number / 4)
     records = {
-        "level": Record({"train": {"loss": loss, "accuracy": 0.99}, "test": {"loss": 0.4, "accuracy": 0.9}}),
+        "level": Record(
+            {"train": {"loss": loss, "accuracy": 0.99}, "test": {"loss": 0.4, "accuracy": 0.9}}
+        ),
         "eigenvalues": Record(
-            {"largest": [sharpness], "residuals": [0.0], "converged": [number != 7], "smallest": -1.0}
+            {
+                "largest": [sharpness],
+                "residuals": [0.0],
+                "converged": [number != 7],
+                "smallest": -1.0,
+            }
             | {"smallest_residual": 0.0, "smallest_converged": True}
         ),
         "trace": Record({"mean": 7 * sharpness, "standard_error": 9.0}),
-        "density": Record({}, {"nodes": [[-1.0, 0.0, 1.0, sharpness]], "weights": [[1e-4, 0.9, 0.0998, 1e-4]]}),
+        "density": Record(
+            {}, {"nodes": [[-1.0, 0.0, 1.0, sharpness]], "weights": [[1e-4, 0.9, 0.0998, 1e-4]]}
+        ),
         "line": Record({}, {"positions": positions, "losses": np.stack([bowl, 2 * bowl]) + loss}),
         "plane": Record({}, {"positions": positions, "losses": bowl[:, None] + bowl + loss}),
-        "average": Record({"radii": [0.05, 0.1, 0.2], "mean": [-0.1, 0.2, 0.5], "standard_error": [0.2, 0.1, 0.1]}),
-        "worst": Record({"radii": [0.25, 0.5, 1.0], "sharpness": [sharpness, 2 * sharpness, 4 * sharpness]}),
+        "average": Record(
+            {"radii": [0.05, 0.1, 0.2], "mean": [-0.1, 0.2, 0.5], "standard_error": [0.2, 0.1, 0.1]}
+        ),
+        "worst": Record(
+            {"radii": [0.25, 0.5, 1.0], "sharpness": [sharpness, 2 * sharpness, 4 * sharpness]}
+        ),
         "epsilon": Record({"sizes": [1e-3, 5e-4], "sharpness": [2 * sharpness, sharpness]}),
     }
     path = {"positions": [-0.5, 0.0, 0.5, 1.0, 1.5], "losses": [2.0, 0.01, 1.0 + number, 0.01, 3.0]}
@@ -426,7 +522,9 @@ def measured_run(number: int, label: str, loss: float = 0.01, checkpoints: int =
         batch_size=256 * 2 ** (number // 2),
         seed=0,
         metric="accuracy",
-        checkpoints=tuple(MeasuredCheckpoint(100 * step, "", "", records) for step in range(1, checkpoints + 1)),
+        checkpoints=tuple(
+            MeasuredCheckpoint(100 * step, "", "", records) for step in range(1, checkpoints + 1)
+        ),
         between=Record({"barrier": 1.0}, path) if number else None,
     )
 
@@ -437,9 +535,18 @@ def test_no_text_of_a_picture_overlaps_another_or_leaves_it(
 ) -> None:
     drawn: list[Text] = []
     draw = Text.draw
-    monkeypatch.setattr(Text, "draw", lambda text, renderer: (drawn.append(text), draw(text, renderer)))
-    runs = [measured_run(n, f"run {n} {'with a label ' * 10}"[:length].strip(), checkpoints=3) for n in range(count)]
-    for figure in (picture.minimum_figure(runs), picture.paths_figure(runs), picture.training_figure(runs)):
+    monkeypatch.setattr(
+        Text, "draw", lambda text, renderer: (drawn.append(text), draw(text, renderer))
+    )
+    runs = [
+        measured_run(n, f"run {n} {'with a label ' * 10}"[:length].strip(), checkpoints=3)
+        for n in range(count)
+    ]
+    for figure in (
+        picture.minimum_figure(runs),
+        picture.paths_figure(runs),
+        picture.training_figure(runs),
+    ):
         assert figure is not None
         assert len(figure.legends) == 1
         canvas = FigureCanvasAgg(figure)
@@ -483,11 +590,16 @@ def test_unequal_training_losses_and_loose_eigenvalues_are_warned_of() -> None:
 def test_a_label_finds_its_run_however_the_path_is_written(tmp_path: Path) -> None:
     odd = tmp_path / "a=b"
     labels = [f"{tmp_path}//run/=one", f"{tmp_path}/./a=b=two = 2"]
-    assert subjects._given_labels([tmp_path / "run", odd], labels) == {tmp_path / "run": "one", odd: "two = 2"}
+    assert subjects._given_labels([tmp_path / "run", odd], labels) == {
+        tmp_path / "run": "one",
+        odd: "two = 2",
+    }
 
 
 def test_runs_that_smooth_their_labels_differently_are_not_compared() -> None:
-    own, other = (subjects._asked_for(load_config("transformer-eg", change)) for change in ([], SHARP_LABELS))
+    own, other = (
+        subjects._asked_for(load_config("transformer-eg", change)) for change in ([], SHARP_LABELS)
+    )
     with pytest.raises(UsageError, match="label smoothing"):
         require_comparable(("own", own), ("other", other))
 
@@ -507,7 +619,12 @@ def test_the_barrier_is_the_rise_above_the_straight_line() -> None:
 def test_a_record_is_found_by_everything_that_it_depends_on(tmp_path: Path) -> None:
     store = RecordStore(tmp_path / "measured")
     key = {"metric": "trace", "parameters": {"samples": 3}, "checkpoint": "abc"}
-    record = Record({"mean": 1 / 3, "standard_error": float("nan")}, {"samples": [1.0, 2.0]}, products=3, seconds=0.5)
+    record = Record(
+        {"mean": 1 / 3, "standard_error": float("nan")},
+        {"samples": [1.0, 2.0]},
+        products=3,
+        seconds=0.5,
+    )
     store.put(key, record)
     found = store.get(key)
     assert found is not None

@@ -27,10 +27,13 @@ Undisturbed = Callable[..., dict[str, Any]]
 
 WORKERS, SEED = 4, 3
 LOCAL = ("post_local.period=3", "post_local.start=0.334")
-"""Of the twelve steps of a small run, the first four are shared, and weights are averaged after 7 and 10."""
+"""Of the twelve steps of a small run, the first four are shared, and weights are averaged after 7
+and 10."""
 
 
-def post_local_run(base: Base, start: int, period: int, direction: Direction | None = None, **settings: Any) -> Run:
+def post_local_run(
+    base: Base, start: int, period: int, direction: Direction | None = None, **settings: Any
+) -> Run:
     """Return the tiny run with a local phase."""
     run = tiny_run(direction, base, workers=WORKERS, seed=SEED, until=start, **settings)
     run.post_local = PostLocal(run.optimizer, run.workers.mine, start=start, period=period)
@@ -38,7 +41,9 @@ def post_local_run(base: Base, start: int, period: int, direction: Direction | N
 
 
 class NaivePostLocal:
-    """The shared phase by the naive reference, and then one naive reference of a single worker for each."""
+    """The shared phase by the naive reference, and then one naive reference of a single worker for
+    each.
+    """
 
     def __init__(self, base: Base, zeta: Zeta, start: int, period: int) -> None:
         self.task = TinyTask(WORKERS, torch.float64)
@@ -57,7 +62,9 @@ class NaivePostLocal:
             loss=lambda model, batch: self.task.loss(model, batch)[0],
             batch=lambda worker, step: self.task.batch(first + worker, step),
             extra_batch=lambda worker, step: self.task.extra_batch(first + worker, step),
-            generator=lambda worker, step: generator_for(SEED, "extrapolation", first + worker, step),
+            generator=lambda worker, step: generator_for(
+                SEED, "extrapolation", first + worker, step
+            ),
             dropout_seed=lambda worker, step: seed_for(SEED, "dropout", first + worker, step),
         )
 
@@ -80,7 +87,8 @@ class NaivePostLocal:
         self.steps += 1
         if (self.steps - self.start) % self.period == 0:
             mean = [
-                sum(parts[1:], parts[0]) / WORKERS for parts in zip(*(own.weights for own in self.own), strict=True)
+                sum(parts[1:], parts[0]) / WORKERS
+                for parts in zip(*(own.weights for own in self.own), strict=True)
             ]
             for own in self.own:
                 own.weights = mean
@@ -100,7 +108,13 @@ def flat(tensors: list[Tensor]) -> Tensor:
         (Base(nesterov=False, clip_norm=0.3), None, Zeta(), 4, 100),
         (Base(clip_norm=0.5), LocalGradient(ratio=0.25), Zeta("local", ratio=0.25), 4, 2),
     ],
-    ids=["Nesterov", "from the first step", "plain, every step", "clipped, never averaged", "extrapolated before"],
+    ids=[
+        "Nesterov",
+        "from the first step",
+        "plain, every step",
+        "clipped, never averaged",
+        "extrapolated before",
+    ],
 )
 def test_the_engine_agrees_with_the_naive_reference_step_by_step(
     base: Base, direction: Direction | None, zeta: Zeta, start: int, period: int
@@ -129,7 +143,9 @@ def test_averaging_plain_steps_each_time_is_mini_batch_training() -> None:
     local, shared = post_local_run(base, 2, 1), tiny_run(None, base, workers=WORKERS, seed=SEED)
     train_watched(local)
     train_watched(shared)
-    torch.testing.assert_close(local.workers.parameters, shared.workers.parameters, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(
+        local.workers.parameters, shared.workers.parameters, rtol=1e-12, atol=1e-13
+    )
 
 
 @pytest.mark.parametrize("evaluate_every", [1, 2])
@@ -151,11 +167,17 @@ def test_synchronisations_are_those_of_the_shared_steps_and_of_the_averages() ->
 
 
 @pytest.mark.parametrize(("start", "period"), [(0, 1), (0, 3), (4, 1), (4, 3), (6, 2)])
-def test_weights_are_averaged_after_each_period_and_not_where_the_first_begins(start: int, period: int) -> None:
-    post_local = PostLocal(torch.optim.SGD([torch.zeros(1)], lr=0.1), range(2), start=start, period=period)
+def test_weights_are_averaged_after_each_period_and_not_where_the_first_begins(
+    start: int, period: int
+) -> None:
+    post_local = PostLocal(
+        torch.optim.SGD([torch.zeros(1)], lr=0.1), range(2), start=start, period=period
+    )
     averaged = [step for step in range(20) if post_local.averages_after(step)]
     assert averaged == list(range(start + period, 20, period))
-    assert [post_local.averages(step) for step in range(20)] == [sum(a <= step for a in averaged) for step in range(20)]
+    assert [post_local.averages(step) for step in range(20)] == [
+        sum(a <= step for a in averaged) for step in range(20)
+    ]
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run_and_spoils_nobody_elses_weights() -> None:
@@ -188,7 +210,9 @@ def test_a_start_or_period_that_makes_no_sense_is_refused(start: int, period: in
         PostLocal(optimizer, range(2), start=start, period=period)
 
 
-def test_the_workers_optimizers_begin_as_copies_of_the_shared_one_and_share_its_parameters() -> None:
+def test_the_workers_optimizers_begin_as_copies_of_the_shared_one_and_share_its_parameters() -> (
+    None
+):
     net = tiny_net()
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
     flat(list(net.parameters())).sum().backward()
@@ -208,7 +232,7 @@ def test_the_workers_optimizers_begin_as_copies_of_the_shared_one_and_share_its_
     torch.testing.assert_close(again.state_dict(), saved, rtol=0, atol=0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # The command
 
 
@@ -220,7 +244,9 @@ def test_any_number_of_ranks_gives_the_same_local_phase_bit_for_bit(
     assert outcome(tmp_path / "run") == undisturbed(*LOCAL)
 
 
-@pytest.mark.parametrize("step", [3, 4, 5, 7, 9], ids=["before", "at the start", "after", "at an average", "between"])
+@pytest.mark.parametrize(
+    "step", [3, 4, 5, 7, 9], ids=["before", "at the start", "after", "at an average", "between"]
+)
 def test_a_run_goes_on_where_it_was_in_both_phases(
     step: int, images: Path, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
@@ -265,12 +291,16 @@ def test_a_local_phase_is_another_run_with_fewer_synchronisations(
     assert local[-1]["loss"] != shared[-1]["loss"]
     directory = run_here(tmp_path / "run", config_of(images, *LOCAL))
     assert json.loads((directory / "summary.json").read_text())["synchronisations"] == 4 + 2
-    sizes = [line["extrapolation_size"] for line in metrics_in(directory) if line["split"] == "train"]
+    sizes = [
+        line["extrapolation_size"] for line in metrics_in(directory) if line["split"] == "train"
+    ]
     assert [size > 0 for size in sizes] == [1 <= step < 4 for step in range(12)]
 
 
 def test_the_first_decay_starts_the_local_phase(images: Path) -> None:
-    config = config_of(images, "post_local.period=2", "schedule.decay=step", "schedule.milestones=[0.25,0.75]")
+    config = config_of(
+        images, "post_local.period=2", "schedule.decay=step", "schedule.milestones=[0.25,0.75]"
+    )
     run = build_run(config, Ranks())
     assert run.post_local is not None
     assert (run.post_local.start, run.post_local.period) == (3, 2)

@@ -1,4 +1,6 @@
-"""The shipped presets: complete, short, and as METHOD's reference settings say; and the command that shows them."""
+"""The shipped presets: complete, short, and as METHOD's reference settings say; and the command
+that shows them.
+"""
 
 import json
 import subprocess
@@ -12,8 +14,7 @@ import yaml
 from typer.testing import CliRunner
 
 from egtrain.cli.presets import presets
-from egtrain.config import Config, config_to_yaml, differences, json_schema
-from egtrain.config_files import (
+from egtrain.config.files import (
     config_from_yaml_text,
     load_config,
     preset_description,
@@ -21,6 +22,7 @@ from egtrain.config_files import (
     preset_names,
     presets_dir,
 )
+from egtrain.config.schema import Config, config_to_yaml, differences, json_schema
 from egtrain.errors import UsageError
 
 FAMILIES = {
@@ -57,11 +59,16 @@ shipped = cache(load_config)
 
 
 TEXT_FAMILIES = {
-    "lstm": [variant for variant in VARIANTS if variant not in ("msam", "lars", "eg-lars", "lamb", "eg-lamb")],
+    "lstm": [
+        variant
+        for variant in VARIANTS
+        if variant not in ("msam", "lars", "eg-lars", "lamb", "eg-lamb")
+    ],
     # Its base is Adam, so that `eg` is EXTRAP-ADAM.
     "transformer": [v for v in VARIANTS if v not in ("sgd", "msam", "lars", "eg-lars", "eg-adam")],
 }
-"""Variants that make sense: without momentum there is no MSAM, and a Transformer is not trained with SGD."""
+"""Variants that make sense: without momentum there is no MSAM, and a Transformer is not trained
+with SGD."""
 ALONE = {"quickstart", "quickstart-sgd", "quickstart-lstm", "quickstart-transformer"}
 
 
@@ -69,11 +76,15 @@ def test_every_family_is_shipped_with_every_variant_that_makes_sense() -> None:
     found = {family: sorted(variants) for family, variants in preset_families().items()}
     expected = {**{family: list(VARIANTS) for family in FAMILIES}, **TEXT_FAMILIES}
     assert found == {family: sorted(variants) for family, variants in expected.items()}
-    combined = {f"{family}-{variant}" for family, variants in expected.items() for variant in variants}
+    combined = {
+        f"{family}-{variant}" for family, variants in expected.items() for variant in variants
+    }
     assert combined | ALONE == set(preset_names())
 
 
-@pytest.mark.parametrize(("name", "base"), [("lstm-eg", "sgd"), ("lstm-eg-adam", "adam"), ("transformer-eg", "adam")])
+@pytest.mark.parametrize(
+    ("name", "base"), [("lstm-eg", "sgd"), ("lstm-eg-adam", "adam"), ("transformer-eg", "adam")]
+)
 def test_extrapolation_leaves_the_base_optimizer_of_a_family_alone(name: str, base: str) -> None:
     config = shipped(name)
     assert (config.optimizer.name, config.extrapolation.name) == (base, "local")
@@ -94,12 +105,18 @@ def test_a_preset_loads_and_its_resolved_form_reads_back_equal(name: str) -> Non
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_composed_preset_is_its_family_and_its_variant_and_nothing_else(family: str, variant: str) -> None:
+def test_a_composed_preset_is_its_family_and_its_variant_and_nothing_else(
+    family: str, variant: str
+) -> None:
     name = f"{family}-{variant}"
     config = shipped(name)
-    assert config == config_from_yaml_text(f"inherits: [family/{family}, variant/{variant}]\npreset: {name}\n", "x")
+    assert config == config_from_yaml_text(
+        f"inherits: [family/{family}, variant/{variant}]\npreset: {name}\n", "x"
+    )
     assert (config.data.name, config.model.name, config.model.depth) == FAMILIES[family]
-    assert (config.extrapolation.name, config.optimizer.name, config.post_local.period) == VARIANTS[variant]
+    assert (config.extrapolation.name, config.optimizer.name, config.post_local.period) == VARIANTS[
+        variant
+    ]
     comments = [preset_description(part) for part in (f"family/{family}", f"variant/{variant}")]
     assert preset_description(name) == ": ".join(comments)
     assert ("two gradients a step" in comments[1]) == (config.extrapolation.name in TWO_GRADIENTS)
@@ -129,7 +146,12 @@ def test_a_combination_is_its_two_variants(variant: str) -> None:
 @pytest.mark.parametrize("family", REFERENCE_FAMILIES)
 def test_the_families_hold_the_reference_settings(family: str) -> None:
     config = shipped(f"{family}-eg-postlocal")
-    assert (config.workers, config.worker_batch_size, config.epochs, config.steps) == (16, 128, 300, None)
+    assert (config.workers, config.worker_batch_size, config.epochs, config.steps) == (
+        16,
+        128,
+        300,
+        None,
+    )
     assert config.model.width == (16 if config.model.name == "resnet" else 64)
     optimizer, schedule = config.optimizer, config.schedule
     assert optimizer.name == "sgd"
@@ -146,7 +168,8 @@ def test_the_families_hold_the_reference_settings(family: str) -> None:
 
 def test_rates_that_do_not_come_from_sgd_are_those_of_their_sources_and_measurements() -> None:
     rates = {
-        variant: load_config(f"resnet-{variant}").optimizer.scaled_lr(2048) for variant in ("lars", "lamb", "adam")
+        variant: load_config(f"resnet-{variant}").optimizer.scaled_lr(2048)
+        for variant in ("lars", "lamb", "adam")
     }
     assert rates == pytest.approx({"lars": 12.8, "lamb": 0.01, "adam": 0.004})
 
@@ -154,7 +177,9 @@ def test_rates_that_do_not_come_from_sgd_are_those_of_their_sources_and_measurem
 def test_warm_ups_begin_below_the_rate_that_they_lead_to() -> None:
     for name in preset_names():
         config = shipped(name)
-        assert config.schedule.warmup_from <= config.optimizer.scaled_lr(config.batch_size) / 5, name
+        assert config.schedule.warmup_from <= config.optimizer.scaled_lr(config.batch_size) / 5, (
+            name
+        )
 
 
 def test_the_quickstart_pair_differs_in_extrapolation_only() -> None:
@@ -191,7 +216,9 @@ def test_an_unknown_preset_is_refused_with_a_suggestion(name: str, message: str)
     assert str(error.value).startswith(message)
 
 
-def test_a_file_named_without_its_ending_is_suggested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_named_without_its_ending_is_suggested(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "mine.yaml").write_text("seed: 1\n")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=r"did you mean the file 'mine\.yaml'\?"):
@@ -205,10 +232,12 @@ def test_a_mistake_in_a_shipped_preset_is_reported_by_its_place_among_them(
     (tmp_path / "family").mkdir()
     (tmp_path / "family" / "x.yaml").write_text("# x\n\noptimizer:\n  momentum: 2\n")
     (tmp_path / "x-sgd.yaml").write_text("inherits: [family/x]\n")
-    monkeypatch.setattr("egtrain.config_files.presets_dir", lambda: tmp_path)
+    monkeypatch.setattr("egtrain.config.files.presets_dir", lambda: tmp_path)
     with pytest.raises(UsageError) as error:
         load_config("x-sgd")
-    assert str(error.value) == "presets/family/x.yaml:4: optimizer.momentum must be less than 1, not 2"
+    assert (
+        str(error.value) == "presets/family/x.yaml:4: optimizer.momentum must be less than 1, not 2"
+    )
 
 
 def ship(folder: Path, monkeypatch: pytest.MonkeyPatch, **files: str) -> None:
@@ -217,12 +246,23 @@ def ship(folder: Path, monkeypatch: pytest.MonkeyPatch, **files: str) -> None:
         path = folder / f"{name.replace('_', '/')}.yaml"
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
-    monkeypatch.setattr("egtrain.config_files.presets_dir", lambda: folder)
+    monkeypatch.setattr("egtrain.config.files.presets_dir", lambda: folder)
 
 
-def test_the_family_with_the_longest_name_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    short = {"family_a": "# a\nvariants: [b-c, d]\n", "variant_b-c": "# b-c\nseed: 1\n", "variant_d": "seed: 2\n"}
-    ship(tmp_path, monkeypatch, **short, **{"family_a-b": "# a-b\nvariants: [c]\n", "variant_c": "# c\nseed: 3\n"})
+def test_the_family_with_the_longest_name_is_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = {
+        "family_a": "# a\nvariants: [b-c, d]\n",
+        "variant_b-c": "# b-c\nseed: 1\n",
+        "variant_d": "seed: 2\n",
+    }
+    ship(
+        tmp_path,
+        monkeypatch,
+        **short,
+        **{"family_a-b": "# a-b\nvariants: [c]\n", "variant_c": "# c\nseed: 3\n"},
+    )
     assert preset_names() == ["a-b-c", "a-d"]
     assert preset_description("a-b-c") == "a-b: c"
     assert load_config("a-b-c").seed == 3
@@ -255,7 +295,13 @@ def test_a_family_has_the_variants_of_the_one_that_it_inherits_or_its_own(
 def test_wrong_variants_of_a_family_are_reported_with_their_line(
     variants: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ship(tmp_path, monkeypatch, variant_u="seed: 5\n", variant_uvv="seed: 6\n", family_a=f"# a\nvariants: {variants}\n")
+    ship(
+        tmp_path,
+        monkeypatch,
+        variant_u="seed: 5\n",
+        variant_uvv="seed: 6\n",
+        family_a=f"# a\nvariants: {variants}\n",
+    )
     with pytest.raises(UsageError) as error:
         preset_names()
     assert str(error.value) == message
@@ -268,14 +314,21 @@ def test_a_mistake_in_a_part_of_a_composed_preset_is_reported_where_it_stands(
     mine = tmp_path / "mine.yaml"
     mine.write_text("seed: 1\ninherits: [a-u]\n")
     for preset in ("a-u", mine):
-        with pytest.raises(UsageError, match=r"^presets/variant/u\.yaml:3: unknown key 'sed'; did you mean 'seed'\?$"):
+        with pytest.raises(
+            UsageError,
+            match=r"^presets/variant/u\.yaml:3: unknown key 'sed'; did you mean 'seed'\?$",
+        ):
             load_config(preset)
 
 
-def test_a_file_may_start_from_a_composed_preset_or_a_family_but_has_no_variants(tmp_path: Path) -> None:
+def test_a_file_may_start_from_a_composed_preset_or_a_family_but_has_no_variants(
+    tmp_path: Path,
+) -> None:
     mine = tmp_path / "mine.yaml"
     mine.write_text("inherits: [vgg-eg-lars]\nepochs: 5\n")
-    assert load_config(mine) == load_config("vgg-eg-lars", ["epochs=5"]).model_copy(update={"preset": "mine"})
+    assert load_config(mine) == load_config("vgg-eg-lars", ["epochs=5"]).model_copy(
+        update={"preset": "mine"}
+    )
     mine.write_text("inherits: [family/vgg]\nepochs: 5\n")
     assert load_config(mine).model == load_config("vgg-sgd").model
     for file in (mine, tmp_path / "family" / "mine.yaml"):
@@ -292,9 +345,11 @@ def test_a_part_can_be_named_by_its_path(monkeypatch: pytest.MonkeyPatch) -> Non
     assert load_config("family/vgg.yaml").model == load_config("family/vgg").model
 
 
-def test_presets_inside_an_installed_package_are_found_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_presets_inside_an_installed_package_are_found_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     package = tmp_path / "site" / "egtrain"
-    monkeypatch.setattr("egtrain.config_files.__file__", str(package / "config_files.py"))
+    monkeypatch.setattr("egtrain.config.files.__file__", str(package / "config" / "files.py"))
     with pytest.raises(UsageError, match="install egtrain again"):
         presets_dir()
     (tmp_path / "site" / "presets" / "family").mkdir(parents=True)
@@ -321,14 +376,19 @@ def test_the_list_is_tab_separated_where_it_is_not_read_on_a_terminal() -> None:
     assert json.loads(run("--json")) == [{"name": name, "description": text} for name, text in rows]
 
 
-def test_the_list_is_a_table_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_list_is_a_table_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     presets()
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert len(lines) < 55
     text = " ".join(lines)
-    parts = [*(f"family/{family}" for family in FAMILIES), *(f"variant/{variant}" for variant in VARIANTS)]
+    parts = [
+        *(f"family/{family}" for family in FAMILIES),
+        *(f"variant/{variant}" for variant in VARIANTS),
+    ]
     for part in [*parts, *ALONE]:
         assert f"{part.rpartition('/')[2]} {preset_description(part)}" in text
     assert "(not lstm, transformer)" in text
@@ -339,7 +399,13 @@ def test_the_table_says_which_families_have_a_variant_where_not_all_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     families = {"family_a": "variants: [u, v]\n", "family_b": "variants: [u]\n"}
-    ship(tmp_path, monkeypatch, variant_u="# one\nseed: 5\n", variant_v="# two\nseed: 6\n", **families)
+    ship(
+        tmp_path,
+        monkeypatch,
+        variant_u="# one\nseed: 5\n",
+        variant_v="# two\nseed: 6\n",
+        **families,
+    )
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     presets()
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
@@ -360,7 +426,12 @@ def test_the_schema_is_printed_and_takes_no_name() -> None:
 
 
 def test_showing_presets_does_not_import_torch() -> None:
-    code = "import sys; from egtrain.cli.presets import presets; presets('resnet-eg'); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; from egtrain.cli.presets import presets; presets('resnet-eg'); "
+        "sys.exit('torch' in sys.modules)"
+    )
     root = Path(__file__).parents[1]
-    result = subprocess.run([sys.executable, "-c", code], cwd=root, timeout=60, check=False, capture_output=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, timeout=60, check=False, capture_output=True
+    )
     assert result.returncode == 0, result.stderr.decode()

@@ -57,24 +57,36 @@ LONG = ["steps=80", "evaluate_every=10", "checkpoint.every=4"]
 def test_any_number_of_ranks_gives_the_same_run_bit_for_bit(
     extrapolation: str, ranks: int, images: Path, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
-    run_on_ranks([*arguments(images, extrapolation=extrapolation), "--output", "run"], tmp_path, ranks)
+    run_on_ranks(
+        [*arguments(images, extrapolation=extrapolation), "--output", "run"], tmp_path, ranks
+    )
     assert outcome(tmp_path / "run") == undisturbed(extrapolation=extrapolation)
     assert json.loads((tmp_path / "run/summary.json").read_text())["ranks"] == ranks
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_without_deterministic_ranks_agree_up_to_rounding(ranks: int, images: Path, tmp_path: Path) -> None:
+def test_without_deterministic_ranks_agree_up_to_rounding(
+    ranks: int, images: Path, tmp_path: Path
+) -> None:
     alone = run_here(tmp_path / "alone", config_of(images, deterministic=False))
     run_on_ranks([*arguments(images, deterministic=False), "--output", "run"], tmp_path, ranks)
 
-    for found, expected in zip(*(compared(directory) for directory in (tmp_path / "run", alone)), strict=True):
+    for found, expected in zip(
+        *(compared(directory) for directory in (tmp_path / "run", alone)), strict=True
+    ):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def compared(directory: Path) -> list[dict[str, Any]]:
-    """Return the state and the lines of metrics, without text and a difference of nearly equal numbers over another."""
+    """Return the state and the lines of metrics, without text and a difference of nearly equal
+    numbers over another.
+    """
     parts = [flattened(read_checkpoint(newest_checkpoint(directory))[1]), *metrics_in(directory)]
-    left_out = ("noise_scale", "state.noise_scale.noise_trace", "state.noise_scale.squared_gradient")
+    left_out = (
+        "noise_scale",
+        "state.noise_scale.noise_trace",
+        "state.noise_scale.squared_gradient",
+    )
     return [
         {
             name: value
@@ -85,17 +97,26 @@ def compared(directory: Path) -> list[dict[str, Any]]:
     ]
 
 
-def test_a_run_saved_on_two_ranks_goes_on_on_one(images: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
-    with forked_ranks([*arguments(images), "--output", "run"], tmp_path, 2, Stop(after=6, rank=1)) as ranks:
+def test_a_run_saved_on_two_ranks_goes_on_on_one(
+    images: Path, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    with forked_ranks(
+        [*arguments(images), "--output", "run"], tmp_path, 2, Stop(after=6, rank=1)
+    ) as ranks:
         assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].stderr
-        assert ranks[0].stderr == "egtrain: interrupted after step 6; a checkpoint was saved; go on with --resume run\n"
+        assert (
+            ranks[0].stderr == "egtrain: interrupted after step 6; a checkpoint was saved; "
+            "go on with --resume run\n"
+        )
         assert ranks[1].stderr == ""
     assert outcome(tmp_path / "run")["step"] == 6
     run_here(tmp_path / "run", config_of(images), resume=True)
     assert outcome(tmp_path / "run") == undisturbed()
 
 
-def test_a_run_saved_on_one_rank_goes_on_on_two(images: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
+def test_a_run_saved_on_one_rank_goes_on_on_two(
+    images: Path, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
     with pytest.raises(Exception, match="interrupted after step 6"):
         run_here(tmp_path / "run", config_of(images), stop_after=6)
     run_on_ranks(["train", "--resume", "run"], tmp_path, 2)
@@ -103,9 +124,13 @@ def test_a_run_saved_on_one_rank_goes_on_on_two(images: Path, undisturbed: Undis
 
 
 @pytest.mark.slow
-def test_nproc_goes_on_after_a_rank_was_killed(images: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
+def test_nproc_goes_on_after_a_rank_was_killed(
+    images: Path, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
     when = random.Random(5).randrange(5, 40)
-    with launched([*arguments(images, *LONG), "--output", "run", "--json", "--max-restarts", "1"], tmp_path) as process:
+    with launched(
+        [*arguments(images, *LONG), "--output", "run", "--json", "--max-restarts", "1"], tmp_path
+    ) as process:
         wait_until(lambda: steps_logged(tmp_path / "run") >= when, 120)
         (note,) = tmp_path.glob("egtrain-*/rank-1")
         os.kill(int(note.read_text()), signal.SIGKILL)
@@ -126,7 +151,8 @@ def test_a_signal_to_nproc_saves_on_all_ranks_and_leaves_no_process(
         assert processes_of(tmp_path) == []
     step = outcome(tmp_path / "run")["step"]
     assert (
-        process.stderr == f"egtrain: interrupted after step {step}; a checkpoint was saved; go on with --resume run\n"
+        process.stderr == f"egtrain: interrupted after step {step}; a checkpoint was saved; "
+        "go on with --resume run\n"
     )
     assert list(tmp_path.glob("egtrain-*")) == []
     run_here(tmp_path / "run", config_of(images, *LONG), resume=True)
@@ -137,7 +163,14 @@ def test_a_signal_to_nproc_saves_on_all_ranks_and_leaves_no_process(
 def test_plain_torchrun_agrees_on_a_directory_and_an_interrupted_rank_succeeds(
     images: Path, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     command = [*torchrun, "--max-restarts", "1", "-m", "egtrain", *arguments(images, *LONG)]
     with started(command, tmp_path) as process:
         (directory,) = wait_until(lambda: list(tmp_path.glob("runs/*")), 120)
@@ -162,7 +195,8 @@ def test_an_expected_failure_under_nproc_is_one_line_and_its_own_code(tmp_path: 
         assert process.wait(120) == 3, process.stderr
     assert process.stdout == ""
     assert process.stderr == (
-        f"egtrain: {tmp_path}/missing.npz: no such file; give the path of an .npz file, as in --data npz:images.npz\n"
+        f"egtrain: {tmp_path}/missing.npz: no such file; give the path of an .npz file, as in "
+        "--data npz:images.npz\n"
     )
     # Nothing was trained, so nothing is left.
     assert not (tmp_path / "run").exists()
@@ -196,7 +230,12 @@ def save_once_alone(torchrun):
     ("what", "signals", "code"),
     [
         # The ranks are not ready yet: they will find that they were asked to stop.
-        ("while not (notes / 'stop').exists(): time.sleep(0.01)\n(notes / 'exit').write_text('75')", 1, 75),
+        (
+            "while not (notes / 'stop').exists(): time.sleep(0.01)\n(notes / "
+            "'exit').write_text('75')",
+            1,
+            75,
+        ),
         ("start_ranks(save_once_alone)\nos.kill(os.getpid(), 9)", 0, 75),
         ("start_ranks(lambda _: time.sleep(60))\nos.wait()", 2, 128 + signal.SIGTERM),
         ("(notes / 'exit').write_text('4')", 0, 4),
@@ -204,7 +243,15 @@ def save_once_alone(torchrun):
         ("os.kill(os.getpid(), 9)", 0, 1),
         ("", 0, 0),
     ],
-    ids=["signal at the start", "torchrun killed", "second signal", "noted", "failed", "killed alone", "done"],
+    ids=[
+        "signal at the start",
+        "torchrun killed",
+        "second signal",
+        "noted",
+        "failed",
+        "killed alone",
+        "done",
+    ],
 )
 def test_the_launcher_returns_the_code_of_the_run_and_leaves_no_process(
     what: str, signals: int, code: int, images: Path, tmp_path: Path
@@ -212,7 +259,9 @@ def test_the_launcher_returns_the_code_of_the_run_and_leaves_no_process(
     stub = tmp_path / "torchrun"
     stub.write_text(TORCHRUN.format(python=sys.executable, what=what))
     stub.chmod(0o755)
-    with launched([*arguments(images), "--output", "run"], tmp_path, UseAsPython(str(stub))) as process:
+    with launched(
+        [*arguments(images), "--output", "run"], tmp_path, UseAsPython(str(stub))
+    ) as process:
         for _ in range(signals):
             wait_until(lambda: any(tmp_path.glob("egtrain-*/launcher")))
             time.sleep(2.2 if signals == 2 else 0.2)
@@ -231,7 +280,9 @@ class UseAsPython:
 
 
 def launched(command: list[str], folder: Path, before: Callable[[], None] | None = None) -> Forked:
-    """Return the launcher of two ranks; its temporary files, with the ranks' process numbers, lie in the folder."""
+    """Return the launcher of two ranks; its temporary files, with the ranks' process numbers, lie
+    in the folder.
+    """
     return Forked([*command, "--nproc", "2"], folder, {"TMPDIR": str(folder)}, before)
 
 
@@ -258,7 +309,11 @@ def dead_process() -> int:
 
 @pytest.mark.parametrize("killed", [True, False])
 def test_ranks_save_and_leave_when_their_launcher_died_or_had_left_word(
-    killed: bool, images: Path, undisturbed: Undisturbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    killed: bool,
+    images: Path,
+    undisturbed: Undisturbed,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     notes = notes_of_launcher(tmp_path, dead_process() if killed else os.getpid(), stop=not killed)
     monkeypatch.setenv(OUTCOMES, str(notes))
@@ -293,10 +348,26 @@ def small_files_only() -> None:
 @pytest.mark.parametrize(
     ("fault", "code", "message"),
     [
-        (Fault(fail_to_read, in_data=True, rank=1), 3, "this machine cannot read them: mount the disk"),
-        (Fault(fail_to_read, in_data=True, rank=0), 3, "this machine cannot read them: mount the disk"),
-        (Fault(small_files_only, step=1, rank=0), 1, "cannot write run/checkpoints/step-00000004.pt: File too large"),
-        (Fault(spoil, step=2, worker=3), 4, "the loss of worker 3 became nan at step 3: lower optimizer.lr"),
+        (
+            Fault(fail_to_read, in_data=True, rank=1),
+            3,
+            "this machine cannot read them: mount the disk",
+        ),
+        (
+            Fault(fail_to_read, in_data=True, rank=0),
+            3,
+            "this machine cannot read them: mount the disk",
+        ),
+        (
+            Fault(small_files_only, step=1, rank=0),
+            1,
+            "cannot write run/checkpoints/step-00000004.pt: File too large",
+        ),
+        (
+            Fault(spoil, step=2, worker=3),
+            4,
+            "the loss of worker 3 became nan at step 3: lower optimizer.lr",
+        ),
     ],
     ids=["data on rank 1", "data on rank 0", "disk full", "not a number"],
 )
@@ -321,11 +392,15 @@ def test_a_directory_in_use_is_refused_on_all_ranks(images: Path, tmp_path: Path
     assert ranks[1].stderr == ""
 
 
-def test_a_restarted_run_does_not_take_over_the_directory_of_another(images: Path, tmp_path: Path) -> None:
+def test_a_restarted_run_does_not_take_over_the_directory_of_another(
+    images: Path, tmp_path: Path
+) -> None:
     run_here(tmp_path / "run", config_of(images, "seed=1"))
     before = outcome(tmp_path / "run"), (tmp_path / "run/config.yaml").read_bytes()
     restarted = {"TORCHELASTIC_RESTART_COUNT": "1"}
-    with forked_ranks([*arguments(images), "--output", "run"], tmp_path, 2, None, restarted) as ranks:
+    with forked_ranks(
+        [*arguments(images), "--output", "run"], tmp_path, 2, None, restarted
+    ) as ranks:
         assert [rank.wait() for rank in ranks] == [2, 2]
     assert "holds a run already" in ranks[0].stderr
     assert (outcome(tmp_path / "run"), (tmp_path / "run/config.yaml").read_bytes()) == before
@@ -335,20 +410,26 @@ def test_ranks_that_are_restarted_go_on_in_the_directory_that_they_had_made(
     images: Path, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     """Nobody has named it, and the time in its name has passed."""
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's, which outlives the ranks
+    store = TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False
+    )  # torchrun's, which outlives the ranks
     agent = {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     with forked_ranks(arguments(images), tmp_path, 2, Fault(kill, step=6), agent) as ranks:
         assert ranks[0].wait() == -signal.SIGKILL
     (directory,) = tmp_path.glob("runs/*")
     time.sleep(1)
-    with forked_ranks(arguments(images), tmp_path, 2, None, {**agent, "TORCHELASTIC_RESTART_COUNT": "1"}) as ranks:
+    with forked_ranks(
+        arguments(images), tmp_path, 2, None, {**agent, "TORCHELASTIC_RESTART_COUNT": "1"}
+    ) as ranks:
         assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].stderr
     assert list(tmp_path.glob("runs/*")) == [directory]
     assert ": from step 4, " in ranks[0].stdout
     assert outcome(directory) == undisturbed()
 
 
-@pytest.mark.parametrize(("workers", "ranks", "possible"), [(4, 3, "1, 2, 4"), (12, 0, "1, 2, 3, 4, 6, 12")])
+@pytest.mark.parametrize(
+    ("workers", "ranks", "possible"), [(4, 3, "1, 2, 4"), (12, 0, "1, 2, 3, 4, 6, 12")]
+)
 def test_ranks_that_do_not_divide_the_workers_are_refused_with_those_that_do(
     workers: int, ranks: int, possible: str
 ) -> None:
@@ -356,13 +437,28 @@ def test_ranks_that_do_not_divide_the_workers_are_refused_with_those_that_do(
         launch.require_dividing(workers, ranks)
 
 
-def test_torchrun_with_ranks_that_do_not_divide_the_workers_is_refused(images: Path, tmp_path: Path) -> None:
+def test_torchrun_with_ranks_that_do_not_divide_the_workers_is_refused(
+    images: Path, tmp_path: Path
+) -> None:
     with forked_ranks([*arguments(images), "--output", "run"], tmp_path, 3) as ranks:
         assert [rank.wait() for rank in ranks] == [2, 2, 2]
-    assert ranks[0].stderr == "egtrain: 4 workers cannot be shared by 3 ranks: run on 1, 2, 4 ranks\n"
+    assert (
+        ranks[0].stderr == "egtrain: 4 workers cannot be shared by 3 ranks: run on 1, 2, 4 ranks\n"
+    )
 
 
 def test_two_equal_tensors_have_one_digest_and_others_another() -> None:
     x = torch.arange(6.0).view(2, 3)
     assert digest(x) == digest(x.t().contiguous().t())
-    assert len({digest(x), digest(x.double()), digest(x.view(3, 2)), digest(x + 1e-6), digest(-x * -1 + 0.0)}) == 4
+    assert (
+        len(
+            {
+                digest(x),
+                digest(x.double()),
+                digest(x.view(3, 2)),
+                digest(x + 1e-6),
+                digest(-x * -1 + 0.0),
+            }
+        )
+        == 4
+    )

@@ -1,4 +1,6 @@
-"""Everything that the README prints runs as it stands; long commands with a few steps or as a plan."""
+"""Everything that the README prints runs as it stands; long commands with a few steps or as a
+plan.
+"""
 
 import re
 import shlex
@@ -12,7 +14,7 @@ from helpers import started
 from typer.testing import CliRunner
 
 from egtrain.cli import app
-from egtrain.config_files import preset_families
+from egtrain.config.files import preset_families
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
@@ -20,14 +22,21 @@ COMMANDS = [
     for block in re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)
     for line in block.splitlines()
 ]
-OWN_LOOP = re.search(r"^## In your own training loop\n.*?(?=^## )", README, flags=re.DOTALL | re.MULTILINE)[0]
+OWN_LOOP = re.search(
+    r"^## In your own training loop\n.*?(?=^## )", README, flags=re.DOTALL | re.MULTILINE
+)[0]
 PLAIN, AROUND, DDP, SECOND_GRADIENT = re.findall(r"```python\n(.*?)```", OWN_LOOP, flags=re.DOTALL)
 """The examples of that section; what the last two compute is held by test_own_loop.py."""
-TINY = "--data synthetic --steps 2 --workers 2 --device cpu --set model.depth=8 --set model.width=4 --set threads=1"
+TINY = (
+    "--data synthetic --steps 2 --workers 2 --device cpu "
+    "--set model.depth=8 --set model.width=4 --set threads=1"
+)
 """What makes a preset of the README small enough for a test."""
 
 
-TINY_TEXT = f"{TINY.partition(' --set')[0]} --set model.layers=1 --set model.width=16 --set threads=1"
+TINY_TEXT = (
+    f"{TINY.partition(' --set')[0]} --set model.layers=1 --set model.width=16 --set threads=1"
+)
 
 
 @pytest.fixture
@@ -40,7 +49,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def translating(folder: Path) -> None:
     """Make the translating run that the README speaks of, small."""
-    egtrain(f"train --preset transformer-eg --output runs/transformer-eg {TINY_TEXT} --set task.subwords=200")
+    egtrain(
+        f"train --preset transformer-eg --output runs/transformer-eg {TINY_TEXT} --set "
+        "task.subwords=200"
+    )
 
 
 def egtrain(arguments: str) -> str:
@@ -61,7 +73,9 @@ def test_command_of_the_readme_runs(command: str, folder: Path) -> None:
         launcher, _, arguments = arguments.partition("-m egtrain ")
         assert launcher == "--nproc-per-node 8 "
         arguments += " --nproc 8"
-    if arguments.startswith(("train --preset quickstart-lstm", "train --preset quickstart-transformer")):
+    if arguments.startswith(
+        ("train --preset quickstart-lstm", "train --preset quickstart-transformer")
+    ):
         arguments += f" {TINY_TEXT}"
     elif arguments.startswith("eval runs/transformer-eg"):
         translating(folder)
@@ -73,11 +87,17 @@ def test_command_of_the_readme_runs(command: str, folder: Path) -> None:
         arguments = re.sub(r" --samples \d+", "", arguments) + " --samples 8 --device cpu"
         arguments += "" if "--metrics" in arguments else " --metrics trace,line"
     elif arguments.startswith("bench"):
-        arguments = re.sub(r" --rounds \d+", "", arguments) + " --rounds 2 --data synthetic --device cpu"
-        arguments += " --set model.depth=8 --set model.width=2 --set worker_batch_size=4 --set threads=1"
+        arguments = (
+            re.sub(r" --rounds \d+", "", arguments) + " --rounds 2 --data synthetic --device cpu"
+        )
+        arguments += (
+            " --set model.depth=8 --set model.width=2 --set worker_batch_size=4 --set threads=1"
+        )
     elif arguments.startswith("sweep-batch"):
         # The plan of a real one needs torch and data, here the embedded ones.
-        arguments += " --dry-run --no-estimate --data synthetic --device cpu --set data.train_samples=null"
+        arguments += (
+            " --dry-run --no-estimate --data synthetic --device cpu --set data.train_samples=null"
+        )
     elif arguments.startswith("train --preset"):
         # The plan of the real thing: it needs neither the data nor eight GPUs.
         arguments += "" if "--dry-run" in arguments else " --dry-run"
@@ -87,7 +107,11 @@ def test_command_of_the_readme_runs(command: str, folder: Path) -> None:
 
 def test_settings_of_the_readme_are_accepted(folder: Path) -> None:
     prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
-    settings = [c for c in re.findall(r"`([^`]+)`", prose) if re.match(r"--(set|batch-size|workers|seed) ", c)]
+    settings = [
+        c
+        for c in re.findall(r"`([^`]+)`", prose)
+        if re.match(r"--(set|batch-size|workers|seed) ", c)
+    ]
     assert len(settings) >= 4
     for setting in settings:
         egtrain(f"train --preset resnet-eg --dry-run --offline --device cpu {setting}")
@@ -100,7 +124,9 @@ def test_python_of_the_readme_runs(folder: Path) -> None:
         exec(compile(example, "README.md", "exec"), {"torch": torch})
 
 
-def test_a_loop_of_the_readme_trains_and_saves_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loop_of_the_readme_trains_and_saves_what_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     exec(compile(PLAIN, "README.md", "exec"), names)
@@ -116,14 +142,22 @@ def test_ddp_of_the_readme_runs_under_torchrun(tmp_path: Path) -> None:
     (arguments,) = re.findall("# torchrun (.*)", DDP)
     assert arguments == "--nproc-per-node 2 this_file.py"
     (tmp_path / "this_file.py").write_text(DDP, encoding="utf-8")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", *shlex.split(arguments)]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        *shlex.split(arguments),
+    ]
     with started(torchrun, tmp_path, OMP_NUM_THREADS="1", PYTHONWARNINGS="error") as process:
         output = "".join(process.communicate(timeout=120))
     assert process.returncode == 0, output
 
 
 def test_variants_of_the_table_have_presets_of_that_kind() -> None:
-    rows = re.findall(r"^\| `(resnet-[\w-]+)` \| `([\w-]+)` \|.*\| (\d) \|$", README, flags=re.MULTILINE)
+    rows = re.findall(
+        r"^\| `(resnet-[\w-]+)` \| `([\w-]+)` \|.*\| (\d) \|$", README, flags=re.MULTILINE
+    )
     assert len(rows) == 9
     for preset, name, gradients in rows:
         shown = egtrain(f"presets {preset}")

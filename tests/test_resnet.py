@@ -14,13 +14,19 @@ def size(model: nn.Module) -> int:
 
 
 def test_resnet_20_is_the_published_network() -> None:
-    """The paper counts 0.27 million; exactly so many are in its description with a classifier for ten classes."""
+    """The paper counts 0.27 million; exactly so many are in its description with a classifier for
+    ten classes.
+    """
     assert size(ResNet(20, 16, 10)) == 269_722
 
 
 def test_projection_adds_two_convolutions_with_their_norms() -> None:
     # 1x1 from 16 to 32 and from 32 to 64 channels, and scale and shift of as many outputs
-    assert size(ResNet(20, 16, 10, "projection")) == 269_722 + 16 * 32 + 32 * 64 + 2 * (32 + 64) == 272_474
+    assert (
+        size(ResNet(20, 16, 10, "projection"))
+        == 269_722 + 16 * 32 + 32 * 64 + 2 * (32 + 64)
+        == 272_474
+    )
 
 
 @pytest.mark.parametrize(("depth", "millions"), [(32, 0.46), (44, 0.66), (56, 0.85), (110, 1.7)])
@@ -30,7 +36,11 @@ def test_the_deeper_networks_have_the_published_sizes(depth: int, millions: floa
 
 @pytest.mark.parametrize("depth", [8, 14, 20])
 def test_depth_counts_the_weighted_layers(depth: int) -> None:
-    layers = [module for module in ResNet(depth, 4, 10).modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    layers = [
+        module
+        for module in ResNet(depth, 4, 10).modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+    ]
     assert len(layers) == depth
 
 
@@ -42,7 +52,9 @@ def test_another_depth_is_refused(depth: int) -> None:
 
 @pytest.mark.parametrize("shortcut", ["identity", "projection"])
 @pytest.mark.parametrize("height", [8, 15, 32])
-def test_images_of_any_size_become_logits_and_everything_learns(shortcut: Shortcut, height: int) -> None:
+def test_images_of_any_size_become_logits_and_everything_learns(
+    shortcut: Shortcut, height: int
+) -> None:
     torch.manual_seed(0)
     model = ResNet(8, 4, 7, shortcut)
     logits = model(torch.randn(3, 3, height, height))
@@ -84,7 +96,9 @@ class ActivationGradients(TorchDispatchMode):
     [(ResNet(8, 8, 10), 7), (ResNet(8, 8, 10, "projection"), 7), (VGG(11, 8, 10), 8)],
     ids=["identity", "projection", "vgg"],
 )
-def test_gradients_stay_channels_last_on_their_whole_way_back(model: nn.Module, activations: int) -> None:
+def test_gradients_stay_channels_last_on_their_whole_way_back(
+    model: nn.Module, activations: int
+) -> None:
     """A gradient in another layout than its activation's takes ReLU ten times as long."""
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     logits = model(torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last))

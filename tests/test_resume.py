@@ -33,7 +33,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from egtrain.__main__ import main
 from egtrain.build import build_run
-from egtrain.config import Config
+from egtrain.config.schema import Config
 from egtrain.errors import InterruptedRun, UsageError
 from egtrain.train import take_step
 from egtrain.workers import Ranks
@@ -46,7 +46,10 @@ def interrupted(directory: Path, config: Config, *steps: int) -> Path:
     """Run until each of the steps in turn, with an interruption at each."""
     done = 0
     for step in steps:
-        with pytest.raises(InterruptedRun, match=f"interrupted after step {step}; a checkpoint was saved; go on with"):
+        with pytest.raises(
+            InterruptedRun,
+            match=f"interrupted after step {step}; a checkpoint was saved; go on with",
+        ):
             run_here(directory, config, resume=done > 0, stop_after=step - done)
         assert outcome(directory)["step"] == steps_logged(directory) == step
         done = step
@@ -56,7 +59,14 @@ def interrupted(directory: Path, config: Config, *steps: int) -> Path:
 @pytest.mark.parametrize(
     "steps",
     [(1,), (6,), (4,), (5,), (5, 6, 7), (11,)],
-    ids=["first step", "mid-epoch", "end of an epoch", "first of an epoch", "three times in an epoch", "last but one"],
+    ids=[
+        "first step",
+        "mid-epoch",
+        "end of an epoch",
+        "first of an epoch",
+        "three times in an epoch",
+        "last but one",
+    ],
 )
 def test_a_run_that_was_interrupted_ends_as_if_it_was_not(
     steps: tuple[int, ...], images: Path, undisturbed: Undisturbed, tmp_path: Path
@@ -89,11 +99,17 @@ def test_the_end_of_extrapolation_is_where_it_was(
     config = config_of(images, further)
     run_here(interrupted(tmp_path / "run", config, 6), config, resume=True)
     assert outcome(tmp_path / "run") == undisturbed(further)
-    sizes = [line["extrapolation_size"] for line in metrics_in(tmp_path / "run") if line["split"] == "train"]
+    sizes = [
+        line["extrapolation_size"]
+        for line in metrics_in(tmp_path / "run")
+        if line["split"] == "train"
+    ]
     assert [size > 0 for size in sizes] == [1 <= step < until for step in range(STEPS)]
 
 
-def test_clipping_and_validation_go_on_where_they_were(images: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
+def test_clipping_and_validation_go_on_where_they_were(
+    images: Path, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
     further = ("optimizer.clip_norm=0.05", "data.validation=20")
     config = config_of(images, *further)
     run_here(interrupted(tmp_path / "run", config, 6), config, resume=True)
@@ -101,10 +117,17 @@ def test_clipping_and_validation_go_on_where_they_were(images: Path, undisturbed
 
 
 def test_a_finished_run_is_left_alone_and_shown_again(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def files() -> dict[str, bytes]:
-        kept = [path for path in sorted((tmp_path / "run").rglob("*")) if path.is_file() and path.name != ".lock"]
+        kept = [
+            path
+            for path in sorted((tmp_path / "run").rglob("*"))
+            if path.is_file() and path.name != ".lock"
+        ]
         return {str(path): path.read_bytes() for path in kept}
 
     run_here(tmp_path / "run", config_of(images, "log.tensorboard=true"))
@@ -127,7 +150,9 @@ def test_a_run_that_lost_its_summary_makes_it_again(images: Path, tmp_path: Path
     (tmp_path / "run/summary.json").unlink()
     run_here(tmp_path / "run", config, resume=True)
     assert outcome(tmp_path / "run") == before[0]
-    assert json.loads((tmp_path / "run/summary.json").read_text()) | {"wall": 0} == before[1] | {"wall": 0}
+    assert json.loads((tmp_path / "run/summary.json").read_text()) | {"wall": 0} == before[1] | {
+        "wall": 0
+    }
 
 
 def test_tensorboard_holds_every_step_once_after_a_resume(images: Path, tmp_path: Path) -> None:
@@ -144,7 +169,9 @@ def test_tensorboard_holds_every_step_once_after_a_resume(images: Path, tmp_path
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, STEPS + 1))
     assert [event.step for event in events.Scalars("test/accuracy")] == [4, 8, 12]
-    assert [line["step"] for line in metrics_in(tmp_path / "run") if line["split"] == "train"] == list(range(1, 13))
+    assert [
+        line["step"] for line in metrics_in(tmp_path / "run") if line["split"] == "train"
+    ] == list(range(1, 13))
 
 
 SEEDS = range(4)
@@ -158,7 +185,9 @@ def test_a_run_that_was_killed_ends_as_if_it_was_not(
     further = ("checkpoint.every=3",)
     chance = random.Random(seed)
     fault = Fault(kill, step=chance.choice([2, 4, 5, 7, 8, 10, 11]), worker=chance.randrange(4))
-    with Forked([*arguments(images, *further), "--output", "run"], tmp_path, before=fault) as process:
+    with Forked(
+        [*arguments(images, *further), "--output", "run"], tmp_path, before=fault
+    ) as process:
         assert process.wait() == -signal.SIGKILL
     assert steps_logged(tmp_path / "run") == fault.step
     if fault.step > 3:
@@ -173,7 +202,9 @@ def test_a_run_that_was_killed_again_and_again_ends_as_if_it_was_not(
     """Before the first checkpoint, in an evaluation, and right after that."""
     faults = [Fault(kill, step=2), Fault(kill, step=8, in_evaluation=True), Fault(kill, step=8)]
     for command, fault in zip(
-        [[*arguments(images), "--output", "run"], *[["train", "--resume", "run"]] * 2], faults, strict=True
+        [[*arguments(images), "--output", "run"], *[["train", "--resume", "run"]] * 2],
+        faults,
+        strict=True,
     ):
         with Forked(command, tmp_path, before=fault) as process:
             assert process.wait() == -signal.SIGKILL, process.stderr
@@ -190,11 +221,15 @@ def test_a_signal_lets_the_step_end_saves_and_returns_75(
         wait_until(lambda: steps_logged(tmp_path / "run") == 5)
         time.sleep(0.2)
         process.send(number)
-        # A terminal and a launcher both deliver Ctrl-C: the second within two seconds does not count.
+        # A terminal and a launcher both deliver Ctrl-C: the second within two seconds does not
+        # count.
         time.sleep(0.2)
         process.send(number)
         assert process.wait() == 75
-    assert process.stderr == "egtrain: interrupted after step 6; a checkpoint was saved; go on with --resume run\n"
+    assert (
+        process.stderr
+        == "egtrain: interrupted after step 6; a checkpoint was saved; go on with --resume run\n"
+    )
     assert outcome(tmp_path / "run")["step"] == steps_logged(tmp_path / "run") == 6
     run_here(tmp_path / "run", config_of(images), resume=True)
     assert outcome(tmp_path / "run") == undisturbed()
@@ -206,7 +241,9 @@ def test_a_second_signal_ends_the_process_at_once_and_harms_nothing(
 ) -> None:
     further = ("checkpoint.every=2",)
     fault = Fault(partial(time.sleep, 30), step=5)
-    with Forked([*arguments(images, *further), "--output", "run"], tmp_path, before=fault) as process:
+    with Forked(
+        [*arguments(images, *further), "--output", "run"], tmp_path, before=fault
+    ) as process:
         wait_until(lambda: steps_logged(tmp_path / "run") == 5)
         process.send(signal.SIGINT)
         time.sleep(2.2)
@@ -219,7 +256,10 @@ def test_a_second_signal_ends_the_process_at_once_and_harms_nothing(
 
 @pytest.mark.parametrize(
     ("fault", "step"),
-    [(Fault(terminate, in_evaluation=True, step=4), 5), (Fault(terminate, in_evaluation=True, step=STEPS), None)],
+    [
+        (Fault(terminate, in_evaluation=True, step=4), 5),
+        (Fault(terminate, in_evaluation=True, step=STEPS), None),
+    ],
     ids=["during an evaluation", "during the last evaluation"],
 )
 def test_a_signal_during_an_evaluation_waits_for_its_end(
@@ -232,9 +272,13 @@ def test_a_signal_during_an_evaluation_waits_for_its_end(
     assert outcome(tmp_path / "run") == undisturbed()
 
 
-def test_a_signal_before_the_training_ends_it_at_once(images: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
+def test_a_signal_before_the_training_ends_it_at_once(
+    images: Path, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
     """Nobody wants to wait for a download after Ctrl-C."""
-    with Forked([*arguments(images), "--output", "run"], tmp_path, before=Fault(terminate, in_data=True)) as process:
+    with Forked(
+        [*arguments(images), "--output", "run"], tmp_path, before=Fault(terminate, in_data=True)
+    ) as process:
         assert process.wait() == 75
     assert process.stderr == "egtrain: interrupted before the training; go on with --resume run\n"
     assert not (tmp_path / "run/metrics.jsonl").exists()
@@ -250,13 +294,17 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     newest = newest_checkpoint(tmp_path / "run")
     newest.write_bytes(newest.read_bytes()[:-100])
     run_here(tmp_path / "run", config, resume=True)
-    (warning,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    (warning,) = [
+        line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")
+    ]
     assert str(newest) in warning
     assert "going back to the checkpoint before it" in warning
     assert outcome(tmp_path / "run") == undisturbed()
 
 
-def test_a_run_goes_on_in_another_place(images: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
+def test_a_run_goes_on_in_another_place(
+    images: Path, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
     config = config_of(images)
     interrupted(tmp_path / "here", config, 6)
     shutil.move(tmp_path / "here", tmp_path / "there")
@@ -267,7 +315,9 @@ def test_a_run_goes_on_in_another_place(images: Path, undisturbed: Undisturbed, 
 def test_settings_that_are_changed_on_purpose_are_those_of_the_run(images: Path) -> None:
     before = build_run(config_of(images, "optimizer.clip_norm=0.01"), Ranks())
     take_step(before, 0.1)
-    run = build_run(config_of(images, "optimizer.weight_decay=0.1", "optimizer.momentum=0.5"), Ranks())
+    run = build_run(
+        config_of(images, "optimizer.weight_decay=0.1", "optimizer.momentum=0.5"), Ranks()
+    )
     run.load_state_dict(before.state_dict())
     (group,) = run.optimizer.param_groups
     assert (group["weight_decay"], group["momentum"]) == (0.1, 0.5)
@@ -280,7 +330,9 @@ def test_settings_that_are_changed_on_purpose_are_those_of_the_run(images: Path)
 
 
 def test_gradients_are_counted_by_the_settings_that_they_were_taken_with(images: Path) -> None:
-    run = build_run(config_of(images, "extrapolation.name=sam", "extrapolation.radius=0.05"), Ranks())
+    run = build_run(
+        config_of(images, "extrapolation.name=sam", "extrapolation.radius=0.05"), Ranks()
+    )
     for _ in range(2):
         take_step(run, 0.1)
     batch = run.task.batch_size
@@ -311,7 +363,9 @@ def test_extrapolation_does_not_begin_in_the_middle_of_a_run(images: Path) -> No
         ("optimizer.name=lars", "the optimizer is another one: it has no dampening"),
     ],
 )
-def test_a_checkpoint_of_another_run_is_refused(change: str, reason: str, images: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_run_is_refused(
+    change: str, reason: str, images: Path, tmp_path: Path
+) -> None:
     run_here(tmp_path / "run", config_of(images, "epochs=1"))
     with pytest.raises(UsageError) as error:
         run_here(tmp_path / "run", config_of(images, change), resume=True)

@@ -28,14 +28,17 @@ def log_steps(log: RunLog, first: int, last: int) -> None:
     """Log a run whose metrics are a function of the step."""
     for step in range(first, last + 1):
         epoch = step / STEPS_PER_EPOCH
-        log.train_step(step, epoch, {"loss": 1 / step, "accuracy": step / 100, "learning_rate": 0.1}, samples=8)
+        log.train_step(
+            step, epoch, {"loss": 1 / step, "accuracy": step / 100, "learning_rate": 0.1}, samples=8
+        )
         if step % STEPS_PER_EPOCH == 0:
             log.evaluation(step, epoch, "test", {"loss": 2 / step, "accuracy": step / 200})
 
 
 def lines_in(directory: Path) -> list[dict[str, Any]]:
     return [
-        json.loads(line, parse_constant=pytest.fail) for line in (directory / "metrics.jsonl").read_text().splitlines()
+        json.loads(line, parse_constant=pytest.fail)
+        for line in (directory / "metrics.jsonl").read_text().splitlines()
     ]
 
 
@@ -44,7 +47,9 @@ def without_wall(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def events_in(directory: Path) -> EventAccumulator:
-    events = EventAccumulator(str(directory / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0})
+    events = EventAccumulator(
+        str(directory / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0}
+    )
     events.Reload()
     return events
 
@@ -59,7 +64,9 @@ def event_files(directory: Path) -> list[Path]:
 
 @contextmanager
 def files_limited_to(size: int) -> Iterator[None]:
-    """Let the operating system refuse to write more than so many bytes into a file, as a full disk does."""
+    """Let the operating system refuse to write more than so many bytes into a file, as a full disk
+    does.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -79,7 +86,13 @@ def test_a_line_is_one_object_with_the_clock_under_one_key(tmp_path: Path) -> No
     assert train.pop("wall").keys() == {"seconds", "samples_per_second"}
     assert validation.pop("wall").keys() == {"seconds"}
     assert train == {"step": 1, "epoch": 0.25, "split": "train", "loss": 2.5, "noise_scale": None}
-    assert validation == {"step": 1, "epoch": 0.25, "split": "validation", "loss": None, "accuracy": 0.5}
+    assert validation == {
+        "step": 1,
+        "epoch": 0.25,
+        "split": "validation",
+        "loss": None,
+        "accuracy": 0.5,
+    }
     assert not (tmp_path / "tensorboard").exists()
 
 
@@ -112,7 +125,11 @@ def test_the_speed_counts_training_only(tmp_path: Path, monkeypatch: pytest.Monk
         if step == 40:
             now += 1000.0
             log.restart_clock()
-    speeds = [line["wall"]["samples_per_second"] for line in lines_in(tmp_path) if line["split"] == "train"]
+    speeds = [
+        line["wall"]["samples_per_second"]
+        for line in lines_in(tmp_path)
+        if line["split"] == "train"
+    ]
     assert speeds[0] is None
     assert speeds[1:50] == [200.0] * 49
     assert 100 < speeds[60] < 200
@@ -120,7 +137,9 @@ def test_the_speed_counts_training_only(tmp_path: Path, monkeypatch: pytest.Monk
     log.close()
 
 
-def test_the_speed_is_known_also_where_each_step_is_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_speed_is_known_also_where_each_step_is_evaluated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     with RunLog(tmp_path, tensorboard=False) as log:
@@ -129,14 +148,21 @@ def test_the_speed_is_known_also_where_each_step_is_evaluated(tmp_path: Path, mo
             log.train_step(step, 0, {}, samples=100)
             now += 9.0
             log.evaluation(step, 0, "test", {})
-    assert [line["wall"].get("samples_per_second") for line in lines_in(tmp_path)] == [None, None, 200.0, None]
+    assert [line["wall"].get("samples_per_second") for line in lines_in(tmp_path)] == [
+        None,
+        None,
+        200.0,
+        None,
+    ]
 
 
 # ---- resumed
 
 
 @pytest.mark.parametrize("resume_step", [1, 4, 6, 8, 10])
-def test_a_resumed_run_leaves_the_log_of_an_undisturbed_one(tmp_path: Path, resume_step: int) -> None:
+def test_a_resumed_run_leaves_the_log_of_an_undisturbed_one(
+    tmp_path: Path, resume_step: int
+) -> None:
     undisturbed, disturbed = tmp_path / "a", tmp_path / "b"
     undisturbed.mkdir()
     disturbed.mkdir()
@@ -160,9 +186,11 @@ def test_a_resumed_run_leaves_the_log_of_an_undisturbed_one(tmp_path: Path, resu
             log.hyperparameters({"lr": 0.1}, {"test_accuracy": 0.06})
     assert without_wall(lines_in(disturbed)) == without_wall(lines_in(undisturbed))
     tags = events_in(undisturbed).Tags()
-    assert {key: sorted(value) for key, value in events_in(disturbed).Tags().items() if isinstance(value, list)} == {
-        key: sorted(value) for key, value in tags.items() if isinstance(value, list)
-    }
+    assert {
+        key: sorted(value)
+        for key, value in events_in(disturbed).Tags().items()
+        if isinstance(value, list)
+    } == {key: sorted(value) for key, value in tags.items() if isinstance(value, list)}
     for tag in tags["scalars"]:
         if not tag.startswith("speed/"):
             assert curve(disturbed, tag) == curve(undisturbed, tag), tag
@@ -206,7 +234,9 @@ def test_a_run_resumed_after_its_end_changes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("resume_step", [None, 0])
-def test_a_run_that_starts_again_starts_an_empty_log(tmp_path: Path, resume_step: int | None) -> None:
+def test_a_run_that_starts_again_starts_an_empty_log(
+    tmp_path: Path, resume_step: int | None
+) -> None:
     with RunLog(tmp_path) as log:
         log.text("config", "old")
         log_steps(log, 1, 5)
@@ -248,14 +278,20 @@ def test_the_clock_goes_on_after_a_resume(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_curves_are_named_by_what_they_show_over_the_step(tmp_path: Path) -> None:
-    metrics = {"loss": 1.0, "accuracy": 0.5, **{name: 2.0 for name in runlog.TAGS if name != "samples_per_second"}}
+    metrics = {
+        "loss": 1.0,
+        "accuracy": 0.5,
+        **{name: 2.0 for name in runlog.TAGS if name != "samples_per_second"},
+    }
     with RunLog(tmp_path) as log:
         for step in (1, 2):
             log.train_step(step, 0.1, metrics, samples=8)
         log.evaluation(2, 0.2, "test", {"accuracy": 0.25})
-    assert set(events_in(tmp_path).Tags()["scalars"]) == {"train/loss", "train/accuracy", "test/accuracy"} | set(
-        runlog.TAGS.values()
-    )
+    assert set(events_in(tmp_path).Tags()["scalars"]) == {
+        "train/loss",
+        "train/accuracy",
+        "test/accuracy",
+    } | set(runlog.TAGS.values())
     assert curve(tmp_path, "test/accuracy") == [(2, 0.25)]
     assert curve(tmp_path, "gradient/noise_scale") == [(1, 2.0), (2, 2.0)]
 
@@ -315,7 +351,9 @@ def test_a_full_disk_is_warned_of_once_and_loses_nothing_once_there_is_room(tmp_
     assert all("training goes on" in warning for warning in warnings)
     log_steps(log, 41, 44)
     log.close()
-    assert [line["step"] for line in lines_in(tmp_path) if line["split"] == "train"] == list(range(1, 45))
+    assert [line["step"] for line in lines_in(tmp_path) if line["split"] == "train"] == list(
+        range(1, 45)
+    )
     assert [step for step, _ in curve(tmp_path, "train/loss")] == list(range(1, 45))
     assert len(warnings) == 2
 
@@ -329,7 +367,14 @@ def test_a_run_that_ends_on_a_full_disk_can_be_resumed(tmp_path: Path) -> None:
         log.close()
     with RunLog(tmp_path, resume_step=3) as log:
         log_steps(log, 4, 6)
-    assert [line["step"] for line in lines_in(tmp_path) if line["split"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines_in(tmp_path) if line["split"] == "train"] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]
     assert [step for step, _ in curve(tmp_path, "train/loss")] == [1, 2, 3, 4, 5, 6]
 
 
@@ -345,7 +390,9 @@ def test_by_default_a_warning_is_shown(tmp_path: Path, capsys: pytest.CaptureFix
     stream = io.StringIO()
     with RunLog(tmp_path, tensorboard=False) as log:
         log._warn("no room")
-    with RunLog(tmp_path, tensorboard=False, display=Display("x", epochs=1, steps=1, stream=stream)) as log:
+    with RunLog(
+        tmp_path, tensorboard=False, display=Display("x", epochs=1, steps=1, stream=stream)
+    ) as log:
         log._warn("no room")
     assert capsys.readouterr().err == "warning: no room\n"
     assert stream.getvalue() == "warning: no room\n"
@@ -357,7 +404,9 @@ def test_by_default_a_warning_is_shown(tmp_path: Path, capsys: pytest.CaptureFix
 def show(display: Display, steps: int) -> None:
     with display:
         for step in range(1, steps + 1):
-            display.step(step, step / 4, {"loss": 2.0 / step, "accuracy": 0.5, "gradient_norm": 9.0}, 1234.5)
+            display.step(
+                step, step / 4, {"loss": 2.0 / step, "accuracy": 0.5, "gradient_norm": 9.0}, 1234.5
+            )
             if step % 4 == 0:
                 display.evaluation(step, step / 4, "test", {"loss": 1.0, "accuracy": 0.4321})
 
@@ -374,17 +423,24 @@ def test_on_a_pipe_the_display_is_a_few_plain_lines(monkeypatch: pytest.MonkeyPa
     ]
 
 
-def test_on_a_pipe_there_is_at_most_one_training_line_every_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_pipe_there_is_at_most_one_training_line_every_ten_seconds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     stream = io.StringIO()
     with Display("x", epochs=1, steps=100, stream=stream) as display:
         for step in range(1, 101):
             now += 1.0
-            display.step(step, step / 100, {"loss": 0.5, "accuracy": 0.25, "gradient_norm": 9.0}, 1234.5)
+            display.step(
+                step, step / 100, {"loss": 0.5, "accuracy": 0.25, "gradient_norm": 9.0}, 1234.5
+            )
     lines = stream.getvalue().splitlines()
     assert len(lines) == 12
-    assert lines[1] == "epoch 1/1  step  10/100  loss 0.5000  accuracy 25.00%  1,234 samples/s  0:01:30 left"
+    assert (
+        lines[1]
+        == "epoch 1/1  step  10/100  loss 0.5000  accuracy 25.00%  1,234 samples/s  0:01:30 left"
+    )
     assert lines[-1] == "x: done at step 100 of 100 after 0:01:40"
 
 
@@ -457,7 +513,9 @@ def test_the_log_tells_the_display(tmp_path: Path) -> None:
 
 def test_a_summary_is_json_also_with_numbers_that_json_lacks(tmp_path: Path) -> None:
     path = tmp_path / "summary.json"
-    write_summary(path, {"final": {"loss": math.nan}, "rows": [1, math.inf], "versions": versions()})
+    write_summary(
+        path, {"final": {"loss": math.nan}, "rows": [1, math.inf], "versions": versions()}
+    )
     found = json.loads(path.read_text(), parse_constant=pytest.fail)
     assert found["final"] == {"loss": None}
     assert found["rows"] == [1, None]
@@ -472,11 +530,21 @@ def test_the_hardware_is_named() -> None:
     json.dumps(found, allow_nan=False)
 
 
-def test_the_commit_is_that_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commit_is_that_of_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     monkeypatch.chdir(tmp_path)
     assert git_commit() is None
-    git = ["git", "-c", "user.name=a", "-c", "user.email=a@example.com", "-c", "core.hooksPath=/dev/null"]
+    git = [
+        "git",
+        "-c",
+        "user.name=a",
+        "-c",
+        "user.email=a@example.com",
+        "-c",
+        "core.hooksPath=/dev/null",
+    ]
     subprocess.run([*git, "init", "-q"], check=True)
     assert git_commit() is None, "a repository without a commit"
     subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
@@ -487,7 +555,9 @@ def test_the_commit_is_that_of_the_working_directory(tmp_path: Path, monkeypatch
     assert git_commit() is None, "no git"
 
 
-def test_a_git_that_hangs_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_git_that_hangs_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     slow = tmp_path / "git"
     slow.write_text("#!/bin/sh\nexec /bin/sleep 30\n")
     slow.chmod(0o755)

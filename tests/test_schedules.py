@@ -4,7 +4,14 @@ import math
 
 import pytest
 
-from egtrain.optim.schedules import Schedule, constant, cosine_decay, inverse_sqrt, step_decay, with_warmup
+from egtrain.optim.schedules import (
+    Schedule,
+    constant,
+    cosine_decay,
+    inverse_sqrt,
+    step_decay,
+    with_warmup,
+)
 
 
 def test_a_constant_is_the_same_everywhere() -> None:
@@ -69,9 +76,13 @@ def test_a_cosine_of_no_length_does_not_divide_by_zero() -> None:
 
 
 def test_the_inverse_square_root_falls_from_the_end_of_the_warm_up_on() -> None:
-    """Vaswani et al. 2017: in proportion to the step, then to its inverse root, and the peak between them."""
+    """Vaswani et al. 2017: in proportion to the step, then to its inverse root, and the peak
+    between them.
+    """
     schedule = with_warmup(inverse_sqrt(0.8, 100), 100, 0.0)
-    assert [schedule(step) for step in (0, 50, 100, 400, 10_000)] == pytest.approx([0.0, 0.4, 0.8, 0.4, 0.08])
+    assert [schedule(step) for step in (0, 50, 100, 400, 10_000)] == pytest.approx(
+        [0.0, 0.4, 0.8, 0.4, 0.08]
+    )
     assert max(map(schedule, range(1000))) == schedule(100) == 0.8
 
 

@@ -70,7 +70,9 @@ def test_twenty_steps_come_within_a_percent() -> None:
 
 
 def test_worst_away_from_a_minimum_is_that_of_the_ball() -> None:
-    """Where the loss is a plane the maximum lies along the gradient; where it has a peak in the ball, there."""
+    """Where the loss is a plane the maximum lies along the gradient; where it has a peak in the
+    ball, there.
+    """
     gradient = torch.linspace(1, 2, 6, dtype=torch.float64)
     narrow = 1e-9 * torch.eye(6, dtype=torch.float64)
     with quadratic(narrow, WEIGHTS - 1e9 * gradient, at=WEIGHTS) as loss:
@@ -92,7 +94,9 @@ def test_restarts_go_on_from_other_points_and_keep_the_best() -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 5, 20])
-def test_every_point_of_the_ascent_lies_in_the_ball(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_point_of_the_ascent_lies_in_the_ball(
+    steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     visited = visits(monkeypatch)
     with quadratic(MIXED, WEIGHTS + 0.1, at=WEIGHTS) as loss:
         worst_sharpness(loss, 0.5, steps=steps, seed=0)
@@ -106,7 +110,9 @@ def test_every_point_of_the_ascent_lies_in_the_ball(steps: int, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("iterations", [1, 10])
-def test_every_point_of_the_sign_ascent_lies_in_the_box(iterations: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_point_of_the_sign_ascent_lies_in_the_box(
+    iterations: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     visited = visits(monkeypatch)
     with quadratic(MIXED, WEIGHTS + 0.1, at=WEIGHTS) as loss:
         epsilon_sharpness(loss, 1e-2, iterations=iterations)
@@ -130,7 +136,10 @@ def visits(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     "matrix",
-    [torch.diag(torch.tensor([1.0, 2, 3, 4, 5, 6], dtype=torch.float64)), symmetric([0.1, 0.2, 0.5, 1.0, 2.0, 40.0])],
+    [
+        torch.diag(torch.tensor([1.0, 2, 3, 4, 5, 6], dtype=torch.float64)),
+        symmetric([0.1, 0.2, 0.5, 1.0, 2.0, 40.0]),
+    ],
     ids=["diagonal", "one steep direction"],
 )
 @pytest.mark.parametrize("distance", [0.0, 0.05])
@@ -143,7 +152,10 @@ def test_epsilon_sharpness_of_a_convex_function_is_its_value_at_the_highest_corn
     def value(at: Tensor) -> float:
         return float(0.5 * (at - minimum) @ matrix @ (at - minimum))
 
-    corners = (torch.tensor(signs, dtype=torch.float64) * box for signs in itertools.product((-1, 1), repeat=6))
+    corners = (
+        torch.tensor(signs, dtype=torch.float64) * box
+        for signs in itertools.product((-1, 1), repeat=6)
+    )
     highest = max(value(WEIGHTS + corner) for corner in corners)
     with quadratic(matrix, minimum, at=WEIGHTS) as loss:
         found = epsilon_sharpness(loss, epsilon)
@@ -156,7 +168,9 @@ def test_epsilon_sharpness_of_a_peak_is_that_of_its_top_and_on_it_zero() -> None
     one = torch.ones(1, dtype=torch.float64)
     with quadratic(peak, one + 0.013, at=one) as loss:
         below = loss.value()[0]
-        assert epsilon_sharpness(loss, 0.05, iterations=20) == pytest.approx(-100 * below / (1 + below), rel=1e-3)
+        assert epsilon_sharpness(loss, 0.05, iterations=20) == pytest.approx(
+            -100 * below / (1 + below), rel=1e-3
+        )
     with quadratic(peak, one) as loss:
         assert epsilon_sharpness(loss, 0.05) == 0
 
@@ -169,7 +183,9 @@ def test_epsilon_sharpness_of_a_peak_is_that_of_its_top_and_on_it_zero() -> None
     ],
     ids=["average", "worst"],
 )
-def test_adaptive_values_do_not_change_when_a_layer_is_rescaled(measure: Callable[[FrozenLoss], float]) -> None:
+def test_adaptive_values_do_not_change_when_a_layer_is_rescaled(
+    measure: Callable[[FrozenLoss], float],
+) -> None:
     model = net("relu")
     values, losses = [], []
     for factor in (1.0, 10.0):

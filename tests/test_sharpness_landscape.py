@@ -1,4 +1,6 @@
-"""Directions, lines and planes: parabolas on quadratics, and statistics recomputed between two runs."""
+"""Directions, lines and planes: parabolas on quadratics, and statistics recomputed between two
+runs.
+"""
 
 import math
 
@@ -18,7 +20,13 @@ from sharpness_models import (
 from torch import Tensor, nn
 
 from egtrain.sharpness.frozen_loss import FrozenLoss
-from egtrain.sharpness.landscape import between, filter_normalised_direction, line, plane, recompute_batchnorm
+from egtrain.sharpness.landscape import (
+    between,
+    filter_normalised_direction,
+    line,
+    plane,
+    recompute_batchnorm,
+)
 
 MATRIX = symmetric([-1.0, 0.0, 0.5, 2.0, 3.0])
 MINIMUM = torch.tensor([1.0, -1.0, 0.5, 0.0, 2.0], dtype=torch.float64)
@@ -45,7 +53,9 @@ def test_a_plane_has_the_first_direction_along_its_rows() -> None:
         surface = plane(loss, [FIRST], [SECOND], points=3, span=1.0)
     for row, a in enumerate((-1, 0, 1)):
         for column, b in enumerate((-1, 0, 1)):
-            assert float(surface.losses[row, column]) == pytest.approx(value(start + a * FIRST + b * SECOND))
+            assert float(surface.losses[row, column]) == pytest.approx(
+                value(start + a * FIRST + b * SECOND)
+            )
 
 
 def test_the_middle_of_a_line_is_the_model_itself() -> None:
@@ -62,7 +72,9 @@ def test_the_middle_of_a_line_is_the_model_itself() -> None:
 
 def test_each_filter_of_a_direction_has_the_norm_of_the_weights_and_the_rest_stands_still() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(5, 6), nn.Embedding(7, 2)).double()
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(5, 6), nn.Embedding(7, 2)
+    ).double()
     with torch.no_grad():
         model[2].weight[1] = 0.0
     parameters = list(model.parameters())
@@ -72,7 +84,9 @@ def test_each_filter_of_a_direction_has_the_norm_of_the_weights_and_the_rest_sta
         if weights.ndim == 1:
             assert not moves.any()
         else:
-            torch.testing.assert_close(moves.flatten(1).norm(dim=1), weights.detach().flatten(1).norm(dim=1))
+            torch.testing.assert_close(
+                moves.flatten(1).norm(dim=1), weights.detach().flatten(1).norm(dim=1)
+            )
 
 
 def test_directions_differ_from_run_to_run_in_their_sizes_only() -> None:
@@ -92,7 +106,7 @@ def test_directions_differ_from_run_to_run_in_their_sizes_only() -> None:
     assert abs(float(torch.cosine_similarity(first, alike))) < 0.5
 
 
-def test_the_line_along_a_filter_normalised_direction_does_not_change_with_the_scale_of_a_layer() -> None:
+def test_the_line_along_a_filter_normalised_direction_ignores_the_scale_of_a_layer() -> None:
     model = net("relu")
     curves = []
     for factor in (1.0, 10.0):
@@ -118,7 +132,10 @@ def test_between_two_runs_each_point_has_its_own_statistics(name: str) -> None:
     batches = batches_of(samples(), 100)
     with torch.no_grad():
         for p in other.parameters():
-            p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(9), dtype=p.dtype))
+            p.add_(
+                0.3
+                * torch.randn(p.shape, generator=torch.Generator().manual_seed(9), dtype=p.dtype)
+            )
     before = fingerprint(model)
     with FrozenLoss(model, classification, batches) as loss:
         curve = between(

@@ -1,4 +1,6 @@
-"""Eigenvalues, trace and density against matrices that are known, and a model that is afterwards as it was before."""
+"""Eigenvalues, trace and density against matrices that are known, and a model that is afterwards as
+it was before.
+"""
 
 import json
 import math
@@ -77,7 +79,9 @@ def test_blocks_that_do_not_meet_are_all_searched() -> None:
     # The quadrature is that of the start vector, which knows nothing of the second block.
     torch.testing.assert_close(weights[[0, 4, 5]], torch.zeros(3, dtype=torch.float64))
     basis = torch.stack(found.basis)
-    torch.testing.assert_close(basis @ basis.T, torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        basis @ basis.T, torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-12
+    )
 
 
 def test_a_residual_is_that_of_its_ritz_vector_and_says_what_has_not_converged() -> None:
@@ -89,7 +93,9 @@ def test_a_residual_is_that_of_its_ritz_vector_and_says_what_has_not_converged()
     for value, residual, number in zip(found.largest, found.residuals, [-1, -2, -3], strict=True):
         ritz = basis.T @ vectors[:, number]
         assert value == pytest.approx(float(values[number]), rel=1e-9)
-        assert residual == pytest.approx(float((matrix @ ritz - value * ritz).norm()), rel=1e-6, abs=1e-9)
+        assert residual == pytest.approx(
+            float((matrix @ ritz - value * ritz).norm()), rel=1e-6, abs=1e-9
+        )
     assert found.converged == [True, False, False]
     assert [r <= 1e-3 * found.largest[0] for r in found.residuals] == found.converged
     assert not found.smallest_converged
@@ -102,10 +108,14 @@ def test_eigenvalues_and_products_are_those_of_the_whole_hessian(name: str) -> N
     assert len(matrix) < 500
     expected = torch.linalg.eigvalsh(matrix)
     with frozen(model) as loss:
-        vector = torch.randn(loss.size, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+        vector = torch.randn(
+            loss.size, generator=torch.Generator().manual_seed(5), dtype=torch.float64
+        )
         torch.testing.assert_close(loss.flat_product(vector), matrix @ vector, rtol=1e-8, atol=1e-8)
         found = eigenvalues(loss, count=5, steps=loss.size, seed=0)
-        torch.testing.assert_close(found.largest, expected.flip(0)[:5].tolist(), rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(
+            found.largest, expected.flip(0)[:5].tolist(), rtol=1e-8, atol=1e-8
+        )
         assert found.smallest == pytest.approx(float(expected[0]), abs=1e-8)
         assert expected[0] < 0 < expected[-1]
 
@@ -221,7 +231,10 @@ def test_nor_does_the_number_of_ranks(tmp_path: Path) -> None:
     with frozen(net("tanh"), 7) as loss:
         expected = everything(loss)
     port = str(free_port())
-    ranks = [fork_server().Process(target=measure_on_rank, args=(r, 2, port, str(tmp_path))) for r in range(2)]
+    ranks = [
+        fork_server().Process(target=measure_on_rank, args=(r, 2, port, str(tmp_path)))
+        for r in range(2)
+    ]
     for process in ranks:
         process.start()
     try:
@@ -239,7 +252,9 @@ def test_nor_does_the_number_of_ranks(tmp_path: Path) -> None:
 def measure_on_rank(rank: int, count: int, port: str, folder: str) -> None:
     """Measure as one of several ranks and write what was found."""
     torch.set_num_threads(1)
-    os.environ.update(environment(RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=port))
+    os.environ.update(
+        environment(RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    )
     os.environ.update(WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count))
     with joined_ranks("cpu") as ranks, frozen(net("tanh"), 7, ranks) as loss:
         Path(folder, f"{rank}.json").write_text(json.dumps(everything(loss)))
@@ -280,9 +295,13 @@ def scipy_largest(loss: FrozenLoss) -> float:
     def product(vector: Any) -> Any:
         return loss.flat_product(torch.from_numpy(vector.copy()).flatten()).numpy()
 
-    operator = scipy.sparse.linalg.LinearOperator((loss.size, loss.size), matvec=product, dtype=np.float64)
+    operator = scipy.sparse.linalg.LinearOperator(
+        (loss.size, loss.size), matvec=product, dtype=np.float64
+    )
     start = np.random.default_rng(0).standard_normal(loss.size)
-    (largest,) = scipy.sparse.linalg.eigsh(operator, k=1, which="LA", tol=1e-4, v0=start, return_eigenvectors=False)
+    (largest,) = scipy.sparse.linalg.eigsh(
+        operator, k=1, which="LA", tol=1e-4, v0=start, return_eigenvectors=False
+    )
     return float(largest)
 
 
@@ -366,7 +385,11 @@ def test_autocast_and_an_outer_no_grad_change_nothing() -> None:
     batches = batches_of((inputs.float(), labels), 30)
     with FrozenLoss(model, classification, batches) as loss:
         expected = loss.value(), eigenvalues(loss, count=1, steps=5, seed=0).largest
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), FrozenLoss(model, classification, batches) as loss:
+    with (
+        torch.no_grad(),
+        torch.autocast("cpu", torch.bfloat16),
+        FrozenLoss(model, classification, batches) as loss,
+    ):
         assert (loss.value(), eigenvalues(loss, count=1, steps=5, seed=0).largest) == expected
 
 
@@ -419,11 +442,15 @@ class Exponential(nn.Linear):
 
 
 @pytest.mark.parametrize("model", [Fused(), Exponential(6, 3)], ids=["of torch", "of a user"])
-@pytest.mark.parametrize("loss_function", [classification, lambda m, b: (m(b[0]).mean(), torch.zeros(()))])
+@pytest.mark.parametrize(
+    "loss_function", [classification, lambda m, b: (m(b[0]).mean(), torch.zeros(()))]
+)
 def test_a_model_without_second_derivatives_is_refused_in_a_sentence(
     model: nn.Module, loss_function: LossFunction
 ) -> None:
-    """Torch itself takes what a user has marked as differentiable once for a constant, without a word."""
+    """Torch itself takes what a user has marked as differentiable once for a constant, without a
+    word.
+    """
     with FrozenLoss(model.double(), loss_function, [(samples(), 100)]) as loss:
         assert math.isfinite(loss.value()[0])
         loss.gradient()
@@ -434,7 +461,9 @@ def test_a_model_without_second_derivatives_is_refused_in_a_sentence(
 
 def test_a_loss_that_is_linear_in_the_weights_has_no_curvature() -> None:
     model = nn.Sequential(nn.Linear(6, 1), nn.ReLU()).double()
-    with FrozenLoss(model, lambda m, b: (m(b[0]).mean(), torch.zeros(())), batches_of(samples(), 30)) as loss:
+    with FrozenLoss(
+        model, lambda m, b: (m(b[0]).mean(), torch.zeros(())), batches_of(samples(), 30)
+    ) as loss:
         found = eigenvalues(loss, count=1, steps=3, seed=0)
     assert (found.largest, found.smallest, found.converged) == ([0.0], 0.0, [True])
 
@@ -442,13 +471,19 @@ def test_a_loss_that_is_linear_in_the_weights_has_no_curvature() -> None:
 @pytest.mark.parametrize(
     ("what", "error", "message"),
     [
-        (lambda m: FrozenLoss(m.requires_grad_(False), classification, [(samples(), 100)]), UsageError, "no trainable"),
+        (
+            lambda m: FrozenLoss(m.requires_grad_(False), classification, [(samples(), 100)]),
+            UsageError,
+            "no trainable",
+        ),
         (lambda m: FrozenLoss(m, classification, []), UsageError, "no samples"),
         (lambda m: frozen(m).value(), RuntimeError, "inside its block only"),
     ],
     ids=["frozen model", "no samples", "outside"],
 )
-def test_wrong_use_is_said(what: Callable[[nn.Module], object], error: type[Exception], message: str) -> None:
+def test_wrong_use_is_said(
+    what: Callable[[nn.Module], object], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         what(net("relu"))
 
@@ -456,7 +491,9 @@ def test_wrong_use_is_said(what: Callable[[nn.Module], object], error: type[Exce
 def test_a_loss_without_its_graph_or_that_is_not_finite_is_said() -> None:
     model = net("relu")
     with (
-        FrozenLoss(model, lambda m, b: (m(b[0]).mean().detach(), torch.zeros(())), [(samples(), 100)]) as loss,
+        FrozenLoss(
+            model, lambda m, b: (m(b[0]).mean().detach(), torch.zeros(())), [(samples(), 100)]
+        ) as loss,
         pytest.raises(UsageError, match="with its graph"),
     ):
         loss.gradient()

@@ -1,4 +1,6 @@
-"""On a GPU the host reads a step's statistics one step late; what a run does must not depend on it."""
+"""On a GPU the host reads a step's statistics one step late; what a run does must not depend on
+it.
+"""
 
 import math
 
@@ -38,7 +40,9 @@ def test_nothing_is_unread_at_an_evaluation_or_checkpoint() -> None:
 
 
 @pytest.mark.parametrize("lag", [0, 1])
-def test_a_loss_that_is_not_finite_leaves_the_weights_before_it(lag: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_is_not_finite_leaves_the_weights_before_it(
+    lag: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = tiny_run(LocalGradient(ratio=0.5), BASE)
     run.unread_steps = lag
     before: list[Tensor] = []

@@ -17,11 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import Forked, Result, command_line, environment, outcome, run_here, settings, steps_logged, wait_until
+from helpers import (
+    Forked,
+    Result,
+    command_line,
+    environment,
+    outcome,
+    run_here,
+    settings,
+    steps_logged,
+    wait_until,
+)
 from rich.console import Console
 
-from egtrain.config import Config, config_to_yaml
-from egtrain.config_files import load_config
+from egtrain.config.files import load_config
+from egtrain.config.schema import Config, config_to_yaml
 from egtrain.errors import EgtrainError, InterruptedRun, UsageError
 from egtrain.sweep import execution
 from egtrain.sweep.display import Display
@@ -42,7 +52,9 @@ def facts_of(config: Config) -> Facts:
     steps = config.steps or config.epochs * steps_per_epoch
     second = range(0)
     if config.extrapolation.name in ("fresh", "sam"):
-        second = range(0, round((config.extrapolation.until or 1) * steps), config.extrapolation.every)
+        second = range(
+            0, round((config.extrapolation.until or 1) * steps), config.extrapolation.every
+        )
     return Facts(samples, steps_per_epoch, steps, second, "accuracy", True)
 
 
@@ -137,14 +149,19 @@ def test_a_grid_holds_out_a_tenth_for_validation_and_says_so() -> None:
     plan = plan_of(rate_factors=(0.5, 1.0))
     assert {cell.config.data.validation for cell in plan.cells} == {102}
     assert any("102 samples" in note and "922" in note for note in plan.notes)
-    assert {cell.config.data.validation for cell in plan_of(rate_factors=(1.0, 2.0), validation=24).cells} == {24}
+    assert {
+        cell.config.data.validation
+        for cell in plan_of(rate_factors=(1.0, 2.0), validation=24).cells
+    } == {24}
     assert {cell.config.data.validation for cell in plan_of().cells} == {0}
 
 
 def test_equal_steps_have_equally_many_warm_up_steps() -> None:
     # 384 does not divide the data: its epochs are an eighth of those of 64, not a sixth.
     plan = plan_of(batch_sizes=(64, 256, 384), settings=["steps=100"])
-    warmups = {c.config.schedule.warmup_epochs * facts_of(c.config).steps_per_epoch for c in plan.cells}
+    warmups = {
+        c.config.schedule.warmup_epochs * facts_of(c.config).steps_per_epoch for c in plan.cells
+    }
     assert warmups == {32}
     assert any("equal steps and unequal cost" in note for note in plan.notes)
 
@@ -160,15 +177,23 @@ def test_the_precision_is_settled_once_for_all_machines() -> None:
         cells = plan_of(settings=["precision=auto"], native_precision=native).cells
         assert {cell.config.precision for cell in cells} == {native}
         assert all(f"precision={native}" in cell.settings for cell in cells)
-    assert {c.config.precision for c in plan_of(settings=["precision=fp32"], native_precision="bf16").cells} == {"fp32"}
+    assert {
+        c.config.precision
+        for c in plan_of(settings=["precision=fp32"], native_precision="bf16").cells
+    } == {"fp32"}
 
 
 def test_runs_are_evaluated_often_enough_for_curves() -> None:
-    assert {c.config.evaluate_every for c in plan_of(settings=["epochs=100", "evaluate_every=100"]).cells} == {100}
+    assert {
+        c.config.evaluate_every
+        for c in plan_of(settings=["epochs=100", "evaluate_every=100"]).cells
+    } == {100}
     assert {c.config.evaluate_every for c in plan_of(settings=["epochs=10"]).cells} == {1}
     # With equal steps an epoch of a small batch can be longer than the whole run.
     for cell in plan_of(settings=["steps=40"], batch_sizes=(32, 512)).cells:
-        assert cell.config.evaluate_every * facts_of(cell.config).steps_per_epoch == pytest.approx(2)
+        assert cell.config.evaluate_every * facts_of(cell.config).steps_per_epoch == pytest.approx(
+            2
+        )
 
 
 def test_a_grid_of_texts_is_selected_on_their_own_validation_part(tmp_path: Path) -> None:
@@ -205,7 +230,8 @@ def test_a_cell_is_what_its_command_makes() -> None:
         assert words[-2:] == ["--output", f"cells/{cell.name}"]
         pairs = [value for option, value in itertools.pairwise(words) if option == "--set"]
         assert load_config(words[words.index("--preset") + 1], pairs) == cell.config
-        # A number of threads that depended on the machine or on --jobs would change the order of sums.
+        # A number of threads that depended on the machine or on --jobs would change the order of
+        # sums.
         assert cell.config.threads == 1
     assert len({cell.name for cell in plan.cells}) == len(plan.cells) == 16
 
@@ -224,39 +250,90 @@ def egtrain_command(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--preset quickstartt --batch-sizes 64", "unknown preset 'quickstartt'; did you mean 'quickstart'"),
+        (
+            "--preset quickstartt --batch-sizes 64",
+            "unknown preset 'quickstartt'; did you mean 'quickstart'",
+        ),
         ("--batch-sizes 64", "--preset has no values"),
         ("--preset quickstart", "--batch-sizes has no values"),
-        ("--preset quickstart --batch-sizes 64,100", "100 is not a multiple of a worker's batch of 32 in quickstart:"),
+        (
+            "--preset quickstart --batch-sizes 64,100",
+            "100 is not a multiple of a worker's batch of 32 in quickstart:",
+        ),
         ("--preset quickstart --batch-sizes 8", "use 32 or 64"),
-        ("--preset quickstart --batch-sizes 72 --grow worker-batch", "72 is not a multiple of the 16 workers in"),
-        ("--preset quickstart --batch-sizes 64,x", "--batch-sizes takes whole numbers, such as 256,1024, not '64,x'"),
+        (
+            "--preset quickstart --batch-sizes 72 --grow worker-batch",
+            "72 is not a multiple of the 16 workers in",
+        ),
+        (
+            "--preset quickstart --batch-sizes 64,x",
+            "--batch-sizes takes whole numbers, such as 256,1024, not '64,x'",
+        ),
         ("--preset quickstart --batch-sizes 64,64", "--batch-sizes names 64 twice"),
         ("--preset quickstart --batch-sizes 0", "--batch-sizes must be at least 1, not 0"),
-        ("--preset quickstart --preset quickstart --batch-sizes 64", "--preset names quickstart twice"),
-        ("--preset quickstart --preset x/quickstart.yaml --batch-sizes 64", "two presets are called quickstart"),
+        (
+            "--preset quickstart --preset quickstart --batch-sizes 64",
+            "--preset names quickstart twice",
+        ),
+        (
+            "--preset quickstart --preset x/quickstart.yaml --batch-sizes 64",
+            "two presets are called quickstart",
+        ),
         ("--preset quickstart --batch-sizes 64 --seeds 0", "--seeds must be at least 1, not 0"),
-        ("--preset quickstart --batch-sizes 64 --lr-grid ,", "--lr-grid takes numbers, such as 0.5,1,2, not ','"),
+        (
+            "--preset quickstart --batch-sizes 64 --lr-grid ,",
+            "--lr-grid takes numbers, such as 0.5,1,2, not ','",
+        ),
         ("--preset quickstart --batch-sizes 64 --lr-grid ''", "--lr-grid has no values"),
         ("--preset quickstart --batch-sizes 64 --lr-grid 1,0", "--lr-grid takes positive factors"),
         ("--preset quickstart --batch-sizes 64 --ratio-grid 1,-1", "--ratio-grid takes factors"),
-        ("--preset quickstart-sgd --batch-sizes 64 --ratio-grid 1,2", "--ratio-grid has nothing to scale"),
-        ("--preset quickstart --batch-sizes 64 --lr-grid 1,2 --validation 0", "leave --validation 0 away"),
-        ("--preset quickstart --batch-sizes 64 --epochs 1 --steps 1", "--epochs and --steps exclude each other"),
-        ("--preset quickstart --batch-sizes 64 --set optimizer.lr_scaling=none", "use --lr-scaling"),
+        (
+            "--preset quickstart-sgd --batch-sizes 64 --ratio-grid 1,2",
+            "--ratio-grid has nothing to scale",
+        ),
+        (
+            "--preset quickstart --batch-sizes 64 --lr-grid 1,2 --validation 0",
+            "leave --validation 0 away",
+        ),
+        (
+            "--preset quickstart --batch-sizes 64 --epochs 1 --steps 1",
+            "--epochs and --steps exclude each other",
+        ),
+        (
+            "--preset quickstart --batch-sizes 64 --set optimizer.lr_scaling=none",
+            "use --lr-scaling",
+        ),
         ("--preset quickstart --batch-sizes 64 --set optimzer.lr=1", "did you mean 'optimizer.lr'"),
-        ("--preset quickstart --preset resnet-eg --batch-sizes 128", "resnet-eg has another data than quickstart"),
+        (
+            "--preset quickstart --preset resnet-eg --batch-sizes 128",
+            "resnet-eg has another data than quickstart",
+        ),
         ("--preset quickstart --batch-sizes 64 --within -1", "--within takes a percentage"),
         ("--preset quickstart --batch-sizes 64,8224", "at batch size 8224, a batch of 257 x 32"),
-        ("--preset quickstart --batch-sizes 64 --epochs 2", "takes 256 steps of 256, and the learning rate ends"),
-        ("--preset quickstart --batch-sizes 64 --steps 300 --set schedule.decay=step --set 'schedule.milestones=[0.5]'",
-         "warm-up takes 256 steps of 300, and the learning rate falls at 150: lower schedule.warmup_epochs"),
-        ("--preset quickstart-sgd --preset steps.yaml --batch-sizes 64",
-         "one of quickstart-sgd and steps counts steps, the other epochs: give --epochs"),
-        ("--preset quickstart --batch-sizes 64 --jobs s", "--jobs must be a number of processes or auto, not 's'"),
-        ("--preset quickstart --batch-sizes 64 --output run", "run holds a run: choose another --output"),
+        (
+            "--preset quickstart --batch-sizes 64 --epochs 2",
+            "takes 256 steps of 256, and the learning rate ends",
+        ),
+        (
+            "--preset quickstart --batch-sizes 64 --steps 300 --set schedule.decay=step "
+            "--set 'schedule.milestones=[0.5]'",
+            "warm-up takes 256 steps of 300, and the learning rate falls at 150: "
+            "lower schedule.warmup_epochs",
+        ),
+        (
+            "--preset quickstart-sgd --preset steps.yaml --batch-sizes 64",
+            "one of quickstart-sgd and steps counts steps, the other epochs: give --epochs",
+        ),
+        (
+            "--preset quickstart --batch-sizes 64 --jobs s",
+            "--jobs must be a number of processes or auto, not 's'",
+        ),
+        (
+            "--preset quickstart --batch-sizes 64 --output run",
+            "run holds a run: choose another --output",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_request_is_one_line_with_the_fix_and_starts_nothing(
     options: str, message: str, egtrain_command: Callable[..., Result], tmp_path: Path
 ) -> None:
@@ -277,7 +354,9 @@ def test_a_wrong_request_is_one_line_with_the_fix_and_starts_nothing(
 
 
 class FakeCells:
-    """Takes the place of `start_cell`: writes what a run would leave and starts a process that only ends."""
+    """Takes the place of `start_cell`: writes what a run would leave and starts a process that only
+    ends.
+    """
 
     def __init__(self) -> None:
         self.started: list[str] = []
@@ -300,21 +379,34 @@ class ShellProcess:
 
     def __init__(self, command: str) -> None:
         self._process = subprocess.Popen(["sh", "-c", command])
-        self.terminate, self.kill, self.join = self._process.terminate, self._process.kill, self._process.wait
+        self.terminate, self.kill, self.join = (
+            self._process.terminate,
+            self._process.kill,
+            self._process.wait,
+        )
 
     @property
     def exitcode(self) -> int | None:
         return self._process.poll()
 
 
-def write_run(cell: Cell, folder: Folder, curve: Sequence[float], *, finished: bool = True, test: float = 0.7) -> None:
+def write_run(
+    cell: Cell, folder: Folder, curve: Sequence[float], *, finished: bool = True, test: float = 0.7
+) -> None:
     """Write the files of a run; the curve is evenly spaced over it."""
     run = folder.run(cell)
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.yaml").write_text(config_to_yaml(cell.config))
-    split = "validation" if cell.config.data.validation or cell.config.task.name != "image" else "test"
+    split = (
+        "validation" if cell.config.data.validation or cell.config.task.name != "image" else "test"
+    )
     lines: list[dict[str, Any]] = [
-        {"step": cell.steps, "split": "train", "accuracy": 0.9, "noise_scale": 100.0 * cell.seed + 200}
+        {
+            "step": cell.steps,
+            "split": "train",
+            "accuracy": 0.9,
+            "noise_scale": 100.0 * cell.seed + 200,
+        }
     ]
     lines += [
         {"step": cell.steps * (number + 1) // len(curve), "split": split, "accuracy": value}
@@ -323,7 +415,10 @@ def write_run(cell: Cell, folder: Folder, curve: Sequence[float], *, finished: b
     text = "".join(json.dumps({**line, "wall": {"seconds": 1.0}}) + "\n" for line in lines)
     (run / "metrics.jsonl").write_text(text)
     summary = {
-        "final": {split: {"accuracy": curve[-1], "loss": 1.0}, "test": {"accuracy": test, "loss": 1.0}},
+        "final": {
+            split: {"accuracy": curve[-1], "loss": 1.0},
+            "test": {"accuracy": test, "loss": 1.0},
+        },
         "steps": cell.steps,
         "samples": cell.steps * cell.batch_size,
         "gradient_evaluations": cell.gradient_evaluations,
@@ -339,7 +434,9 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeCells:
     return cells
 
 
-def run(plan: Plan, folder: Folder, *, jobs: int = 1, gpus: Sequence[str] = (), retry: bool = False) -> None:
+def run(
+    plan: Plan, folder: Folder, *, jobs: int = 1, gpus: Sequence[str] = (), retry: bool = False
+) -> None:
     folder.claim(plan)
     with Path(os.devnull).open("w") as nowhere, Display(plan, nowhere) as display:
         run_cells(plan, folder, jobs=jobs, gpus=gpus, retry=retry, display=display)
@@ -355,14 +452,22 @@ def test_a_finished_cell_is_never_repeated(fake: FakeCells, tmp_path: Path) -> N
     assert fake.started == [plan.cells[3].name]
 
 
-def test_a_failed_cell_is_recorded_and_repeated_only_when_asked(fake: FakeCells, tmp_path: Path) -> None:
+def test_a_failed_cell_is_recorded_and_repeated_only_when_asked(
+    fake: FakeCells, tmp_path: Path
+) -> None:
     plan, folder = plan_of(), Folder(tmp_path / "sweep")
     bad, worse = plan.cells[0], plan.cells[2]
     fake.codes = {bad.name: 4, worse.name: 1}
     run(plan, folder)
     assert [folder.status(cell) for cell in plan.cells] == ["diverged", "done", "failed", "done"]
-    assert folder.read_failure(bad) == {"status": "diverged", "exit_code": 4, "message": "it went wrong with 4"}
-    with pytest.raises(EgtrainError, match=f"2 of 4 cells failed \\({bad.name}, {worse.name}\\).*--retry") as failure:
+    assert folder.read_failure(bad) == {
+        "status": "diverged",
+        "exit_code": 4,
+        "message": "it went wrong with 4",
+    }
+    with pytest.raises(
+        EgtrainError, match=f"2 of 4 cells failed \\({bad.name}, {worse.name}\\).*--retry"
+    ) as failure:
         execution.require_success(plan, folder)
     assert failure.value.exit_code == 1
     results = read_results(plan, folder, target=None, within_percent=1)
@@ -431,7 +536,9 @@ def test_a_changed_sweep_in_the_same_folder_is_refused(
     folder = Folder(tmp_path / "sweep")
     folder.claim(plan_of())
     folder.claim(plan_of())
-    with pytest.raises(UsageError, match=f"holds another sweep .*{difference}.*choose another --output"):
+    with pytest.raises(
+        UsageError, match=f"holds another sweep .*{difference}.*choose another --output"
+    ):
         folder.claim(plan_of(**further))
 
 
@@ -454,7 +561,14 @@ def test_a_sweep_in_the_same_folder_may_grow_and_shrink(fake: FakeCells, tmp_pat
         assert {folder.status(cell) for cell in plan.cells} == {Status.done}
     # Of what was left out meanwhile it still knows the settings.
     with pytest.raises(UsageError, match=r"presets quickstart-sgd optimizer.lr"):
-        folder.claim(plan_of(["quickstart-sgd"], rate_factors=(0.5, 1.0), validation=100, settings=["optimizer.lr=1"]))
+        folder.claim(
+            plan_of(
+                ["quickstart-sgd"],
+                rate_factors=(0.5, 1.0),
+                validation=100,
+                settings=["optimizer.lr=1"],
+            )
+        )
     commands = json.loads((folder.path / "sweep.json").read_text())["commands"]
     assert len(commands) == 20
 
@@ -463,7 +577,9 @@ def test_a_finished_sweep_of_a_gpu_is_read_where_there_is_none(
     egtrain_command: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    options = shlex.split("sweep-batch --preset quickstart-sgd --batch-sizes 64 --device cuda --output sweep")
+    options = shlex.split(
+        "sweep-batch --preset quickstart-sgd --batch-sizes 64 --device cuda --output sweep"
+    )
     result = egtrain_command(*options)
     assert (result.code, result.stdout) == (2, "")
     assert "no CUDA device was found: use --device cpu" in result.line
@@ -493,7 +609,9 @@ def test_what_differs_only_in_cells_is_refused_too(tmp_path: Path) -> None:
     folder = Folder(tmp_path / "sweep")
     folder.claim(plan_of(settings=["steps=40"], batch_sizes=(64, 256)))
     # The warm-up has as many steps as that of the smallest batch.
-    with pytest.raises(UsageError, match=r"holds another sweep \(the configurations of its cells\)"):
+    with pytest.raises(
+        UsageError, match=r"holds another sweep \(the configurations of its cells\)"
+    ):
         folder.claim(plan_of(settings=["steps=40"], batch_sizes=(32, 64, 256)))
 
 
@@ -501,16 +619,22 @@ def test_another_run_in_the_place_of_a_cell_is_refused(fake: FakeCells, tmp_path
     plan, folder = plan_of(), Folder(tmp_path / "sweep")
     run(plan, folder)
     write_run(replace(plan.cells[1], config=plan.cells[0].config), folder, [0.5])
-    with pytest.raises(UsageError, match=r"holds another run \(.*extrapolation.name: none -> local"):
+    with pytest.raises(
+        UsageError, match=r"holds another run \(.*extrapolation.name: none -> local"
+    ):
         run(plan, folder)
 
 
-def test_a_signal_stops_the_cells_and_the_next_start_goes_on(fake: FakeCells, tmp_path: Path) -> None:
+def test_a_signal_stops_the_cells_and_the_next_start_goes_on(
+    fake: FakeCells, tmp_path: Path
+) -> None:
     plan, folder = plan_of(), Folder(tmp_path / "sweep")
     fake.seconds = "30"
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
     begun = time.monotonic()
-    with pytest.raises(InterruptedRun, match="with 0 of 4 cells finished: the same command goes on") as stopped:
+    with pytest.raises(
+        InterruptedRun, match="with 0 of 4 cells finished: the same command goes on"
+    ) as stopped:
         run(plan, folder, jobs=2)
     assert stopped.value.exit_code == 75
     assert time.monotonic() - begun < 10
@@ -524,7 +648,10 @@ def test_a_signal_stops_the_cells_and_the_next_start_goes_on(fake: FakeCells, tm
 
 
 def swept(
-    plan: Plan, folder: Folder, curve_of: Callable[[Cell], Sequence[float]], test_of: Callable[[Cell], float]
+    plan: Plan,
+    folder: Folder,
+    curve_of: Callable[[Cell], Sequence[float]],
+    test_of: Callable[[Cell], float],
 ) -> None:
     folder.claim(plan)
     for cell in plan.cells:
@@ -541,7 +668,12 @@ def printed(results: Results) -> str:
 def test_rows_hold_mean_deviation_and_gap_to_the_smallest_batch(tmp_path: Path) -> None:
     plan, folder = plan_of(batch_sizes=(64, 256, 512), seeds=3), Folder(tmp_path)
     values = {64: 0.8, 256: 0.795, 512: 0.7}
-    swept(plan, folder, lambda cell: [0.4, 0.5, 0.6], lambda cell: values[cell.batch_size] + 0.01 * cell.seed)
+    swept(
+        plan,
+        folder,
+        lambda cell: [0.4, 0.5, 0.6],
+        lambda cell: values[cell.batch_size] + 0.01 * cell.seed,
+    )
     results = read_results(plan, folder, target=None, within_percent=1)
     rows = results.rows_of("quickstart")
     assert [row.mean for row in rows] == pytest.approx([0.81, 0.805, 0.71])
@@ -571,7 +703,10 @@ def test_a_batch_that_a_seed_did_not_survive_is_as_good_as_none(tmp_path: Path) 
 
 
 def test_a_metric_that_is_to_fall_is_read_the_other_way_round(tmp_path: Path) -> None:
-    plan, folder = replace(plan_of(batch_sizes=(64, 256), seeds=2), higher_is_better=False), Folder(tmp_path)
+    plan, folder = (
+        replace(plan_of(batch_sizes=(64, 256), seeds=2), higher_is_better=False),
+        Folder(tmp_path),
+    )
     swept(plan, folder, lambda cell: [4.0, 2.0], lambda cell: 2.0 if cell.batch_size == 64 else 2.1)
     results = read_results(plan, folder, target=3.0, within_percent=1)
     assert results.largest_batch_within("quickstart") == 64
@@ -580,10 +715,18 @@ def test_a_metric_that_is_to_fall_is_read_the_other_way_round(tmp_path: Path) ->
 
 
 def test_a_grid_is_selected_on_validation_and_quoted_on_test(tmp_path: Path) -> None:
-    plan, folder = plan_of(["quickstart"], (64, 256), 2, rate_factors=(0.5, 1.0, 2.0)), Folder(tmp_path)
+    plan, folder = (
+        plan_of(["quickstart"], (64, 256), 2, rate_factors=(0.5, 1.0, 2.0)),
+        Folder(tmp_path),
+    )
     validation = {0.5: 0.6, 1.0: 0.7, 2.0: 0.65}
     test = {0.5: 0.9, 1.0: 0.5, 2.0: 0.8}
-    swept(plan, folder, lambda cell: [validation[cell.rate_factor]], lambda cell: test[cell.rate_factor])
+    swept(
+        plan,
+        folder,
+        lambda cell: [validation[cell.rate_factor]],
+        lambda cell: test[cell.rate_factor],
+    )
     results = read_results(plan, folder, target=None, within_percent=1)
     assert [(row.rate_factor, row.mean, row.seeds) for row in results.rows] == [(1.0, 0.5, 2)] * 2
     # A point that one seed did not survive is no candidate.
@@ -595,11 +738,22 @@ def test_a_grid_is_selected_on_validation_and_quoted_on_test(tmp_path: Path) -> 
 
 
 def test_what_makes_a_selection_doubtful_is_said(tmp_path: Path) -> None:
-    plan, folder = plan_of(["quickstart"], (64, 256), 1, rate_factors=(0.5, 1.0, 2.0)), Folder(tmp_path)
+    plan, folder = (
+        plan_of(["quickstart"], (64, 256), 1, rate_factors=(0.5, 1.0, 2.0)),
+        Folder(tmp_path),
+    )
     best = {64: 1.0, 256: 2.0}
-    swept(plan, folder, lambda cell: [0.9 if cell.rate_factor == best[cell.batch_size] else 0.3], lambda cell: 0.5)
+    swept(
+        plan,
+        folder,
+        lambda cell: [0.9 if cell.rate_factor == best[cell.batch_size] else 0.3],
+        lambda cell: 0.5,
+    )
     text = printed(read_results(plan, folder, target=None, within_percent=1))
-    assert "Selected at an end of --lr-grid, beyond which there may be a better one: quickstart at 256 (×2)." in text
+    assert (
+        "Selected at an end of --lr-grid, beyond which there may be a better one: quickstart at "
+        "256 (×2)." in text
+    )
     assert "--retry" not in text
     lost = cell_of(plan, "quickstart", 64, rate_factor=1.0)
     (folder.run(lost) / "summary.json").unlink()
@@ -633,7 +787,8 @@ def test_presets_are_compared_seed_by_seed(tmp_path: Path) -> None:
     assert large.mean == pytest.approx(-0.03)
     text = printed(results)
     assert (
-        "less quickstart, test accuracy in points, paired by seed, ± standard error: +2.00 ± 0.58 at 64, -3.00" in text
+        "less quickstart, test accuracy in points, paired by seed, ± standard error: +2.00 ± "
+        "0.58 at 64, -3.00" in text
     )
     assert "the standard deviation over the seeds" in text
     write_results(results, tmp_path)
@@ -642,7 +797,10 @@ def test_presets_are_compared_seed_by_seed(tmp_path: Path) -> None:
 
 def test_test_results_are_not_shown_before_a_point_is_selected(tmp_path: Path) -> None:
     folder = Folder(tmp_path / "sweep")
-    for factors, shown in (((0.5, 1.0), "validation accuracy 40.00 %"), ((1.0,), "test accuracy 70.00 %")):
+    for factors, shown in (
+        ((0.5, 1.0), "validation accuracy 40.00 %"),
+        ((1.0,), "test accuracy 70.00 %"),
+    ):
         plan = plan_of(["quickstart"], (64,), rate_factors=factors)
         cell = plan.cells[0]
         swept(plan, folder, lambda cell: [0.4], lambda cell: 0.7)
@@ -673,7 +831,9 @@ def test_what_a_cell_did_before_it_was_interrupted_is_no_work_of_this_start(tmp_
         assert display.seconds_left() == pytest.approx(20, rel=0.05)
 
 
-def test_steps_to_a_target_are_those_of_the_first_evaluation_that_reaches_it(tmp_path: Path) -> None:
+def test_steps_to_a_target_are_those_of_the_first_evaluation_that_reaches_it(
+    tmp_path: Path,
+) -> None:
     plan, folder = plan_of(batch_sizes=(64, 256), seeds=2), Folder(tmp_path)
     swept(plan, folder, lambda cell: [0.3, 0.55, 0.4, 0.7 if cell.seed else 0.6], lambda cell: 0.7)
     results = read_results(plan, folder, target=0.5, within_percent=1)
@@ -696,14 +856,25 @@ def test_two_gradients_a_sample_are_said_and_counted(tmp_path: Path) -> None:
     assert costs == [20480, 20480, 10240, 10240]
     # They count to the target, and end before it with --set extrapolation.until.
     half = replace(cell_of(plan, "sam", 64), second_gradients=range(0, 80, 2))
-    assert [half.gradients_until(step) for step in (0, 1, 40, 80, 160)] == [0, 128, 60 * 64, 120 * 64, 200 * 64]
+    assert [half.gradients_until(step) for step in (0, 1, 40, 80, 160)] == [
+        0,
+        128,
+        60 * 64,
+        120 * 64,
+        200 * 64,
+    ]
 
 
-@pytest.mark.parametrize(("presets", "batch_sizes"), [(1, (64,)), (9, (32, 64, 96, 128, 192, 256, 512))])
+@pytest.mark.parametrize(
+    ("presets", "batch_sizes"), [(1, (64,)), (9, (32, 64, 96, 128, 192, 256, 512))]
+)
 def test_the_picture_is_drawn_for_few_and_many_also_with_holes(
     presets: int, batch_sizes: tuple[int, ...], tmp_path: Path
 ) -> None:
-    names = [str(tmp_path / f"a-preset-with-quite-a-long-name-{number}.yaml") for number in range(presets)]
+    names = [
+        str(tmp_path / f"a-preset-with-quite-a-long-name-{number}.yaml")
+        for number in range(presets)
+    ]
     for name in names:
         Path(name).write_text("inherits: [quickstart]\n")
     plan, folder = plan_of(names, batch_sizes), Folder(tmp_path / "sweep")
@@ -724,9 +895,21 @@ def test_the_picture_is_drawn_for_few_and_many_also_with_holes(
 
 
 def sweep_arguments(data: Path, output: str, *further: str) -> list[str]:
-    pairs = [s for s in settings(data, "epochs=8", "evaluate_every=8") if not s.startswith("threads=")]
+    pairs = [
+        s for s in settings(data, "epochs=8", "evaluate_every=8") if not s.startswith("threads=")
+    ]
     options = [part for pair in pairs for part in ("--set", pair)]
-    return ["sweep-batch", "--preset", "quickstart", "--batch-sizes", "32,64", *options, "--output", output, *further]
+    return [
+        "sweep-batch",
+        "--preset",
+        "quickstart",
+        "--batch-sizes",
+        "32,64",
+        *options,
+        "--output",
+        output,
+        *further,
+    ]
 
 
 def test_a_killed_sweep_goes_on_and_its_cells_are_undisturbed_runs(
@@ -753,8 +936,13 @@ def test_a_killed_sweep_goes_on_and_its_cells_are_undisturbed_runs(
     result = egtrain_command(*command, "--target", "0.2", "--json")
     assert json.loads(result.stdout)["target"]["value"] == 0.2
     # In the processes' own output there is nothing but that of `train`.
-    assert "Warning" not in "".join(log.read_text() for log in (tmp_path / "sweep" / "logs").iterdir())
-    assert "1 of them are finished" in egtrain_command(*command, "--batch-sizes", "64,128", "--dry-run").stdout
+    assert "Warning" not in "".join(
+        log.read_text() for log in (tmp_path / "sweep" / "logs").iterdir()
+    )
+    assert (
+        "1 of them are finished"
+        in egtrain_command(*command, "--batch-sizes", "64,128", "--dry-run").stdout
+    )
     changed = egtrain_command(*command, "--set", "optimizer.lr=0.3")
     assert changed.code == 2
     assert "sweep holds another sweep (presets quickstart optimizer.lr: " in changed.line
@@ -766,6 +954,8 @@ def test_the_plan_estimates_the_time_from_a_few_steps_and_leaves_nothing(
     result = egtrain_command(*sweep_arguments(images, "sweep", "--dry-run", "--jobs", "2"))
     assert (result.code, result.stderr) == (0, "")
     assert re.search(
-        r"^2 runs, 2 at a time, 2,048 gradient evaluations, about 0:0\d:\d\d$", result.stdout, re.MULTILINE
+        r"^2 runs, 2 at a time, 2,048 gradient evaluations, about 0:0\d:\d\d$",
+        result.stdout,
+        re.MULTILINE,
     )
     assert not list(tmp_path.iterdir())

@@ -25,7 +25,12 @@ ALL_ENDINGS = [ending for pair in ENDINGS.values() for ending in pair]
 
 
 def test_the_sentences_are_the_same_on_every_call_and_machine() -> None:
-    text = "\n".join(line for part in (PAIRS.train, PAIRS.validation, PAIRS.test) for side in part for line in side)
+    text = "\n".join(
+        line
+        for part in (PAIRS.train, PAIRS.validation, PAIRS.test)
+        for side in part
+        for line in side
+    )
     assert make_synthetic_pairs() == PAIRS
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "ae576a8223c356d2"
 
@@ -50,7 +55,9 @@ def test_nothing_in_the_lexicon_can_be_taken_for_something_else() -> None:
 
 
 def test_determiners_nouns_and_adjectives_agree() -> None:
-    """Read off the translation alone: a determiner's ending is that of the noun and of an adjective behind it."""
+    """Read off the translation alone: a determiner's ending is that of the noun and of an adjective
+    behind it.
+    """
     endings = "|".join(sorted(ALL_ENDINGS, key=len, reverse=True))
     stems = "|".join(sorted((stem for _, stem in adjectives()), key=len, reverse=True))
     determiner = re.compile(rf"(?:{'|'.join(DETERMINERS.values())})({endings})$")
@@ -76,6 +83,8 @@ def test_a_word_for_word_translation_is_mostly_wrong() -> None:
         words |= {noun.source: noun.target + one, noun.source + "s": noun.target + many}
     for source, target in verbs():
         words |= {source: target + "it", source + "d": target + "avit"}
-    translated = [" ".join(words[word] for word in line.rstrip(".").split()) + "." for line in PAIRS.test[0]]
+    translated = [
+        " ".join(words[word] for word in line.rstrip(".").split()) + "." for line in PAIRS.test[0]
+    ]
     assert BLEU().corpus_score(translated, [PAIRS.test[1]]).score < 15
     assert BLEU().corpus_score(PAIRS.test[1], [PAIRS.test[1]]).score > 99.99

@@ -13,8 +13,13 @@ TEXT = make_synthetic_text()
 
 def test_the_text_is_the_same_on_every_call_and_machine() -> None:
     again = make_synthetic_text()
-    assert all(np.array_equal(getattr(TEXT, part), getattr(again, part)) for part in ("train", "validation", "test"))
-    digest = hashlib.sha256(b"".join(part.tobytes() for part in (TEXT.train, TEXT.validation, TEXT.test)))
+    assert all(
+        np.array_equal(getattr(TEXT, part), getattr(again, part))
+        for part in ("train", "validation", "test")
+    )
+    digest = hashlib.sha256(
+        b"".join(part.tobytes() for part in (TEXT.train, TEXT.validation, TEXT.test))
+    )
     assert digest.hexdigest()[:16] == "bd9645e6807c2707"
 
 
@@ -27,7 +32,9 @@ def test_every_word_is_known_and_used_and_none_is_unknown() -> None:
 def test_the_entropy_is_that_of_all_paths_of_states() -> None:
     """The forward algorithm against the sum over every sequence of hidden states."""
     source = Source(
-        np.array([0.6, 0.4]), np.array([[0.7, 0.3], [0.2, 0.8]]), np.array([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]])
+        np.array([0.6, 0.4]),
+        np.array([[0.7, 0.3], [0.2, 0.8]]),
+        np.array([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]]),
     )
     words = np.array([0, 2, 2, 1, 0])
     probability = 0.0
@@ -38,11 +45,15 @@ def test_the_entropy_is_that_of_all_paths_of_states() -> None:
             if place + 1 < len(path):
                 one *= source.transition[state, path[place + 1]]
         probability += one
-    assert math.isclose(entropy_of(source, words), -math.log(probability) / len(words), rel_tol=1e-12)
+    assert math.isclose(
+        entropy_of(source, words), -math.log(probability) / len(words), rel_tol=1e-12
+    )
 
 
 def test_words_before_the_last_tell_more_than_the_last_one_alone() -> None:
-    """A model without a memory is 30 % above the floor: there is something to learn for a recurrent net."""
+    """A model without a memory is 30 % above the floor: there is something to learn for a recurrent
+    net.
+    """
     size = WORDS + 2
     counts = np.full((size, size), 0.1)
     np.add.at(counts, (TEXT.train[:-1], TEXT.train[1:]), 1)

@@ -1,4 +1,6 @@
-"""Words and pairs of sentences are read as they are written, and every mistake is named with file and line."""
+"""Words and pairs of sentences are read as they are written, and every mistake is named with file
+and line.
+"""
 
 import gzip
 import re
@@ -35,13 +37,26 @@ def put(folder: Path, files: dict[str, str | bytes]) -> Path:
 
 
 def text_in(folder: Path, **changes: Any) -> TextData:
-    options: dict[str, Any] = {"data_dir": None, "offline": True, "max_vocabulary": None, "train_tokens": None}
+    options: dict[str, Any] = {
+        "data_dir": None,
+        "offline": True,
+        "max_vocabulary": None,
+        "train_tokens": None,
+    }
     return load_text(f"text:{folder}", **(options | changes))
 
 
 def pairs_in(folder: Path, **changes: Any) -> PairData:
-    options: dict[str, Any] = {"data_dir": None, "offline": True, "source": "en", "target": "de", "subwords": 40}
-    return load_pairs(f"pairs:{folder}", **(options | {"max_length": 40, "train_samples": None} | changes))
+    options: dict[str, Any] = {
+        "data_dir": None,
+        "offline": True,
+        "source": "en",
+        "target": "de",
+        "subwords": 40,
+    }
+    return load_pairs(
+        f"pairs:{folder}", **(options | {"max_length": 40, "train_samples": None} | changes)
+    )
 
 
 # Words.
@@ -72,17 +87,23 @@ def test_a_smaller_training_text_is_the_beginning_and_keeps_the_vocabulary(tmp_p
     data = text_in(folder, train_tokens=4)
     assert data.train.tolist() == [2, 3, 2, 1, 1]
     assert len(data.vocabulary) == 5
-    with pytest.raises(DataError, match=r"asks for 10 words, and the training text has 9; lower it"):
+    with pytest.raises(
+        DataError, match=r"asks for 10 words, and the training text has 9; lower it"
+    ):
         text_in(folder, train_tokens=9)
 
 
-def test_a_folder_is_looked_for_here_and_where_data_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_looked_for_here_and_where_data_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     put(tmp_path / "home" / "mine", TEXT)
     options: dict[str, Any] = {"offline": True, "max_vocabulary": None, "train_tokens": None}
     assert len(load_text("text:mine", data_dir=tmp_path / "home", **options).train) == 9
     assert locate_text("text:mine", data_dir=tmp_path / "home", offline=True).startswith("found: ")
     assert locate_text("text:mine", data_dir=None, offline=True) == "missing: mine"
-    with pytest.raises(DataError, match=r"there is no folder mine, here or in .*; name one with train.txt"):
+    with pytest.raises(
+        DataError, match=r"there is no folder mine, here or in .*; name one with train.txt"
+    ):
         load_text("text:mine", data_dir=None, **options)
     monkeypatch.chdir(tmp_path / "home")
     assert len(load_text("text:mine", data_dir=None, **options).train) == 9
@@ -94,10 +115,16 @@ def test_a_folder_is_looked_for_here_and_where_data_are(tmp_path: Path, monkeypa
         ("valid.txt", b"", "valid.txt: the file is empty"),
         ("test.txt", b" \n\n", "test.txt: the file is empty"),
         ("train.txt", b"a\nb \xff c\n", "train.txt:2: the line is not UTF-8"),
-        ("train.txt", b"a\n" + b"x" * 1_000_001, "train.txt:2: a line of 1,000,001 bytes, and 1,000,000 is the limit"),
+        (
+            "train.txt",
+            b"a\n" + b"x" * 1_000_001,
+            "train.txt:2: a line of 1,000,001 bytes, and 1,000,000 is the limit",
+        ),
     ],
 )
-def test_a_damaged_text_is_named_with_file_and_line(tmp_path: Path, file: str, content: bytes, message: str) -> None:
+def test_a_damaged_text_is_named_with_file_and_line(
+    tmp_path: Path, file: str, content: bytes, message: str
+) -> None:
     folder = put(tmp_path / "t", {**TEXT, file: content})
     with pytest.raises(DataError, match=re.escape(message)) as error:
         text_in(folder)
@@ -115,19 +142,32 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_a_vocabulary_larger_than_asked_is_named_with_its_line(tmp_path: Path) -> None:
     folder = put(tmp_path / "t", TEXT)
     assert len(text_in(folder, max_vocabulary=5).vocabulary) == 5
-    with pytest.raises(DataError, match=r"train.txt:3: the vocabulary of 5 words is larger than task.max_voc"):
+    with pytest.raises(
+        DataError, match=r"train.txt:3: the vocabulary of 5 words is larger than task.max_voc"
+    ):
         text_in(folder, max_vocabulary=4)
 
 
 def test_an_altered_wikitext_is_refused(tmp_path: Path) -> None:
-    put(tmp_path / "wikitext-2", {"wiki.train.tokens": "a", "wiki.valid.tokens": "b", "wiki.test.tokens": "c"})
-    with pytest.raises(DataError, match=r"wiki.train.tokens: not the official file .* --data text:FOLDER"):
-        load_text("wikitext2", data_dir=tmp_path, offline=True, max_vocabulary=None, train_tokens=None)
+    put(
+        tmp_path / "wikitext-2",
+        {"wiki.train.tokens": "a", "wiki.valid.tokens": "b", "wiki.test.tokens": "c"},
+    )
+    with pytest.raises(
+        DataError, match=r"wiki.train.tokens: not the official file .* --data text:FOLDER"
+    ):
+        load_text(
+            "wikitext2", data_dir=tmp_path, offline=True, max_vocabulary=None, train_tokens=None
+        )
 
 
 def test_a_missing_wikitext_says_where_it_was_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"WikiText-2 was not found in .*--offline, .* that holds wikitext-2 with"):
-        load_text("wikitext2", data_dir=tmp_path, offline=True, max_vocabulary=None, train_tokens=None)
+    with pytest.raises(
+        DataError, match=r"WikiText-2 was not found in .*--offline, .* that holds wikitext-2 with"
+    ):
+        load_text(
+            "wikitext2", data_dir=tmp_path, offline=True, max_vocabulary=None, train_tokens=None
+        )
 
 
 # Pairs of sentences.
@@ -145,12 +185,20 @@ def test_sentences_come_back_from_their_subwords(tmp_path: Path) -> None:
 
 def test_the_other_direction_is_the_same_text_turned(tmp_path: Path) -> None:
     folder = put(tmp_path / "p", PAIRS)
-    assert pairs_in(folder, source="de", target="en").train.source_text == pairs_in(folder).train.target_text
+    assert (
+        pairs_in(folder, source="de", target="en").train.source_text
+        == pairs_in(folder).train.target_text
+    )
 
 
 def test_files_may_be_packed_and_the_validation_part_be_called_val(tmp_path: Path) -> None:
-    packed = {f"{name.replace('valid', 'val')}.gz": gzip.compress(text.encode()) for name, text in PAIRS.items()}
-    assert pairs_in(put(tmp_path / "p", packed)).digest == pairs_in(put(tmp_path / "q", PAIRS)).digest
+    packed = {
+        f"{name.replace('valid', 'val')}.gz": gzip.compress(text.encode())
+        for name, text in PAIRS.items()
+    }
+    assert (
+        pairs_in(put(tmp_path / "p", packed)).digest == pairs_in(put(tmp_path / "q", PAIRS)).digest
+    )
 
 
 def test_subwords_are_learned_once_and_learned_again_where_what_is_kept_is_damaged(
@@ -167,7 +215,9 @@ def test_subwords_are_learned_once_and_learned_again_where_what_is_kept_is_damag
     assert pairs_in(folder).digest == first.digest
 
 
-def test_what_is_kept_serves_only_the_text_and_the_number_that_it_was_learned_for(tmp_path: Path) -> None:
+def test_what_is_kept_serves_only_the_text_and_the_number_that_it_was_learned_for(
+    tmp_path: Path,
+) -> None:
     folder = put(tmp_path / "p", PAIRS)
     assert [pairs_in(folder, subwords=size).subwords.size for size in (40, 30, 40)] == [40, 30, 40]
     other = {name: text.replace("haus", "heim") for name, text in PAIRS.items()}
@@ -175,7 +225,9 @@ def test_what_is_kept_serves_only_the_text_and_the_number_that_it_was_learned_fo
 
 
 def test_fewer_subwords_than_characters_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"task.subwords: 16 is too small, as the training text has \d+ different"):
+    with pytest.raises(
+        UsageError, match=r"task.subwords: 16 is too small, as the training text has \d+ different"
+    ):
         pairs_in(put(tmp_path / "p", PAIRS), subwords=16)
 
 
@@ -183,26 +235,39 @@ def test_a_text_too_small_for_so_many_subwords_has_fewer(tmp_path: Path) -> None
     assert 30 < pairs_in(put(tmp_path / "p", PAIRS), subwords=4000).subwords.size < 200
 
 
-def test_a_cache_that_cannot_be_written_only_costs_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_written_only_costs_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert len(pairs_in(put(tmp_path / "p", PAIRS)).train) == 8
 
 
-def test_a_smaller_training_set_has_the_same_subwords_and_the_pairs_of_one_permutation(tmp_path: Path) -> None:
+def test_a_smaller_training_set_has_the_same_subwords_and_the_pairs_of_one_permutation(
+    tmp_path: Path,
+) -> None:
     folder = put(tmp_path / "p", PAIRS)
     few, more, all_of_them = (pairs_in(folder, train_samples=n) for n in (3, 5, None))
-    assert set(few.train.source_text) < set(more.train.source_text) < set(all_of_them.train.source_text)
+    assert (
+        set(few.train.source_text)
+        < set(more.train.source_text)
+        < set(all_of_them.train.source_text)
+    )
     assert torch.equal(few.test.source[0], all_of_them.test.source[0])
-    with pytest.raises(UsageError, match=r"data.train_samples: 9 is not possible, as there are 8 training pairs"):
+    with pytest.raises(
+        UsageError, match=r"data.train_samples: 9 is not possible, as there are 8 training pairs"
+    ):
         pairs_in(folder, train_samples=9)
 
 
-def test_a_sentence_that_is_too_long_is_named_even_if_it_would_not_be_trained_on(tmp_path: Path) -> None:
+def test_a_sentence_that_is_too_long_is_named_even_if_it_would_not_be_trained_on(
+    tmp_path: Path,
+) -> None:
     folder = put(tmp_path / "p", PAIRS)
     for samples in (None, 1):
         with pytest.raises(
-            DataError, match=r"train.en:1: a sentence of \d+ subwords, and task.max_length is 2; raise it"
+            DataError,
+            match=r"train.en:1: a sentence of \d+ subwords, and task.max_length is 2; raise it",
         ):
             pairs_in(folder, max_length=2, train_samples=samples)
 
@@ -218,7 +283,11 @@ def lines(*words: str) -> str:
         ("valid.en", b"a\n\xc3\n", "valid.en:2: the line is not UTF-8"),
         ("valid.de", lines("a", "b"), r"valid.de:3: 2 lines, and .*valid.en has 3; each line"),
         ("test.de", lines("a", " "), "test.de:2: the line is empty; remove it from both files"),
-        ("test.en", lines("a", "x " * 60), r"test.en:2: a sentence of \d+ subwords, and task.max_length is 40; raise"),
+        (
+            "test.en",
+            lines("a", "x " * 60),
+            r"test.en:2: a sentence of \d+ subwords, and task.max_length is 40; raise",
+        ),
     ],
 )
 def test_damaged_pairs_are_named_with_file_and_line(
@@ -232,7 +301,9 @@ def test_damaged_pairs_are_named_with_file_and_line(
 
 def test_a_language_that_there_is_not_is_named(tmp_path: Path) -> None:
     folder = put(tmp_path / "p", PAIRS)
-    with pytest.raises(DataError, match=r"train.fr: the file is missing; .* set task.source and task.target"):
+    with pytest.raises(
+        DataError, match=r"train.fr: the file is missing; .* set task.source and task.target"
+    ):
         pairs_in(folder, target="fr")
     with pytest.raises(UsageError, match=r"task.source and task.target are both 'en'"):
         pairs_in(folder, target="en")
@@ -241,7 +312,9 @@ def test_a_language_that_there_is_not_is_named(tmp_path: Path) -> None:
 
 def multi30k(folder: Path, **changes: Any) -> PairData:
     options: dict[str, Any] = {"source": "en", "target": "de", "subwords": 1000, "max_length": 100}
-    return load_pairs("multi30k", data_dir=folder, offline=True, train_samples=None, **(options | changes))
+    return load_pairs(
+        "multi30k", data_dir=folder, offline=True, train_samples=None, **(options | changes)
+    )
 
 
 def test_multi30k_has_two_languages_here(tmp_path: Path) -> None:
@@ -261,7 +334,9 @@ def test_the_real_multi30k_is_read_packed_or_not_and_refused_where_it_is_altered
     assert multi30k(tmp_path).digest == data.digest
     with (tmp_path / "multi30k" / "test_2016_flickr.de").open("a") as file:
         file.write("Ein Satz mehr.\n")
-    with pytest.raises(DataError, match=r"test_2016_flickr.de: not the official .* mirrors have another test split"):
+    with pytest.raises(
+        DataError, match=r"test_2016_flickr.de: not the official .* mirrors have another test split"
+    ):
         multi30k(tmp_path)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from egtrain import session
 from egtrain.build import build_run
 from egtrain.checkpoint import CheckpointStore, read_checkpoint
-from egtrain.config import Config
+from egtrain.config.schema import Config
 from egtrain.errors import DivergedError, UsageError
 from egtrain.tasks.image import ImageTask
 from egtrain.train import Run
@@ -66,10 +66,17 @@ def test_metrics_hold_every_step_and_evaluation_once_in_order(undisturbed: Undis
         expected.insert(expected.index((step, "train")) + 1, (step, "test"))
     assert [(line["step"], line["split"]) for line in lines] == expected
     assert [line["epoch"] for line in lines] == [step / 4 for step, _ in expected]
-    assert all(math.isfinite(value) for line in lines for value in line.values() if not isinstance(value, str))
+    assert all(
+        math.isfinite(value)
+        for line in lines
+        for value in line.values()
+        if not isinstance(value, str)
+    )
 
 
-def test_the_learning_rate_in_the_metrics_is_the_schedule(images: Path, undisturbed: Undisturbed) -> None:
+def test_the_learning_rate_in_the_metrics_is_the_schedule(
+    images: Path, undisturbed: Undisturbed
+) -> None:
     rates = [line["learning_rate"] for line in undisturbed()["metrics"] if line["split"] == "train"]
     warmup = [0.1] * 4
     decay = [0.05 * (1 + math.cos(math.pi * step / 8)) for step in range(8)]
@@ -78,9 +85,13 @@ def test_the_learning_rate_in_the_metrics_is_the_schedule(images: Path, undistur
 
 @pytest.mark.parametrize("extrapolation", list(EXTRAPOLATIONS))
 def test_a_second_gradient_is_counted(extrapolation: str, images: Path, tmp_path: Path) -> None:
-    directory = run_here(tmp_path / "run", config_of(images, "steps=2", extrapolation=extrapolation))
+    directory = run_here(
+        tmp_path / "run", config_of(images, "steps=2", extrapolation=extrapolation)
+    )
     summary = summary_of(directory)
-    assert summary["gradient_evaluations"] == 2 * 32 * (2 if extrapolation in ("fresh", "sam") else 1)
+    assert summary["gradient_evaluations"] == 2 * 32 * (
+        2 if extrapolation in ("fresh", "sam") else 1
+    )
     assert (summary["samples"], summary["steps"], summary["batch_size"]) == (64, 2, 32)
 
 
@@ -100,16 +111,24 @@ def test_a_second_gradient_is_taken_and_counted_until_extrapolation_ends(
     assert summary_of(directory)["gradient_evaluations"] == sum(taken) == 32 * (2 * 3 + 3)
 
 
-def test_without_validation_there_is_no_best(undisturbed: Undisturbed, images: Path, tmp_path: Path) -> None:
+def test_without_validation_there_is_no_best(
+    undisturbed: Undisturbed, images: Path, tmp_path: Path
+) -> None:
     summary = summary_of(run_here(tmp_path / "run", config_of(images, "epochs=1")))
     assert summary["best"] is None
     assert list(summary["final"]) == ["test"]
 
 
 def test_with_validation_the_best_is_that_of_the_evaluations(images: Path, tmp_path: Path) -> None:
-    directory = run_here(tmp_path / "run", config_of(images, "data.validation=20", "optimizer.lr=0.3", "epochs=8"))
+    directory = run_here(
+        tmp_path / "run", config_of(images, "data.validation=20", "optimizer.lr=0.3", "epochs=8")
+    )
     summary = summary_of(directory)
-    measured = {line["step"]: line["accuracy"] for line in metrics_in(directory) if line["split"] == "validation"}
+    measured = {
+        line["step"]: line["accuracy"]
+        for line in metrics_in(directory)
+        if line["split"] == "validation"
+    }
     best = max(measured.values())
     first = min(step for step, accuracy in measured.items() if accuracy == best)
     assert len(set(measured.values())) > 1
@@ -119,7 +138,9 @@ def test_with_validation_the_best_is_that_of_the_evaluations(images: Path, tmp_p
     assert [line["step"] for line in metrics_in(directory) if line["split"] == "test"] == [32]
     store = CheckpointStore(directory / "checkpoints")
     assert store.load("best")[0] == first
-    kept = sorted(int(path.stem.removeprefix("step-")) for path in (directory / "checkpoints").glob("*.pt"))
+    kept = sorted(
+        int(path.stem.removeprefix("step-")) for path in (directory / "checkpoints").glob("*.pt")
+    )
     assert kept == sorted({first, 28, 32})
 
 
@@ -128,7 +149,14 @@ def test_the_summary_tells_what_was_run(images: Path, tmp_path: Path) -> None:
     summary = summary_of(directory)
     (last,) = [line for line in metrics_in(directory) if line["split"] == "test"]
     assert summary["final"] == {"test": {"loss": last["loss"], "accuracy": last["accuracy"]}}
-    expected = {"name": "run", "preset": "quickstart", "epochs": 1, "workers": 4, "ranks": 1, "seed": 3}
+    expected = {
+        "name": "run",
+        "preset": "quickstart",
+        "epochs": 1,
+        "workers": 4,
+        "ranks": 1,
+        "seed": 3,
+    }
     assert {key: summary[key] for key in expected} == expected
     assert summary["versions"]["torch"] == torch.__version__
     assert summary["hardware"]["threads"] == 1
@@ -170,7 +198,9 @@ def caught(monkeypatch: pytest.MonkeyPatch) -> Caught:
     return catch
 
 
-def spoil_the_loss(monkeypatch: pytest.MonkeyPatch, worker: int, step: int, call: int, by: Callable[..., Any]) -> None:
+def spoil_the_loss(
+    monkeypatch: pytest.MonkeyPatch, worker: int, step: int, call: int, by: Callable[..., Any]
+) -> None:
     """Change what the n-th forward pass of a worker in a step returns."""
     batch, loss = ImageTask.batch, ImageTask.loss
     at, calls = [(-1, -1)], [0]
@@ -195,7 +225,9 @@ def times(number: float) -> Callable[[Tensor, nn.Module], Tensor]:
 
 
 def with_a_bad_gradient(loss: Tensor, model: nn.Module) -> Tensor:
-    """Return the same loss, whose gradient is not a number: the derivative of a square root at zero, times zero."""
+    """Return the same loss, whose gradient is not a number: the derivative of a square root at
+    zero, times zero.
+    """
     weight = next(model.parameters())
     bad: Tensor = loss + (weight * 0).square().sum().sqrt()
     return bad
@@ -230,7 +262,9 @@ def test_a_worker_whose_loss_is_not_finite_stops_the_run_before_the_update(
     """For the variants of two gradients the second pass is the one at the shifted weights."""
     spoil_the_loss(monkeypatch, worker=2, step=2, call=call, by=by)
     with pytest.raises(DivergedError) as error:
-        run_here(tmp_path / "run", config_of(images, "checkpoint.every=1", extrapolation=extrapolation))
+        run_here(
+            tmp_path / "run", config_of(images, "checkpoint.every=1", extrapolation=extrapolation)
+        )
     assert str(error.value).startswith(message)
     assert "optimizer.lr" in str(error.value)
     assert error.value.exit_code == 4
@@ -247,7 +281,10 @@ def test_a_worker_whose_loss_is_not_finite_stops_the_run_before_the_update(
 
 def test_a_run_that_diverged_can_go_on_at_a_lower_rate(images: Path, tmp_path: Path) -> None:
     with pytest.raises(DivergedError):
-        run_here(tmp_path / "run", config_of(images, "optimizer.lr=1e30", "checkpoint.every=1", extrapolation="none"))
+        run_here(
+            tmp_path / "run",
+            config_of(images, "optimizer.lr=1e30", "checkpoint.every=1", extrapolation="none"),
+        )
     assert newest_checkpoint(tmp_path / "run").exists()
     step, state = read_checkpoint(newest_checkpoint(tmp_path / "run"))
     assert step < STEPS
@@ -266,7 +303,11 @@ def test_statistics_of_workers_are_their_own(images: Path, tmp_path: Path) -> No
     torch.testing.assert_close(mean, own.mean(dim=0), rtol=0, atol=0)
 
 
-def test_a_batch_larger_than_the_data_is_refused_and_the_directory_stays_free(images: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"a batch of 32 x 8 = 256 is larger than the 150 training samples: take"):
+def test_a_batch_larger_than_the_data_is_refused_and_the_directory_stays_free(
+    images: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        UsageError, match=r"a batch of 32 x 8 = 256 is larger than the 150 training samples: take"
+    ):
         run_here(tmp_path / "run", config_of(images, "workers=32"))
     run_here(tmp_path / "run", config_of(images, "steps=1"))

@@ -50,7 +50,9 @@ def test_convolutions_start_with_he_weights_and_batches_are_not_counted() -> Non
     model = VGG(11, 64, 10)
     for module in model.features:
         if isinstance(module, nn.Conv2d):
-            assert module.weight.std().item() == pytest.approx((2 / (9 * module.in_channels)) ** 0.5, rel=0.1)
+            assert module.weight.std().item() == pytest.approx(
+                (2 / (9 * module.in_channels)) ** 0.5, rel=0.1
+            )
     assert not any(name.endswith("num_batches_tracked") for name in model.state_dict())
 
 
@@ -71,14 +73,22 @@ def test_gradients_under_bf16_autocast_are_near_those_in_fp32() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             loss = model(images).logsumexp(dim=1).mean()
         loss.backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        gradients.append(
+            torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        )
     assert gradients[1].dtype == torch.float32
     assert torch.cosine_similarity(*gradients, dim=0) > 0.9
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_workers_train_it_and_resume_it(precision: str, images: Path, tmp_path: Path) -> None:
-    model = ["model.name=vgg", "model.depth=11", "model.width=2", "steps=3", f"precision={precision}"]
+    model = [
+        "model.name=vgg",
+        "model.depth=11",
+        "model.width=2",
+        "steps=3",
+        f"precision={precision}",
+    ]
     config = config_of(images, *model)
     undisturbed = outcome(run_here(tmp_path / "whole", config))
     assert all(line["loss"] < 10 for line in undisturbed["metrics"])

@@ -7,19 +7,29 @@ from pathlib import Path
 
 import pytest
 
-from egtrain.config_files import preset_names
+from egtrain.config.files import preset_names
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.slow
 def test_an_installed_wheel_finds_its_presets(tmp_path: Path) -> None:
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    build = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        str(tmp_path),
+        str(ROOT),
+    ]
     subprocess.run(build, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-        # What pip does with a wheel of plain Python; the dependencies are those of this environment.
+        # What pip does with a wheel of plain Python; the dependencies are those of this
+        # environment.
         archive.extractall(tmp_path / "site")
     assert "egtrain/py.typed" in names
     assert not [name for name in names if name.startswith(("tests/", "docs/"))]
@@ -28,7 +38,7 @@ def test_an_installed_wheel_finds_its_presets(tmp_path: Path) -> None:
             sys.executable,
             "-P",
             "-c",
-            "import egtrain.config_files as c; print(c.__file__, *c.preset_names(), sep='\\n')",
+            "import egtrain.config.files as c; print(c.__file__, *c.preset_names(), sep='\\n')",
         ],
         check=True,
         capture_output=True,

@@ -1,4 +1,6 @@
-"""Workers clip their mean gradient as PyTorch does, and make no update after one that was not finite."""
+"""Workers clip their mean gradient as PyTorch does, and make no update after one that was not
+finite.
+"""
 
 import math
 
@@ -35,7 +37,9 @@ def test_clipping_is_that_of_pytorch(maximum: float) -> None:
 
 
 def local_step(workers: Workers, gradients: list[float], loss: float = 1.0) -> Tensor:
-    """Let each worker subtract a gradient of this value from its own weights; return all weights afterwards."""
+    """Let each worker subtract a gradient of this value from its own weights; return all weights
+    afterwards.
+    """
     workers.begin_step()
     for worker, value in enumerate(gradients):
         workers.enter_own_weights(worker)

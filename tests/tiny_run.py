@@ -1,4 +1,6 @@
-"""A run small enough to be repeated a hundred times: a net with everything awkward in it, on the real engine."""
+"""A run small enough to be repeated a hundred times: a net with everything awkward in it, on the
+real engine.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +20,9 @@ RATES = [0.05, 0.1, 0.2, 0.2, 0.2, 0.1, 0.02, 0.02]
 
 
 class TinyNet(nn.Module):
-    """Images [batch, 2, 4, 4] to [batch, 3]: BatchNorm, dropout, a scalar, an unused and a frozen parameter."""
+    """Images [batch, 2, 4, 4] to [batch, 3]: BatchNorm, dropout, a scalar, an unused and a frozen
+    parameter.
+    """
 
     def __init__(self, dropout: float = 0.3) -> None:
         super().__init__()
@@ -96,14 +100,24 @@ def tiny_net(dtype: torch.dtype = torch.float64, dropout: float = 0.3) -> TinyNe
     return TinyNet(dropout).double().to(dtype)
 
 
-def base_optimizer(base: Base, parameters: list[nn.Parameter] | list[dict[str, Any]]) -> torch.optim.Optimizer:
+def base_optimizer(
+    base: Base, parameters: list[nn.Parameter] | list[dict[str, Any]]
+) -> torch.optim.Optimizer:
     """Return the optimizer that the reference describes."""
     decay, betas = base.weight_decay, (base.beta1, base.beta2)
-    exclusions = {"adapt_norm_and_bias": base.adapt_norm_and_bias, "decay_norm_and_bias": base.decay_norm_and_bias}
+    exclusions = {
+        "adapt_norm_and_bias": base.adapt_norm_and_bias,
+        "decay_norm_and_bias": base.decay_norm_and_bias,
+    }
     match base.name:
         case "sgd":
             return torch.optim.SGD(
-                parameters, 1.0, base.momentum, nesterov=base.nesterov, weight_decay=decay, foreach=True
+                parameters,
+                1.0,
+                base.momentum,
+                nesterov=base.nesterov,
+                weight_decay=decay,
+                foreach=True,
             )
         case "lars":
             return LARS(parameters, 1.0, base.momentum, decay, base.trust_coefficient, **exclusions)
@@ -136,7 +150,9 @@ def tiny_run(
         model=model,
         forward=model,
         optimizer=optimizer,
-        extrapolation=Extrapolation(optimizer, direction, carried.mine, seed) if direction is not None else None,
+        extrapolation=Extrapolation(optimizer, direction, carried.mine, seed)
+        if direction is not None
+        else None,
         post_local=None,
         schedule=lambda step: RATES[step],
         workers=carried,
@@ -169,21 +185,29 @@ class Watcher:
         """Ignore checkpoints."""
 
 
-def train_watched(run: Run, after_update: Callable[[int, dict[str, float]], None] = lambda *_: None) -> None:
+def train_watched(
+    run: Run, after_update: Callable[[int, dict[str, float]], None] = lambda *_: None
+) -> None:
     """Train to the end with the real loop, on one process."""
     train(run, Watcher(after_update), lambda: False)
 
 
 def trajectory(run: Run) -> list[dict[str, Tensor]]:
-    """Train to the end and return, after each update, the weights, momentum, statistics and metrics."""
+    """Train to the end and return, after each update, the weights, momentum, statistics and
+    metrics.
+    """
     snapshots = []
 
     def note(step: int, metrics: dict[str, float]) -> None:
-        states = [value for s in run.optimizer.state.values() for value in s.values() if value is not None]
+        states = [
+            value for s in run.optimizer.state.values() for value in s.values() if value is not None
+        ]
         snapshots.append(
             {
                 "weights": run.workers.parameters.detach().clone(),
-                "optimizer": torch.cat([s.detach().double().flatten() for s in states]) if states else torch.zeros(0),
+                "optimizer": torch.cat([s.detach().double().flatten() for s in states])
+                if states
+                else torch.zeros(0),
                 "statistics": run.workers.state_dict()["buffers"],
                 "loss": torch.tensor(metrics["loss"], dtype=torch.float64),
                 "gradient_norm": torch.tensor(metrics["gradient_norm"], dtype=torch.float64),

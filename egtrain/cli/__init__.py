@@ -1,4 +1,6 @@
-"""The command line: one file a subcommand, which parses, hands over and prints. torch is imported only to work."""
+"""The command line: one file a subcommand, which parses, hands over and prints. torch is imported
+only to work.
+"""
 
 from typing import Annotated
 
@@ -13,7 +15,8 @@ from egtrain.cli.sweep_batch import sweep_batch
 from egtrain.cli.train import train
 
 app = typer.Typer(
-    help="Train neural networks with very large batches by extrapolation, and measure what it gains.\n\n"
+    help="Train neural networks with very large batches by extrapolation, "
+    "and measure what it gains.\n\n"
     "Start with: egtrain train --preset quickstart",
     no_args_is_help=True,
     add_completion=False,
@@ -36,7 +39,10 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and leave."
+        ),
     ] = False,
 ) -> None:
     """Hold the options that stand before a subcommand."""

@@ -16,8 +16,12 @@ if TYPE_CHECKING:
 
 
 def bench(
-    preset: Annotated[str, typer.Option(help="Whose model, data, base optimizer and batch are used.")],
-    variants: Annotated[str | None, typer.Option(help="Names of ζ, with commas between; default: all.")] = None,
+    preset: Annotated[
+        str, typer.Option(help="Whose model, data, base optimizer and batch are used.")
+    ],
+    variants: Annotated[
+        str | None, typer.Option(help="Names of ζ, with commas between; default: all.")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=2, help="Times that every variant is timed.")] = 20,
     workers: Annotated[int, typer.Option(min=1, help="Number K of logical workers.")] = 1,
     settings: Settings = None,
@@ -29,7 +33,8 @@ def bench(
 ) -> None:
     """Measure what each variant of extrapolation costs on this machine, beside plain training.
 
-    Steps of all variants alternate in one process; the ratio of step times is a median with its 95 % interval.
+    Steps of all variants alternate in one process; the ratio of step times is a median with its 95
+    % interval.
 
     Example: egtrain bench --preset resnet-eg --variants local,sam --rounds 50
     """
@@ -38,7 +43,7 @@ def bench(
         raise UsageError("--variants wants names with commas between them, such as local,sam")
     overrides = overrides_of(data, data_dir, offline, device, {})
     overrides += settings or []
-    from egtrain.config_files import load_config
+    from egtrain.config.files import load_config
 
     # A wrong setting is reported before torch is imported.
     load_config(preset, overrides)
@@ -47,9 +52,16 @@ def bench(
 
     def show(done: int, total: int) -> None:
         if sys.stderr.isatty():
-            print(f"\r{done} of {total} timed", end="" if done < total else "\r\033[K", file=sys.stderr, flush=True)
+            print(
+                f"\r{done} of {total} timed",
+                end="" if done < total else "\r\033[K",
+                file=sys.stderr,
+                flush=True,
+            )
 
-    comparison = compare_costs(preset, overrides, workers=workers, rounds=rounds, wanted=wanted, progress=show)
+    comparison = compare_costs(
+        preset, overrides, workers=workers, rounds=rounds, wanted=wanted, progress=show
+    )
     if as_json:
         print(json.dumps({"preset": preset, **asdict(comparison)}))
     else:
@@ -61,7 +73,10 @@ def print_table(preset: str, comparison: "Comparison") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{preset}: a plain step takes {comparison.step_seconds * 1000:.4g} ms", title_justify="left")
+    table = Table(
+        title=f"{preset}: a plain step takes {comparison.step_seconds * 1000:.4g} ms",
+        title_justify="left",
+    )
     table.add_column("variant", no_wrap=True)
     for column in ("step time", "95 % interval", "gradients", "peak MiB", "sent MiB"):
         table.add_column(column, justify="right", no_wrap=True)

@@ -23,10 +23,15 @@ class SplitName(StrEnum):
 
 def evaluate_run(
     run: Annotated[Path, typer.Argument(help="A run directory, as `train` makes it.")],
-    checkpoint: Annotated[str, typer.Option(help="last, best (needs a validation split) or a file.")] = "last",
+    checkpoint: Annotated[
+        str, typer.Option(help="last, best (needs a validation split) or a file.")
+    ] = "last",
     split: Annotated[SplitName, typer.Option(help="What to evaluate on.")] = SplitName.test,
     beam: Annotated[
-        int | None, typer.Option(min=1, help="Hypotheses kept in translating; 1 is greedy. Default: as configured.")
+        int | None,
+        typer.Option(
+            min=1, help="Hypotheses kept in translating; 1 is greedy. Default: as configured."
+        ),
     ] = None,
     data_dir: MovedDataDir = None,
     offline: Offline = False,
@@ -35,7 +40,8 @@ def evaluate_run(
 ) -> None:
     """Evaluate a run's checkpoint on held-out data.
 
-    A run that translates is evaluated with beam search; its hypotheses are written into its directory.
+    A run that translates is evaluated with beam search; its hypotheses are written into its
+    directory.
 
     Example: egtrain eval runs/quickstart-20260101-120000 --json
     """
@@ -46,17 +52,37 @@ def evaluate_run(
         from egtrain.runlog import finite
         from egtrain.saved_run import load_run
 
-    saved = load_run(run, checkpoint=checkpoint, data_dir=data_dir, offline=offline, device=str(pick_device(device)))
+    saved = load_run(
+        run,
+        checkpoint=checkpoint,
+        data_dir=data_dir,
+        offline=offline,
+        device=str(pick_device(device)),
+    )
     metrics = saved.evaluate(split.value)
     told: dict[str, object] = {}
-    translations = saved.translate(split.value, beam) if beam or saved.config.task.name == "translation" else None
+    translations = (
+        saved.translate(split.value, beam)
+        if beam or saved.config.task.name == "translation"
+        else None
+    )
     if translations:
         file = run / f"hypotheses-{split.value}-beam{translations.beam}.txt"
         write_atomically(file, "".join(f"{line}\n" for line in translations.hypotheses).encode())
         metrics["bleu"] = translations.bleu
-        told = {"beam": translations.beam, "signature": translations.signature, "hypotheses": str(file)}
+        told = {
+            "beam": translations.beam,
+            "signature": translations.signature,
+            "hypotheses": str(file),
+        }
     if as_json:
-        print(json.dumps(finite({"run": str(run), "step": saved.step, "split": split.value, **metrics, **told})))
+        print(
+            json.dumps(
+                finite(
+                    {"run": str(run), "step": saved.step, "split": split.value, **metrics, **told}
+                )
+            )
+        )
         return
     print(f"{split.value}: {headline(metrics)} after {saved.step:,} steps")
     if translations:

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def ending_at_interrupt() -> Iterator[None]:
-    """End the process for Ctrl-C in a `with` block; an exception in the import of torch or NumPy can get lost there."""
+    """End the process for Ctrl-C in a `with` block; an exception in the import of torch or NumPy
+    can get lost there.
+    """
     before = signal.getsignal(signal.SIGINT)
     if before is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))

@@ -9,17 +9,21 @@ import typer
 from egtrain.errors import UsageError
 
 Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. optimizer.lr=0.2.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. optimizer.lr=0.2."),
 ]
 DataName = Annotated[
     str | None,
     typer.Option(
         "--data",
-        help="cifar10, cifar100, npz:FILE; wikitext2, text:FOLDER; multi30k, pairs:FOLDER; or synthetic.",
+        help="cifar10, cifar100, npz:FILE; wikitext2, text:FOLDER; multi30k, "
+        "pairs:FOLDER; or synthetic.",
     ),
 ]
 DataDir = Annotated[Path | None, typer.Option(help="Folder that holds the data.")]
-MovedDataDir = Annotated[Path | None, typer.Option(help="Folder that holds the data, if they have moved.")]
+MovedDataDir = Annotated[
+    Path | None, typer.Option(help="Folder that holds the data, if they have moved.")
+]
 Offline = Annotated[bool, typer.Option("--offline", help="Never download data.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -39,14 +43,14 @@ def overrides_of(
         data_dir: `--data-dir`.
         offline: `--offline`.
         device: `--device`.
-        options: those of one command, by the setting that each is for. `epochs` takes back the steps that a preset
-            may count instead.
+        options: those of one command, by the setting that each is for. `epochs` takes back the
+            steps that a preset may count instead.
 
     Raises:
         UsageError: both epochs and steps were given.
     """
     # Imported here, so that --help does not wait for it.
-    from egtrain.yaml_reader import write_value
+    from egtrain.config.yaml_text import write_value
 
     given: dict[str, object] = {
         "data.name": data,

@@ -11,31 +11,48 @@ from egtrain.cli.options import AsJson, MovedDataDir, Offline
 
 def plot_sharpness(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN_OR_CHECKPOINT...", help="Run directories, or checkpoint files in them.")
+        list[Path],
+        typer.Argument(
+            metavar="RUN_OR_CHECKPOINT...", help="Run directories, or checkpoint files in them."
+        ),
     ],
     metrics: Annotated[
         str | None,
         typer.Option(
             metavar="NAME,NAME",
-            help="eigenvalues, density, trace, line, plane, average, worst, epsilon, between; default: all.",
+            help="eigenvalues, density, trace, line, plane, average, worst, epsilon, "
+            "between; default: all.",
             show_default=False,
         ),
     ] = None,
-    thorough: Annotated[bool, typer.Option("--thorough", help="For publication: ten times the work or more.")] = False,
-    samples: Annotated[int, typer.Option(min=1, help="Training samples that the loss is taken over.")] = 1024,
+    thorough: Annotated[
+        bool, typer.Option("--thorough", help="For publication: ten times the work or more.")
+    ] = False,
+    samples: Annotated[
+        int, typer.Option(min=1, help="Training samples that the loss is taken over.")
+    ] = 1024,
     label: Annotated[
-        list[str] | None, typer.Option(metavar="RUN=TEXT", help="What the picture calls a run; default: its directory.")
+        list[str] | None,
+        typer.Option(
+            metavar="RUN=TEXT", help="What the picture calls a run; default: its directory."
+        ),
     ] = None,
     checkpoints: Annotated[
-        str, typer.Option(help="last, best, or all: then λ_max and trace are drawn over the steps too.")
+        str,
+        typer.Option(help="last, best, or all: then λ_max and trace are drawn over the steps too."),
     ] = "last",
     output: Annotated[
-        Path, typer.Option(help="Folder of the results; what was measured into it before is not measured again.")
+        Path,
+        typer.Option(
+            help="Folder of the results; what was measured into it before is not measured again."
+        ),
     ] = Path("sharpness"),
     data_dir: MovedDataDir = None,
     offline: Offline = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    nproc: Annotated[int, typer.Option(min=1, help="Processes that share the samples, a GPU each.")] = 1,
+    nproc: Annotated[
+        int, typer.Option(min=1, help="Processes that share the samples, a GPU each.")
+    ] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Measure how sharp the minima of trained runs are, and draw them into one picture.
@@ -47,18 +64,33 @@ def plot_sharpness(
         from egtrain.sharpness.comparison import plot
 
     if nproc > 1 and not started_by_torchrun():
-        arguments = ["plot-sharpness", *map(str, runs), "--samples", str(samples), "--checkpoints", checkpoints]
+        arguments = [
+            "plot-sharpness",
+            *map(str, runs),
+            "--samples",
+            str(samples),
+            "--checkpoints",
+            checkpoints,
+        ]
         arguments += ["--output", str(output), "--device", device]
         arguments += [] if metrics is None else ["--metrics", metrics]
         arguments += [] if data_dir is None else ["--data-dir", str(data_dir)]
         arguments += [part for text in label or [] for part in ("--label", text)]
         arguments += [
-            name for name, wanted in (("--thorough", thorough), ("--offline", offline), ("--json", as_json)) if wanted
+            name
+            for name, wanted in (
+                ("--thorough", thorough),
+                ("--offline", offline),
+                ("--json", as_json),
+            )
+            if wanted
         ]
         raise typer.Exit(launch(nproc, arguments, 0))
     plot(
         runs,
-        metrics=None if metrics is None else [name.strip() for name in metrics.split(",") if name.strip()],
+        metrics=None
+        if metrics is None
+        else [name.strip() for name in metrics.split(",") if name.strip()],
         thorough=thorough,
         samples=samples,
         labels=label or [],

@@ -11,43 +11,51 @@ def presets(
         str | None,
         typer.Argument(
             metavar="NAME",
-            help="A preset or a .yaml file to show fully resolved, for example resnet-eg; without it, all are listed.",
+            help="A preset or a .yaml file to show fully resolved, for example "
+            "resnet-eg; without it, all are listed.",
             show_default=False,
         ),
     ] = None,
     json: Annotated[
-        bool, typer.Option("--json", help="Print JSON, for example: egtrain presets resnet-eg --json")
+        bool,
+        typer.Option("--json", help="Print JSON, for example: egtrain presets resnet-eg --json"),
     ] = False,
     schema: Annotated[
         bool,
         typer.Option(
             "--schema",
-            help="Print the JSON schema of a .yaml file, for example: egtrain presets --schema > schema.json",
+            help="Print the JSON schema of a .yaml file, for example: egtrain presets "
+            "--schema > schema.json",
         ),
     ] = False,
 ) -> None:
-    """List the presets, or show one fully resolved, for example: egtrain presets resnet-eg > my.yaml"""
+    """List the presets, or show one fully resolved, for example: egtrain presets resnet-eg >
+    my.yaml
+    """
     # Imported here, because --help needs none of it.
-    from egtrain import config, config_files
+    from egtrain.config import files
+    from egtrain.config import schema as config_schema
     from egtrain.errors import UsageError
 
     if schema:
         if name is not None:
             raise UsageError(f"--schema describes every preset; leave out {name!r}")
-        _print_json(config.json_schema())
+        _print_json(config_schema.json_schema())
     elif name is not None:
-        resolved = config_files.load_config(name)
+        resolved = files.load_config(name)
         if json:
             _print_json(resolved.model_dump(mode="json"))
         else:
-            typer.echo(config.config_to_yaml(resolved), nl=False)
+            typer.echo(config_schema.config_to_yaml(resolved), nl=False)
     else:
         if sys.stdout.isatty() and not json:
             _print_table()
             return
-        descriptions = {preset: config_files.preset_description(preset) for preset in config_files.preset_names()}
+        descriptions = {preset: files.preset_description(preset) for preset in files.preset_names()}
         if json:
-            _print_json([{"name": preset, "description": text} for preset, text in descriptions.items()])
+            _print_json(
+                [{"name": preset, "description": text} for preset, text in descriptions.items()]
+            )
         else:
             for preset, text in descriptions.items():
                 typer.echo(f"{preset}\t{text}")
@@ -60,12 +68,14 @@ def _print_json(value: Any) -> None:
 
 
 def _print_table() -> None:
-    """Print families and variants once each, which fits a screen where the list of all combinations does not."""
+    """Print families and variants once each, which fits a screen where the list of all combinations
+    does not.
+    """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    from egtrain.config_files import preset_description, preset_families, preset_names
+    from egtrain.config.files import preset_description, preset_families, preset_names
 
     families = preset_families()
     owners: dict[str, list[str]] = {}
@@ -74,7 +84,9 @@ def _print_table() -> None:
             owners.setdefault(variant, []).append(family)
     composed = {f"{family}-{variant}" for variant, listed in owners.items() for family in listed}
     groups = {
-        "PRESET": {name: preset_description(name) for name in preset_names() if name not in composed},
+        "PRESET": {
+            name: preset_description(name) for name in preset_names() if name not in composed
+        },
         "FAMILY": {family: preset_description(f"family/{family}") for family in families},
         "VARIANT": {
             variant: preset_description(f"variant/{variant}") + _exceptions(listed, list(families))
@@ -97,4 +109,8 @@ def _exceptions(listed: list[str], families: list[str]) -> str:
     missing = [family for family in families if family not in listed]
     if not missing:
         return ""
-    return f" (not {', '.join(missing)})" if len(missing) < len(listed) else f" ({', '.join(listed)} only)"
+    return (
+        f" (not {', '.join(missing)})"
+        if len(missing) < len(listed)
+        else f" ({', '.join(listed)} only)"
+    )

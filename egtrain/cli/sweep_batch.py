@@ -33,65 +33,102 @@ class RateScaling(StrEnum):
 
 def sweep_batch(
     preset: Annotated[
-        list[str] | None, typer.Option(help="Name of a preset or a YAML file; once for each that is compared.")
+        list[str] | None,
+        typer.Option(help="Name of a preset or a YAML file; once for each that is compared."),
     ] = None,
-    batch_sizes: Annotated[str, typer.Option(metavar="B,B,...", help="Batch sizes, such as 256,1024,4096.")] = "",
+    batch_sizes: Annotated[
+        str, typer.Option(metavar="B,B,...", help="Batch sizes, such as 256,1024,4096.")
+    ] = "",
     seeds: Annotated[int, typer.Option(help="Runs of each cell, with consecutive seeds.")] = 1,
     settings: Settings = None,
     lr_grid: Annotated[
-        str, typer.Option(metavar="F,F,...", help="Factors of the scaled learning rate to choose from.")
+        str,
+        typer.Option(metavar="F,F,...", help="Factors of the scaled learning rate to choose from."),
     ] = "1",
     ratio_grid: Annotated[
         str,
-        typer.Option(metavar="F,F,...", help="Factors of a preset's ratio (or rate, size, radius) to choose from."),
+        typer.Option(
+            metavar="F,F,...",
+            help="Factors of a preset's ratio (or rate, size, radius) to choose from.",
+        ),
     ] = "1",
     lr_scaling: Annotated[
         RateScaling | None,
-        typer.Option(help="Learning rate with the batch size; default: each preset's own, else linear."),
+        typer.Option(
+            help="Learning rate with the batch size; default: each preset's own, else linear."
+        ),
     ] = None,
     grow: Annotated[
-        Growth, typer.Option(help="What makes a batch larger: more workers, or more samples for each.")
+        Growth,
+        typer.Option(help="What makes a batch larger: more workers, or more samples for each."),
     ] = Growth.workers,
     validation: Annotated[
         int | None,
-        typer.Option(help="Training samples held out for choosing; default with a grid: a tenth of their number."),
+        typer.Option(
+            help="Training samples held out for choosing; default with a grid: a tenth "
+            "of their number."
+        ),
     ] = None,
     epochs: Annotated[
-        int | None, typer.Option(help="Length of every run in epochs: equal samples, if B divides them.")
+        int | None,
+        typer.Option(help="Length of every run in epochs: equal samples, if B divides them."),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Length of every run in updates: equal steps.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Length of every run in updates: equal steps.")
+    ] = None,
     data: DataName = None,
     data_dir: DataDir = None,
     offline: Offline = False,
     device: Device = None,
     jobs: Annotated[
-        str, typer.Option(metavar="N|auto", help="Runs at a time; auto: one a GPU, or as many as the cores carry.")
+        str,
+        typer.Option(
+            metavar="N|auto", help="Runs at a time; auto: one a GPU, or as many as the cores carry."
+        ),
     ] = "auto",
     target: Annotated[
-        float | None, typer.Option(help="Steps are counted to this metric; default: the best that all runs reach.")
+        float | None,
+        typer.Option(
+            help="Steps are counted to this metric; default: the best that all runs reach."
+        ),
     ] = None,
-    within: Annotated[float, typer.Option(metavar="PERCENT", help="What counts as as good as the smallest batch.")] = 1,
-    retry: Annotated[bool, typer.Option("--retry", help="Run failed and diverged cells again.")] = False,
+    within: Annotated[
+        float, typer.Option(metavar="PERCENT", help="What counts as as good as the smallest batch.")
+    ] = 1,
+    retry: Annotated[
+        bool, typer.Option("--retry", help="Run failed and diverged cells again.")
+    ] = False,
     output: Annotated[
         Path | None,
-        typer.Option(help="Folder of the sweep; default: runs/sweep-PRESETS. The same one goes on, and may grow."),
+        typer.Option(
+            help="Folder of the sweep; default: runs/sweep-PRESETS. The same one goes "
+            "on, and may grow."
+        ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; run and download nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan; run and download nothing.")
+    ] = False,
     estimate: Annotated[
-        bool, typer.Option("--estimate/--no-estimate", help="Time a few steps of each preset for the plan.")
+        bool,
+        typer.Option(
+            "--estimate/--no-estimate", help="Time a few steps of each preset for the plan."
+        ),
     ] = True,
     as_json: AsJson = False,
 ) -> None:
     """Compare presets at growing batch sizes: run every cell, then make a table and a picture.
 
-    Example: egtrain sweep-batch --preset quickstart --preset quickstart-sgd --batch-sizes 64,256,1024 --seeds 3
+    Example: egtrain sweep-batch --preset quickstart --preset quickstart-sgd --batch-sizes
+    64,256,1024 --seeds 3
     """
     # Imported here, like torch below, so that --help does not wait for it.
     from egtrain.sweep.request import Request, checked_presets
 
     if not within >= 0:
         raise UsageError("--within takes a percentage of at least 0, such as 1")
-    given = overrides_of(data, data_dir, offline, device, {"epochs": epochs, "steps": steps}) + (settings or [])
+    given = overrides_of(data, data_dir, offline, device, {"epochs": epochs, "steps": steps}) + (
+        settings or []
+    )
     request = Request(
         presets=tuple(preset or ()),
         batch_sizes=tuple(_numbers("--batch-sizes", batch_sizes, int)),
@@ -126,7 +163,8 @@ def sweep_batch(
     folder = execution.Folder(folder_path)
     begun = (folder.path / execution.PLAN).exists()
     if presets[0].config.device == "cuda" and not begun:
-        require_cuda()  # before the data are looked for; a sweep that was run elsewhere may be finished
+        # Before the data are looked for; a sweep that was run elsewhere may be finished.
+        require_cuda()
     plan = Plan.made(request, presets, facts_from_data(offline=dry_run))
     count, gpus = execution.devices_for(plan, jobs)
     stream = sys.stderr if as_json else sys.stdout
@@ -142,7 +180,12 @@ def sweep_batch(
         return
     with RunLock(folder.path):
         folder.claim(plan)
-        print_plan(plan, console, count, measured_speeds(plan, gpus, console) if estimate and not begun else None)
+        print_plan(
+            plan,
+            console,
+            count,
+            measured_speeds(plan, gpus, console) if estimate and not begun else None,
+        )
         print_standing(plan, folder, console)
         with Display(plan, stream) as display:
             execution.run_cells(plan, folder, jobs=count, gpus=gpus, retry=retry, display=display)
@@ -154,7 +197,10 @@ def sweep_batch(
         else:
             print_results(results, console)
             files = "results.csv, results.json, sweep.png and sweep.svg"
-            console.print(f"{files} are in {folder.path}; tensorboard --logdir {folder.path / 'cells'}", soft_wrap=True)
+            console.print(
+                f"{files} are in {folder.path}; tensorboard --logdir {folder.path / 'cells'}",
+                soft_wrap=True,
+            )
         execution.require_success(plan, folder)
 
 

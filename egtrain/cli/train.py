@@ -11,42 +11,69 @@ from egtrain.cli.options import AsJson, DataDir, DataName, Device, Offline, Sett
 from egtrain.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from egtrain.config import Config
+    from egtrain.config.schema import Config
 
 
 def train(
-    preset: Annotated[str | None, typer.Option(help="Name of a preset (see `egtrain presets`) or a YAML file.")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with a run directory, from its newest checkpoint.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Name of a preset (see `egtrain presets`) or a YAML file.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with a run directory, from its newest checkpoint.")
+    ] = None,
     settings: Settings = None,
     data: DataName = None,
     data_dir: DataDir = None,
     offline: Offline = False,
     epochs: Annotated[int | None, typer.Option(help="Length of the run in epochs.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Length of the run in updates, instead of epochs.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Length of the run in updates, instead of epochs.")
+    ] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Number K of logical workers; alone, a worker keeps its batch.")
+        int | None,
+        typer.Option(help="Number K of logical workers; alone, a worker keeps its batch."),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Batch size B = K·b; alone, a worker keeps its batch b and K becomes B/b.")
+        int | None,
+        typer.Option(
+            help="Batch size B = K·b; alone, a worker keeps its batch b and K becomes B/b."
+        ),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every random choice.")] = None,
     nproc: Annotated[
-        int | None, typer.Option(help="Processes to run on, a GPU each; default: as many GPUs as divide K, or 1.")
+        int | None,
+        typer.Option(
+            help="Processes to run on, a GPU each; default: as many GPUs as divide K, or 1."
+        ),
     ] = None,
     device: Device = None,
     precision: Annotated[str | None, typer.Option(help="auto, fp32 or bf16.")] = None,
-    compile_model: Annotated[bool | None, typer.Option("--compile/--no-compile", help="Use torch.compile.")] = None,
+    compile_model: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="Use torch.compile.")
+    ] = None,
     deterministic: Annotated[
         bool | None,
-        typer.Option("--deterministic/--no-deterministic", help="Same result bit for bit on any number of ranks."),
+        typer.Option(
+            "--deterministic/--no-deterministic",
+            help="Same result bit for bit on any number of ranks.",
+        ),
     ] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
-    max_restarts: Annotated[int, typer.Option(min=0, help="Restarts by torchrun after a rank has died.")] = 0,
-    output: Annotated[Path | None, typer.Option(help="The run directory; default: runs/NAME-TIME.")] = None,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="Restarts by torchrun after a rank has died.")
+    ] = 0,
+    output: Annotated[
+        Path | None, typer.Option(help="The run directory; default: runs/NAME-TIME.")
+    ] = None,
     allow_changes: Annotated[
-        bool, typer.Option("--allow-changes", help="Resume although settings differ from those of the run.")
+        bool,
+        typer.Option(
+            "--allow-changes", help="Resume although settings differ from those of the run."
+        ),
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and train nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and train nothing.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a preset, or go on with a run.
@@ -54,7 +81,7 @@ def train(
     Example: egtrain train --preset quickstart --seed 1 --set optimizer.lr=0.2
     """
     # Imported here, like torch below, so that --help does not wait for it.
-    from egtrain.config_files import load_config
+    from egtrain.config.files import load_config
 
     overrides = overrides_of(
         data,
@@ -74,14 +101,18 @@ def train(
     overrides += settings or []
     if resume is not None:
         if preset is not None or output is not None:
-            raise UsageError("--resume goes on with a run as it is: leave --preset and --output away")
+            raise UsageError(
+                "--resume goes on with a run as it is: leave --preset and --output away"
+            )
         directory = resume
         config = resumed_config(resume, overrides, workers, batch_size, allow_changes)
     elif preset is not None:
         config = with_batch(load_config(preset, overrides), workers, batch_size)
         directory = output or Path("runs", f"{config.preset}-{datetime.now():%Y%m%d-%H%M%S}")
     else:
-        raise UsageError("name what to train: --preset NAME (see `egtrain presets`), or --resume DIR")
+        raise UsageError(
+            "name what to train: --preset NAME (see `egtrain presets`), or --resume DIR"
+        )
 
     # Everything above needs no torch, so a wrong option is reported at once.
     with ending_at_interrupt():
@@ -97,7 +128,8 @@ def train(
         ranks = nproc if nproc is not None else launch.default_ranks(config.device, config.workers)
         launch.require_dividing(config.workers, ranks)
         if ranks > 1 or max_restarts:
-            # The ranks go on with a run that has no checkpoint yet; so does one that torchrun has restarted.
+            # The ranks go on with a run that has no checkpoint yet; so does one that torchrun has
+            # restarted.
             replaced = session.prepare_for_ranks(directory, config, resume is not None)
             arguments = ["train", "--resume", str(directory), *(["--json"] if as_json else [])]
             code = launch.launch(ranks, arguments, max_restarts)
@@ -124,14 +156,17 @@ def with_batch(config: "Config", workers: int | None, batch_size: int | None) ->
         if batch_size % b:
             low = max(batch_size // b, 1) * b
             raise UsageError(
-                f"--batch-size {batch_size} is not a multiple of a worker's batch of {b}: use {low} or {low + b}, "
+                f"--batch-size {batch_size} is not a multiple of a worker's batch of {b}: use "
+                f"{low} or {low + b}, "
                 "or give --workers too"
             )
         workers = batch_size // b
     elif batch_size is not None and workers is not None:
         if batch_size % workers:
             low = max(batch_size // workers, 1) * workers
-            raise UsageError(f"--batch-size {batch_size} does not divide by {workers} workers: use {low}")
+            raise UsageError(
+                f"--batch-size {batch_size} does not divide by {workers} workers: use {low}"
+            )
         b = batch_size // workers
     if workers is None:
         return config
@@ -139,15 +174,19 @@ def with_batch(config: "Config", workers: int | None, batch_size: int | None) ->
 
 
 def resumed_config(
-    directory: Path, overrides: list[str], workers: int | None, batch_size: int | None, allow_changes: bool
+    directory: Path,
+    overrides: list[str],
+    workers: int | None,
+    batch_size: int | None,
+    allow_changes: bool,
 ) -> "Config":
     """Return the configuration of a run directory, with changes where they are allowed.
 
     Raises:
         UsageError: there is no run, or settings differ and `allow_changes` was not given.
     """
-    from egtrain.config import differences
-    from egtrain.config_files import config_file_of, load_config
+    from egtrain.config.files import config_file_of, load_config
+    from egtrain.config.schema import differences
 
     file = config_file_of(directory)
     saved = load_config(file)
@@ -157,5 +196,7 @@ def resumed_config(
         for line in changes:
             typer.echo(f"changed: {line}", err=True)
         if not allow_changes:
-            raise UsageError("the settings differ from those of the run: leave them away, or add --allow-changes")
+            raise UsageError(
+                "the settings differ from those of the run: leave them away, or add --allow-changes"
+            )
     return config

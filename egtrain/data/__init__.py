@@ -1,1 +1,3 @@
-"""Data as plain tensors: what is read from disk, downloaded or made, and how mini-batches are augmented."""
+"""Data as plain tensors: what is read from disk, downloaded or made, and how mini-batches are
+augmented.
+"""

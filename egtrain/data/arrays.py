@@ -7,7 +7,9 @@ from numpy.typing import NDArray
 
 
 class ImageArrays(NamedTuple):
-    """Images, uint8 `[images, height, width, 3]`, and labels, int64 `[images]`, before anything is held out."""
+    """Images, uint8 `[images, height, width, 3]`, and labels, int64 `[images]`, before anything is
+    held out.
+    """
 
     x_train: NDArray[np.uint8]
     y_train: NDArray[np.int64]

@@ -1,4 +1,6 @@
-"""Batched image augmentation: random crop and flip of a whole mini-batch, and the step from bytes to network input."""
+"""Batched image augmentation: random crop and flip of a whole mini-batch, and the step from bytes
+to network input.
+"""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -8,19 +10,24 @@ from torch import Tensor
 
 
 def random_crop_flip(images: Tensor, generator: torch.Generator, padding: int) -> Tensor:
-    """Shift every image by up to `padding` pixels each way over a black border, and mirror half of them.
+    """Shift every image by up to `padding` pixels each way over a black border, and mirror half of
+    them.
 
-    `images` is uint8 `[batch, height, width, channels]`; the result is a new tensor of the same shape, type and device.
-    All choices come from `generator`, first the shifts and then the flips, and it may live on another device than the
-    images. The crop that He et al. 2016 (arXiv 1512.03385) use for ResNets on CIFAR.
+    `images` is uint8 `[batch, height, width, channels]`; the result is a new tensor of the same
+    shape, type and device. All choices come from `generator`, first the shifts and then the flips,
+    and it may live on another device than the images. The crop that He et al. 2016 (arXiv
+    1512.03385) use for ResNets on CIFAR.
     """
     batch, height, width, channels = images.shape
-    shifts = torch.randint(0, 2 * padding + 1, (2, batch), generator=generator, device=generator.device)
+    shifts = torch.randint(
+        0, 2 * padding + 1, (2, batch), generator=generator, device=generator.device
+    )
     mirror = torch.randint(0, 2, (batch,), generator=generator, device=generator.device)
     top, left = shifts.to(images.device, non_blocking=True)
     mirror = mirror.to(images.device, non_blocking=True)
 
-    # Both versions of each image lie on one canvas, so crop and flip are a single gather of whole rows.
+    # Both versions of each image lie on one canvas, so crop and flip are a single gather of whole
+    # rows.
     canvas = images.new_zeros(batch, 2, height + 2 * padding, width + 2 * padding, channels)
     inside = canvas[:, :, padding : padding + height, padding : padding + width]
     inside[:, 0] = images
@@ -34,25 +41,32 @@ def random_crop_flip(images: Tensor, generator: torch.Generator, padding: int) -
     return picked.view(batch, height, width, channels)
 
 
-def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float], channels_last: bool) -> Tensor:
+def normalise(
+    images: Tensor, mean: Sequence[float], std: Sequence[float], channels_last: bool
+) -> Tensor:
     """Turn bytes into standardised network input: `(pixel / 255 - mean) / std`, channel by channel.
 
-    `images` is uint8 `[batch, height, width, channels]`, the result float32 `[batch, channels, height, width]`. With
-    `channels_last` it keeps the order in memory that the images have anyway, otherwise it is copied to channels first.
+    `images` is uint8 `[batch, height, width, channels]`, the result float32 `[batch, channels,
+    height, width]`. With `channels_last` it keeps the order in memory that the images have anyway,
+    otherwise it is copied to channels first.
     """
     batch, height, width, channels = images.shape
     offset, scale = _per_row(tuple(mean), tuple(std), width, images.device)
-    # Rows of width * channels numbers: broadcasting over three channels alone defeats vector instructions on a CPU.
+    # Rows of width * channels numbers: broadcasting over three channels alone defeats vector
+    # instructions on a CPU.
     rows = images.reshape(batch * height, width * channels).to(torch.float32)
     scaled = rows.sub_(offset).mul_(scale).view(batch, height, width, channels).permute(0, 3, 1, 2)
-    return scaled.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    return scaled.contiguous(
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format
+    )
 
 
 @lru_cache(maxsize=16)
 def _per_row(
     mean: tuple[float, ...], std: tuple[float, ...], width: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    # Kept, because a copy from the host in each step would stall a GPU and cannot be captured in a CUDA graph.
+    # Kept, because a copy from the host in each step would stall a GPU and cannot be captured in a
+    # CUDA graph.
     offset = torch.tensor(mean, dtype=torch.float64).mul(255)
     scale = torch.tensor(std, dtype=torch.float64).mul(255).reciprocal()
     return (

@@ -1,4 +1,6 @@
-"""CIFAR-10 and CIFAR-100, read from the binary distribution or from the pickled one that torchvision leaves on disk."""
+"""CIFAR-10 and CIFAR-100, read from the binary distribution or from the pickled one that
+torchvision leaves on disk.
+"""
 
 import hashlib
 import os
@@ -26,8 +28,8 @@ class BatchFile:
     size: int
     """Bytes."""
     digest: str | None
-    """Hex digest, whose length tells the algorithm (32: MD5, 64: SHA-256). None where only one public source has it:
-    then the classes are counted instead."""
+    """Hex digest, whose length tells the algorithm (32: MD5, 64: SHA-256). None where only one
+    public source has it: then the classes are counted instead."""
 
 
 @dataclass(frozen=True)
@@ -66,24 +68,42 @@ _CIFAR10_BINARY = Layout(
     pickled=False,
     train=(
         BatchFile(
-            "data_batch_1.bin", 10_000, 30_730_000, "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5"
+            "data_batch_1.bin",
+            10_000,
+            30_730_000,
+            "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5",
         ),
         BatchFile(
-            "data_batch_2.bin", 10_000, 30_730_000, "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed"
+            "data_batch_2.bin",
+            10_000,
+            30_730_000,
+            "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed",
         ),
         BatchFile(
-            "data_batch_3.bin", 10_000, 30_730_000, "bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67"
+            "data_batch_3.bin",
+            10_000,
+            30_730_000,
+            "bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67",
         ),
         BatchFile(
-            "data_batch_4.bin", 10_000, 30_730_000, "014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48"
+            "data_batch_4.bin",
+            10_000,
+            30_730_000,
+            "014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48",
         ),
         BatchFile(
-            "data_batch_5.bin", 10_000, 30_730_000, "755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add"
+            "data_batch_5.bin",
+            10_000,
+            30_730_000,
+            "755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add",
         ),
     ),
     test=(
         BatchFile(
-            "test_batch.bin", 10_000, 30_730_000, "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b"
+            "test_batch.bin",
+            10_000,
+            30_730_000,
+            "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b",
         ),
     ),
 )
@@ -160,8 +180,8 @@ CIFAR100 = Cifar(
 def read_layout(cifar: Cifar, folder: Path, layout: Layout) -> ImageArrays:
     """Read a whole distribution.
 
-    Raises `DataError` for a file that is missing, truncated, altered or has a label out of range; of a pickled file
-    that is not the official one nothing is interpreted.
+    Raises `DataError` for a file that is missing, truncated, altered or has a label out of range;
+    of a pickled file that is not the official one nothing is interpreted.
     """
     x_train, y_train = _read_files(cifar, folder, layout.train, layout.pickled)
     x_test, y_test = _read_files(cifar, folder, layout.test, layout.pickled)
@@ -208,23 +228,41 @@ def _read_pickled(cifar: Cifar, path: Path, file: BatchFile) -> tuple[Bytes, Byt
         raise DataError(f"{path}: refused, because {problem}; {_FIX}") from problem
     pixels = _entry(batch, "data")
     if not isinstance(pixels, np.ndarray) or pixels.shape != (file.images, PIXELS):
-        found = f"uint8 {list(pixels.shape)}" if isinstance(pixels, np.ndarray) else type(pixels).__name__
-        raise DataError(f"{path}: expected 'data' to be uint8 [{file.images}, {PIXELS}], found {found}; {_FIX}")
+        found = (
+            f"uint8 {list(pixels.shape)}"
+            if isinstance(pixels, np.ndarray)
+            else type(pixels).__name__
+        )
+        raise DataError(
+            f"{path}: expected 'data' to be uint8 [{file.images}, {PIXELS}], found {found}; {_FIX}"
+        )
     values = _entry(batch, cifar.label_key)
-    if not isinstance(values, list) or len(values) != file.images or not all(type(value) is int for value in values):
+    if (
+        not isinstance(values, list)
+        or len(values) != file.images
+        or not all(type(value) is int for value in values)
+    ):
         found = f"a list of {len(values):,}" if isinstance(values, list) else type(values).__name__
-        raise DataError(f"{path}: expected '{cifar.label_key}' to be {file.images:,} integers, found {found}; {_FIX}")
+        raise DataError(
+            f"{path}: expected '{cifar.label_key}' to be {file.images:,} integers, found {found}; "
+            f"{_FIX}"
+        )
     # Clipped before they enter an array, which has no room for the integers that a pickle can hold.
     labels = np.array([min(max(value, -1), cifar.classes) for value in values], np.int16)
     _check_labels(path, labels, cifar.classes)
     return pixels, labels.astype(np.uint8)
 
 
-_FIX = "delete the file's folder to have the data downloaded again, or name another one with --data-dir"
+_FIX = (
+    "delete the file's folder to have the data downloaded again, or name another one with "
+    "--data-dir"
+)
 
 
 def _entry(batch: object, key: str) -> object:
-    """The value of a key that is bytes in the official files and text in files that Python 3 wrote."""
+    """The value of a key that is bytes in the official files and text in files that Python 3
+    wrote.
+    """
     if not isinstance(batch, dict):
         return None
     return batch.get(key.encode(), batch.get(key))
@@ -233,13 +271,19 @@ def _entry(batch: object, key: str) -> object:
 def _read(path: Path, file: BatchFile) -> bytes:
     try:
         with path.open("rb") as opened:
-            # One byte more than expected tells that there are more, without reading a huge file into memory.
+            # One byte more than expected tells that there are more, without reading a huge file
+            # into memory.
             content = opened.read(file.size + 1)
             found = os.fstat(opened.fileno()).st_size
     except OSError as problem:
-        raise DataError(f"{path}: cannot be read ({problem.strerror or problem}); {_FIX}") from problem
+        raise DataError(
+            f"{path}: cannot be read ({problem.strerror or problem}); {_FIX}"
+        ) from problem
     if len(content) != file.size:
-        raise DataError(f"{path}: expected {file.size:,} bytes ({file.images:,} images), found {found:,}; {_FIX}")
+        raise DataError(
+            f"{path}: expected {file.size:,} bytes ({file.images:,} images), found {found:,}; "
+            f"{_FIX}"
+        )
     return content
 
 
@@ -247,7 +291,8 @@ def _check_labels(path: Path, labels: NDArray[np.integer], limit: int) -> None:
     wrong = np.flatnonzero((labels < 0) | (labels >= limit))
     if wrong.size:
         raise DataError(
-            f"{path}: expected labels from 0 to {limit - 1}, found {labels[wrong[0]]} at image {wrong[0]}; {_FIX}"
+            f"{path}: expected labels from 0 to {limit - 1}, found {labels[wrong[0]]} at image "
+            f"{wrong[0]}; {_FIX}"
         )
 
 
@@ -257,7 +302,8 @@ def _check_counts(path: Path, labels: Bytes, classes: int) -> None:
     wrong = np.flatnonzero(counts != expected)
     if wrong.size:
         raise DataError(
-            f"{path}: not the official file (expected {expected} images of each class, found {counts[wrong[0]]} of"
+            f"{path}: not the official file (expected {expected} images of each class, found "
+            f"{counts[wrong[0]]} of"
             f" class {wrong[0]}); {_FIX}"
         )
 
@@ -266,4 +312,7 @@ def _check_digest(path: Path, content: bytes, expected: str) -> None:
     algorithm = "md5" if len(expected) == 32 else "sha256"
     found = hashlib.new(algorithm, content, usedforsecurity=algorithm != "md5").hexdigest()
     if found != expected:
-        raise DataError(f"{path}: not the official file (expected {algorithm} {expected}, found {found}); {_FIX}")
+        raise DataError(
+            f"{path}: not the official file (expected {algorithm} {expected}, found {found}); "
+            f"{_FIX}"
+        )

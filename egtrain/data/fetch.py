@@ -25,7 +25,14 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, Protocol, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from egtrain.errors import DataError, EgtrainError
 
@@ -72,7 +79,9 @@ AnyLayout = TypeVar("AnyLayout", bound=Layout, covariant=True)
 
 @dataclass(frozen=True)
 class Archive:
-    """A part of a data set to download: a .tar.gz or .zip with files of the first layout, or one of them as .gz."""
+    """A part of a data set to download: a .tar.gz or .zip with files of the first layout, or one of
+    them as .gz.
+    """
 
     name: str
     sha256: str
@@ -100,7 +109,9 @@ class DataSet(Protocol[AnyLayout]):
 
 def bytes_needed(data_set: DataSet[Layout]) -> int:
     """Return the space that a download takes while it is unpacked."""
-    return sum(archive.size for archive in data_set.archives) + sum(file.size for file in data_set.layouts[0].files)
+    return sum(archive.size for archive in data_set.archives) + sum(
+        file.size for file in data_set.layouts[0].files
+    )
 
 
 def locate(data_set: DataSet[Layout], data_dir: Path | None, offline: bool) -> str:
@@ -127,10 +138,11 @@ def data_folders(data_dir: Path | None) -> list[Path]:
 
 
 def find(data_set: DataSet[AnyLayout], data_dir: Path | None) -> tuple[Path, AnyLayout] | None:
-    """The first complete distribution on disk: its folder and its layout; None where there is not even a part of one.
+    """The first complete distribution on disk: its folder and its layout; None where there is not
+    even a part of one.
 
-    A folder of the search order may hold the distribution's folder or be it. Raises `DataError` where a folder is
-    incomplete and no other place has a complete one.
+    A folder of the search order may hold the distribution's folder or be it. Raises `DataError`
+    where a folder is incomplete and no other place has a complete one.
     """
     incomplete = None
     for folder in data_folders(data_dir):
@@ -139,23 +151,29 @@ def find(data_set: DataSet[AnyLayout], data_dir: Path | None) -> tuple[Path, Any
                 missing = _missing_files(candidate, layout)
                 if not missing:
                     return candidate, layout
-                # The folder itself is only taken for a broken distribution if its name says that it is one.
+                # The folder itself is only taken for a broken distribution if its name says that it
+                # is one.
                 if candidate.name == layout.folder and len(missing) < len(layout.files):
                     incomplete = incomplete or (candidate, missing)
     if incomplete:
         candidate, missing = incomplete
         raise DataError(
-            f"{candidate}: {data_set.title} is incomplete, {', '.join(missing)} missing; add what is missing, or delete"
+            f"{candidate}: {data_set.title} is incomplete, {', '.join(missing)} missing; add what "
+            "is missing, or delete"
             " the folder to have the data downloaded again"
         )
     return None
 
 
-def find_or_download(data_set: DataSet[AnyLayout], data_dir: Path | None, offline: bool) -> tuple[Path, AnyLayout]:
-    """As `find`, but data that are not there are downloaded into the first folder of the search order.
+def find_or_download(
+    data_set: DataSet[AnyLayout], data_dir: Path | None, offline: bool
+) -> tuple[Path, AnyLayout]:
+    """As `find`, but data that are not there are downloaded into the first folder of the search
+    order.
 
-    Several processes may ask at once: one downloads, the others wait for it. Raises `DataError`, with every place that
-    was looked at, where `offline` forbids the download or no server delivers; `EgtrainError` where the disk is full.
+    Several processes may ask at once: one downloads, the others wait for it. Raises `DataError`,
+    with every place that was looked at, where `offline` forbids the download or no server delivers;
+    `EgtrainError` where the disk is full.
     """
     if found := find(data_set, data_dir):
         return found
@@ -163,7 +181,8 @@ def find_or_download(data_set: DataSet[AnyLayout], data_dir: Path | None, offlin
     looked_at = f"{data_set.title} was not found in {', '.join(map(str, folders))}"
     if offline:
         raise DataError(
-            f"{looked_at} and must not be downloaded (--offline, --dry-run); name the folder that holds"
+            f"{looked_at} and must not be downloaded (--offline, --dry-run); name the folder that "
+            "holds"
             f" {_folder_names(data_set)} with --data-dir, or use --data synthetic"
         )
     target = folders[0]
@@ -177,11 +196,13 @@ def find_or_download(data_set: DataSet[AnyLayout], data_dir: Path | None, offlin
         if problem.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _disk_full(target, data_set) from problem
         raise DataError(
-            f"{target}: cannot be written ({problem.strerror or problem}); name another folder with --data-dir"
+            f"{target}: cannot be written ({problem.strerror or problem}); name another folder "
+            "with --data-dir"
         ) from problem
     if problems:
         raise DataError(
-            f"{looked_at} and could not be downloaded ({'; '.join(problems)}); check the network, name the folder that"
+            f"{looked_at} and could not be downloaded ({'; '.join(problems)}); check the network, "
+            "name the folder that"
             f" holds {_folder_names(data_set)} with --data-dir, or use --data synthetic"
         )
     return target / data_set.layouts[0].folder, data_set.layouts[0]
@@ -196,14 +217,17 @@ def _missing_files(folder: Path, layout: Layout) -> list[str]:
         return [file.name for file in layout.files if not (folder / file.name).is_file()]
     except OSError as problem:
         raise DataError(
-            f"{folder}: cannot be read ({problem.strerror or problem}); change its permissions or name another folder"
+            f"{folder}: cannot be read ({problem.strerror or problem}); change its permissions or "
+            "name another folder"
             " with --data-dir"
         ) from problem
 
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[bool]:
-    """Wait for and hold the folder itself, so that no lock file is left behind; False on file systems without locks."""
+    """Wait for and hold the folder itself, so that no lock file is left behind; False on file
+    systems without locks.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -218,13 +242,16 @@ def _lock(folder: Path) -> Iterator[bool]:
 
 def _disk_full(folder: Path, data_set: DataSet[Layout]) -> EgtrainError:
     return EgtrainError(
-        f"{folder}: the disk is full, {shutil.disk_usage(folder).free:,} bytes are free and {bytes_needed(data_set):,}"
+        f"{folder}: the disk is full, {shutil.disk_usage(folder).free:,} bytes are free and "
+        f"{bytes_needed(data_set):,}"
         f" are needed for {data_set.title}; make room or name another folder with --data-dir"
     )
 
 
 def _download(data_set: DataSet[Layout], target: Path, alone: bool) -> list[str]:
-    """Put the data set into `target`; on failure say for each server of the first missing archive why."""
+    """Put the data set into `target`; on failure say for each server of the first missing archive
+    why.
+    """
     layout = data_set.layouts[0]
     for leftover in target.glob(f"{_TEMPORARY}*") if alone else ():
         # Of a process that was killed: nobody else is at work.
@@ -232,7 +259,8 @@ def _download(data_set: DataSet[Layout], target: Path, alone: bool) -> list[str]
     destination = target / layout.folder
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise DataError(
-            f"{destination}: in the way of the download, and not {data_set.title}; move it, or name another folder with"
+            f"{destination}: in the way of the download, and not {data_set.title}; move it, or "
+            "name another folder with"
             " --data-dir"
         )
     if shutil.disk_usage(target).free < bytes_needed(data_set):
@@ -295,10 +323,13 @@ def _open(address: str) -> contextlib.AbstractContextManager[IO[bytes]]:
 
 
 def _receive(address: str, file: Path, archive: Archive, target: Path, hasten: bool) -> None:
-    """Download to `file` and sync it; refuse anything but the archive with the known size and hash."""
+    """Download to `file` and sync it; refuse anything but the archive with the known size and
+    hash.
+    """
     console = Console(stderr=True)
     console.print(
-        f"downloading {archive.name} ({archive.size / 1e6:.0f} MB) from {urllib.parse.urlsplit(address).hostname}"
+        f"downloading {archive.name} ({archive.size / 1e6:.0f} MB) from "
+        f"{urllib.parse.urlsplit(address).hostname}"
         f" to {target}",
         highlight=False,
         soft_wrap=True,
@@ -318,7 +349,9 @@ def _receive(address: str, file: Path, archive: Archive, target: Path, hasten: b
     with (
         connection as response,
         file.open("xb") as output,
-        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
+        Progress(
+            *columns, console=console, transient=True, disable=not console.is_terminal
+        ) as progress,
     ):
         bar = progress.add_task(archive.name, total=archive.size)
         while True:
@@ -359,12 +392,19 @@ def _network_problems() -> Iterator[None]:
 def unpack(file: Path, target: Path, layout: Layout) -> None:
     """Write the files of `layout`, or the one that a .gz holds, and nothing else into `target`.
 
-    A .tar.gz or .zip has them in the layout's folder; read-me files and the like are passed over. Raises `_Refused` for
-    an archive with an absolute path, a `..`, a link, a device, a file twice or one of an unexpected size, wanted or
-    not: it is not what it claims to be.
+    A .tar.gz or .zip has them in the layout's folder; read-me files and the like are passed over.
+    Raises `_Refused` for an archive with an absolute path, a `..`, a link, a device, a file twice
+    or one of an unexpected size, wanted or not: it is not what it claims to be.
     """
     expected = {f"{layout.folder}/{each.name}": each.size for each in layout.files}
-    unreadable = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error, NotImplementedError)
+    unreadable = (
+        tarfile.TarError,
+        zipfile.BadZipFile,
+        gzip.BadGzipFile,
+        EOFError,
+        zlib.error,
+        NotImplementedError,
+    )
     try:
         if file.name.endswith(".tar.gz"):
             with tarfile.open(file, "r:gz") as archive:
@@ -377,7 +417,9 @@ def unpack(file: Path, target: Path, layout: Layout) -> None:
             with gzip.open(file) as content:
                 # One byte more than expected tells that there are more.
                 whole = content.read(expected[path] + 1)
-            _write_members([(path, len(whole), lambda: io.BytesIO(whole))], target, {path: expected[path]})
+            _write_members(
+                [(path, len(whole), lambda: io.BytesIO(whole))], target, {path: expected[path]}
+            )
     except unreadable as problem:
         raise _Refused(f"its archive cannot be read ({problem})") from problem
 

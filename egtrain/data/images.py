@@ -1,4 +1,6 @@
-"""Image classification data as plain tensors: one function that finds, checks and splits any of the data sets."""
+"""Image classification data as plain tensors: one function that finds, checks and splits any of the
+data sets.
+"""
 
 import hashlib
 from dataclasses import dataclass
@@ -17,12 +19,15 @@ from egtrain.data.synthetic_images import make_synthetic_images
 from egtrain.errors import UsageError
 
 _SPLIT_SEED = 20_200_620
-"""Fixed: which images are held out must not depend on the run, or accuracies of two seeds would not be comparable."""
+"""Fixed: which images are held out must not depend on the run, or accuracies of two seeds would not
+be comparable."""
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set on the CPU. Images are uint8 `[images, height, width, 3]`, labels int64 `[images]`."""
+    """A data set on the CPU. Images are uint8 `[images, height, width, 3]`, labels int64
+    `[images]`.
+    """
 
     x_train: Tensor
     y_train: Tensor
@@ -35,9 +40,11 @@ class ImageData:
     mean: tuple[float, float, float]
     """Mean of each channel of the training pixels, scaled to [0, 1]."""
     std: tuple[float, float, float]
-    """Standard deviation likewise; at least 1/255, so that a constant channel can be standardised."""
+    """Standard deviation likewise; at least 1/255, so that a constant channel can be
+    standardised."""
     ceiling: float | None
-    """Highest expected test accuracy, as a fraction, where it is known: what the labels' noise leaves."""
+    """Highest expected test accuracy, as a fraction, where it is known: what the labels' noise
+    leaves."""
     digest: str
     """SHA-256 over all arrays with their shapes: equal digests mean equal data in equal splits."""
 
@@ -51,12 +58,14 @@ def load_images(
     train_samples: int | None,
     validation: int,
 ) -> ImageData:
-    """Load `cifar10`, `cifar100`, `synthetic` or `npz:FILE`, and hold out `validation` training images.
+    """Load `cifar10`, `cifar100`, `synthetic` or `npz:FILE`, and hold out `validation` training
+    images.
 
-    The validation images, and `train_samples` of the rest, are the first of one fixed permutation, so that smaller
-    training sets are subsets of larger ones; `seed`, the run's, therefore changes nothing. Data are looked for in
-    `data_dir`, $EGTRAIN_DATA and the user cache, then downloaded unless `offline`.
-    Raises `DataError` for data that are missing or damaged, `UsageError` for an unknown name or an impossible split.
+    The validation images, and `train_samples` of the rest, are the first of one fixed permutation,
+    so that smaller training sets are subsets of larger ones; `seed`, the run's, therefore changes
+    nothing. Data are looked for in `data_dir`, $EGTRAIN_DATA and the user cache, then downloaded
+    unless `offline`. Raises `DataError` for data that are missing or damaged, `UsageError` for an
+    unknown name or an impossible split.
     """
     del seed
     ceiling: float | None = None
@@ -74,7 +83,8 @@ def load_images(
 
 
 def locate_images(name: str, *, data_dir: Path | None, offline: bool) -> str:
-    """Say in a few words where `load_images` would take the data from; reads no data and downloads nothing.
+    """Say in a few words where `load_images` would take the data from; reads no data and downloads
+    nothing.
 
     Raises `DataError` where a data set on disk lacks files, `UsageError` for an unknown name.
     """
@@ -105,17 +115,23 @@ def _unknown(name: str) -> UsageError:
 
 
 def _split(
-    name: str, arrays: ImageArrays, ceiling: float | None, train_samples: int | None, validation: int
+    name: str,
+    arrays: ImageArrays,
+    ceiling: float | None,
+    train_samples: int | None,
+    validation: int,
 ) -> ImageData:
     count = len(arrays.x_train)
     if not 0 <= validation < count:
         raise UsageError(
-            f"data.validation: {validation} is not possible, as {name} has {count:,} training images of which one must"
+            f"data.validation: {validation} is not possible, as {name} has {count:,} training "
+            "images of which one must"
             f" remain; use 0 to {count - 1}"
         )
     if train_samples is not None and not 1 <= train_samples <= count - validation:
         raise UsageError(
-            f"data.train_samples: {train_samples} is not possible, as {name} has {count:,} training images of which"
+            f"data.train_samples: {train_samples} is not possible, as {name} has {count:,} "
+            "training images of which"
             f" {validation:,} are held out; use 1 to {count - validation}"
         )
     kept, held_out = np.arange(count), np.arange(0)
@@ -146,14 +162,18 @@ def _split(
 
 
 def _fixed_permutation(count: int) -> NDArray[np.intp]:
-    # Raw bits of PCG64 never change between NumPy versions; Generator.permutation promises no such thing.
+    # Raw bits of PCG64 never change between NumPy versions; Generator.permutation promises no such
+    # thing.
     return np.argsort(np.random.PCG64(_SPLIT_SEED).random_raw(count), kind="stable")
 
 
-def _channel_statistics(images: Tensor) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+def _channel_statistics(
+    images: Tensor,
+) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     total = torch.zeros(images[0].numel(), dtype=torch.float64)
     squares = torch.zeros_like(total)
-    # 256 squares of a byte still add up exactly in float32, so the result is the same on any number of threads.
+    # 256 squares of a byte still add up exactly in float32, so the result is the same on any number
+    # of threads.
     for part in torch.split(images.flatten(1), 256):
         values = part.to(torch.float32)
         total += values.sum(0)

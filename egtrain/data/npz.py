@@ -21,9 +21,10 @@ SMALLEST = 8
 def read_npz(path: Path) -> ImageArrays:
     """Read and check the four arrays.
 
-    The file's images are uint8 `[images, height, width, 3]`, `[images, 3, height, width]` or grey `[images, height,
-    width]` (also with one channel); they come back as uint8 `[images, height, width, 3]`. Labels are integers from 0.
-    Nothing is unpickled. Raises `DataError` that names the file, the array, what was found and what to do.
+    The file's images are uint8 `[images, height, width, 3]`, `[images, 3, height, width]` or grey
+    `[images, height, width]` (also with one channel); they come back as uint8 `[images, height,
+    width, 3]`. Labels are integers from 0. Nothing is unpickled. Raises `DataError` that names the
+    file, the array, what was found and what to do.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -38,28 +39,39 @@ def read_npz(path: Path) -> ImageArrays:
         raise DataError(
             f"{path}: no such file; give the path of an .npz file, as in --data npz:images.npz"
         ) from problem
-    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as problem:
+    except (
+        OSError,
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+    ) as problem:
         raise DataError(
-            f"{path}: not a readable .npz file ({problem}); write it anew with numpy.savez or numpy.savez_compressed"
+            f"{path}: not a readable .npz file ({problem}); write it anew with numpy.savez or "
+            "numpy.savez_compressed"
         ) from problem
 
     train, test = _colour(path, "x_train", x_train), _colour(path, "x_test", x_test)
     if train.shape[1:] != test.shape[1:]:
         raise DataError(
-            f"{path}: x_train has images of {_size(train)} and x_test of {_size(test)} (height x width);"
+            f"{path}: x_train has images of {_size(train)} and x_test of {_size(test)} (height x "
+            "width);"
             " bring them to one size"
         )
     for key, labels, images in (("train", y_train, train), ("test", y_test, test)):
         if labels.shape != (len(images),):
             raise DataError(
-                f"{path}: y_{key} has shape {list(labels.shape)} where x_{key} holds {len(images):,} images;"
+                f"{path}: y_{key} has shape {list(labels.shape)} where x_{key} holds "
+                f"{len(images):,} images;"
                 f" give one label for each image, with shape [{len(images)}]"
             )
     classes = int(y_train.max()) + 1
     for key, labels in (("y_train", y_train), ("y_test", y_test)):
         if int(labels.min()) < 0 or int(labels.max()) >= classes:
             raise DataError(
-                f"{path}: {key} has labels from {labels.min()} to {labels.max()} where y_train has classes 0 to"
+                f"{path}: {key} has labels from {labels.min()} to {labels.max()} where y_train "
+                "has classes 0 to"
                 f" {classes - 1}; number the classes 0, 1, 2 … alike in both"
             )
     if not 2 <= classes <= len(train):
@@ -78,34 +90,52 @@ def _read_array(path: Path, archive: zipfile.ZipFile, key: str) -> NDArray[np.in
     images = key.startswith("x_")
     if images and dtype != np.uint8:
         advice = (
-            f"(255 * {key}).round().astype('uint8') if they lie between 0 and 1, {key}.round().astype('uint8') if they"
+            f"(255 * {key}).round().astype('uint8') if they lie between 0 and 1, "
+            f"{key}.round().astype('uint8') if they"
             " lie between 0 and 255"
             if dtype.kind == "f"
             else f"{key}.astype('uint8') if they lie between 0 and 255"
         )
-        raise DataError(f"{path}: {key} holds {dtype} where uint8 from 0 to 255 is expected; convert with {advice}")
+        raise DataError(
+            f"{path}: {key} holds {dtype} where uint8 from 0 to 255 is expected; convert with "
+            f"{advice}"
+        )
     if not images and dtype.kind not in "iu":
-        raise DataError(f"{path}: {key} holds {dtype} where integers are expected; convert with {key}.astype('int64')")
+        raise DataError(
+            f"{path}: {key} holds {dtype} where integers are expected; convert with "
+            f"{key}.astype('int64')"
+        )
     if 0 in shape or not shape:
-        raise DataError(f"{path}: {key} has shape {list(shape)} and so holds no image; store at least one")
+        raise DataError(
+            f"{path}: {key} has shape {list(shape)} and so holds no image; store at least one"
+        )
     declared = math.prod(shape) * dtype.itemsize + header
     if declared != archive.getinfo(name).file_size:
         raise DataError(
-            f"{path}: {key} declares {declared:,} bytes and holds {archive.getinfo(name).file_size:,};"
+            f"{path}: {key} declares {declared:,} bytes and holds "
+            f"{archive.getinfo(name).file_size:,};"
             " the file is damaged, write it anew"
         )
     with archive.open(name) as member:
         try:
             array: NDArray[np.integer] = np.lib.format.read_array(member, allow_pickle=False)
         except ValueError as problem:
-            raise DataError(f"{path}: {key} cannot be read ({problem}); write the file anew") from problem
+            raise DataError(
+                f"{path}: {key} cannot be read ({problem}); write the file anew"
+            ) from problem
     return array
 
 
-def _read_header(path: Path, key: str, member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[np.generic], int]:
+def _read_header(
+    path: Path, key: str, member: IO[bytes]
+) -> tuple[tuple[int, ...], np.dtype[np.generic], int]:
     try:
         version = np.lib.format.read_magic(member)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        read = (
+            np.lib.format.read_array_header_1_0
+            if version == (1, 0)
+            else np.lib.format.read_array_header_2_0
+        )
         shape, _, dtype = read(member)
     except ValueError as problem:
         raise DataError(
@@ -128,7 +158,8 @@ def _colour(path: Path, key: str, images: NDArray[np.integer]) -> Bytes:
         )
     if min(array.shape[1:3]) < SMALLEST:
         raise DataError(
-            f"{path}: {key} has images of {_size(array)} pixels; at least {SMALLEST} x {SMALLEST} are needed,"
+            f"{path}: {key} has images of {_size(array)} pixels; at least {SMALLEST} x {SMALLEST} "
+            "are needed,"
             " so enlarge or pad them"
         )
     return np.repeat(array, 3, axis=3) if array.shape[3] == 1 else np.ascontiguousarray(array)

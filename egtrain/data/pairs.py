@@ -1,4 +1,6 @@
-"""Pairs of sentences in two languages, as text and as subwords: Multi30k, a user's own files, or embedded."""
+"""Pairs of sentences in two languages, as text and as subwords: Multi30k, a user's own files, or
+embedded.
+"""
 
 import hashlib
 import io
@@ -24,7 +26,8 @@ _ORDER_SEED = 20_160_000
 
 
 class Subwords:
-    """Byte-pair subwords that two languages share (Sennrich et al. 2016, arXiv 1508.07909), by SentencePiece.
+    """Byte-pair subwords that two languages share (Sennrich et al. 2016, arXiv 1508.07909), by
+    SentencePiece.
 
     Args:
         model: what SentencePiece has learned, serialised.
@@ -131,8 +134,13 @@ _FILES = {
 MULTI30K = Multi30k(
     title="Multi30k",
     layouts=(
-        PairLayout("multi30k", tuple(PairFile(name, plain[0]) for name, (plain, _) in _FILES.items())),
-        PairLayout("multi30k", tuple(PairFile(f"{name}.gz", packed[0]) for name, (_, packed) in _FILES.items())),
+        PairLayout(
+            "multi30k", tuple(PairFile(name, plain[0]) for name, (plain, _) in _FILES.items())
+        ),
+        PairLayout(
+            "multi30k",
+            tuple(PairFile(f"{name}.gz", packed[0]) for name, (_, packed) in _FILES.items()),
+        ),
     ),
     archives=tuple(
         Archive(
@@ -167,29 +175,36 @@ def load_pairs(
 ) -> PairData:
     """Load `multi30k`, `synthetic` or `pairs:FOLDER`, and cut the sentences into subwords.
 
-    FOLDER holds train.LANGUAGE, valid.LANGUAGE (or val.) and test.LANGUAGE for both languages, a sentence a line.
+    FOLDER holds train.LANGUAGE, valid.LANGUAGE (or val.) and test.LANGUAGE for both languages, a
+    sentence a line.
 
     Args:
         name: which text.
-        data_dir: where to look first; a relative FOLDER that does not exist is looked for in the same places.
+        data_dir: where to look first; a relative FOLDER that does not exist is looked for in the
+            same places.
         offline: never download.
         source: language to translate from.
         target: language to translate into.
-        subwords: size of the vocabulary that is learned from the whole training text; less where the text is too small.
+        subwords: size of the vocabulary that is learned from the whole training text; less where
+            the text is too small.
         max_length: most subwords of a sentence.
         train_samples: train on only so many pairs, the first of one fixed permutation; None: all.
 
     Raises:
-        DataError: files are missing, damaged, empty or not UTF-8, of different lengths, or a sentence is too long.
+        DataError: files are missing, damaged, empty or not UTF-8, of different lengths, or a
+            sentence is too long.
         UsageError: a language or a number of pairs that there is not.
     """
     if source == target:
-        raise UsageError(f"task.source and task.target are both '{source}': set them to two languages")
+        raise UsageError(
+            f"task.source and task.target are both '{source}': set them to two languages"
+        )
     if name == "synthetic":
         drawn = make_synthetic_pairs()
         texts = [drawn.train, drawn.validation, drawn.test]
         places = [
-            (f"the embedded {part}, source", f"the embedded {part}, target") for part in ("train", "valid", "test")
+            (f"the embedded {part}, source", f"the embedded {part}, target")
+            for part in ("train", "valid", "test")
         ]
     else:
         files = _files_of(name, source, target, data_dir, offline)
@@ -214,7 +229,9 @@ def load_pairs(
 
 
 def locate_pairs(name: str, *, data_dir: Path | None, offline: bool) -> str:
-    """Say in a few words where `load_pairs` would take the text from; reads nothing and downloads nothing."""
+    """Say in a few words where `load_pairs` would take the text from; reads nothing and downloads
+    nothing.
+    """
     if name == "synthetic":
         return "made when needed"
     if name == "multi30k":
@@ -223,17 +240,23 @@ def locate_pairs(name: str, *, data_dir: Path | None, offline: bool) -> str:
     return f"found: {folder}" if folder else f"missing: {name.removeprefix('pairs:')}"
 
 
-def _files_of(name: str, source: str, target: str, data_dir: Path | None, offline: bool) -> list[tuple[Path, Path]]:
+def _files_of(
+    name: str, source: str, target: str, data_dir: Path | None, offline: bool
+) -> list[tuple[Path, Path]]:
     """Return the files of both languages of training, validation and test."""
     if name == "multi30k":
         for language in (source, target):
             if language not in LANGUAGES:
                 raise UsageError(
-                    f"Multi30k is read in {' and '.join(LANGUAGES)}, not '{language}': set task.source and task.target"
+                    f"Multi30k is read in {' and '.join(LANGUAGES)}, not '{language}': set "
+                    "task.source and task.target"
                 )
         folder, layout = find_or_download(MULTI30K, data_dir, offline)
         ending = ".gz" if layout.files[0].name.endswith(".gz") else ""
-        files = [(folder / f"{split}.{source}{ending}", folder / f"{split}.{target}{ending}") for split in _SPLITS]
+        files = [
+            (folder / f"{split}.{source}{ending}", folder / f"{split}.{target}{ending}")
+            for split in _SPLITS
+        ]
         for file in (file for pair in files for file in pair):
             _require_official(file)
         return files
@@ -241,7 +264,8 @@ def _files_of(name: str, source: str, target: str, data_dir: Path | None, offlin
     own = found_folder(wanted, folders)
     if own is None:
         raise DataError(
-            f"there is no folder {wanted}, here or in {', '.join(map(str, folders))}; name one with train.{source}, "
+            f"there is no folder {wanted}, here or in {', '.join(map(str, folders))}; name one "
+            f"with train.{source}, "
             f"train.{target} and so on, such as --data pairs:FOLDER"
         )
     return [
@@ -255,7 +279,8 @@ def _own_file(folder: Path, names: Sequence[str], language: str) -> Path:
     found = next((path for path in candidates if path.is_file()), None)
     if found is None:
         raise DataError(
-            f"{candidates[0]}: the file is missing; put it there, a sentence a line, or set task.source and "
+            f"{candidates[0]}: the file is missing; put it there, a sentence a line, or set "
+            "task.source and "
             "task.target to what the files' names end with"
         )
     return found
@@ -265,7 +290,8 @@ def _require_official(path: Path) -> None:
     expected = MULTI30K.digests[path.name.removesuffix(".gz")]
     if hashlib.sha256(read_text(path)).hexdigest() != expected:
         raise DataError(
-            f"{path}: not the official file (sha256 {expected}); some mirrors have another test split: delete the "
+            f"{path}: not the official file (sha256 {expected}); some mirrors have another test "
+            "split: delete the "
             "folder to have Multi30k downloaded, or read your own files with --data pairs:FOLDER"
         )
 
@@ -274,7 +300,8 @@ def _aligned(source: Path, target: Path) -> tuple[list[str], list[str]]:
     sides = (lines_of(read_text(source), source), lines_of(read_text(target), target))
     if len(sides[0]) != len(sides[1]):
         raise DataError(
-            f"{target}:{min(map(len, sides)) + 1}: {len(sides[1]):,} lines, and {source} has {len(sides[0]):,}; each "
+            f"{target}:{min(map(len, sides)) + 1}: {len(sides[1]):,} lines, and {source} has "
+            f"{len(sides[0]):,}; each "
             "line must be the translation of the other file's"
         )
     for side, path in zip(sides, (source, target), strict=True):
@@ -284,12 +311,15 @@ def _aligned(source: Path, target: Path) -> tuple[list[str], list[str]]:
     return sides
 
 
-def _check_lengths(ids: Sequence[Sequence[Sequence[int]]], places: tuple[str, str], limit: int) -> None:
+def _check_lengths(
+    ids: Sequence[Sequence[Sequence[int]]], places: tuple[str, str], limit: int
+) -> None:
     for side, place in zip(ids, places, strict=True):
         for number, sentence in enumerate(side, start=1):
             if len(sentence) + 1 > limit:
                 raise DataError(
-                    f"{place}:{number}: a sentence of {len(sentence) + 1} subwords, and task.max_length is {limit}; "
+                    f"{place}:{number}: a sentence of {len(sentence) + 1} subwords, and "
+                    f"task.max_length is {limit}; "
                     "raise it, or remove the line from both files"
                 )
 
@@ -300,7 +330,8 @@ def _kept(pairs: int, count: int | None) -> list[int]:
         return list(range(pairs))
     if not 1 <= count <= pairs:
         raise UsageError(
-            f"data.train_samples: {count} is not possible, as there are {pairs:,} training pairs; lower it"
+            f"data.train_samples: {count} is not possible, as there are {pairs:,} training pairs; "
+            "lower it"
         )
     # Raw bits never change between NumPy versions.
     order = np.argsort(np.random.PCG64(_ORDER_SEED).random_raw(pairs), kind="stable")
@@ -309,7 +340,9 @@ def _kept(pairs: int, count: int | None) -> list[int]:
 
 
 def _learned(text: tuple[list[str], list[str]], size: int) -> bytes:
-    """Return SentencePiece's model of a text, from the user cache where it has been learned before."""
+    """Return SentencePiece's model of a text, from the user cache where it has been learned
+    before.
+    """
     import sentencepiece
 
     sentences = [*text[0], *text[1]]
@@ -328,7 +361,9 @@ def _learned(text: tuple[list[str], list[str]], size: int) -> bytes:
         kept.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as file:
             file.write(model)
-        Path(file.name).replace(kept)  # several processes may do so at once, each with the same model
+        Path(file.name).replace(
+            kept
+        )  # several processes may do so at once, each with the same model
     except OSError:
         pass  # it only costs the time to learn it again
     return model
@@ -359,7 +394,8 @@ def _train(sentences: list[str], size: int) -> bytes:
         # Each character is a subword, as are the four special ones.
         characters = len(set().union(*sentences))
         raise UsageError(
-            f"task.subwords: {size} is too small, as the training text has {characters:,} different characters; "
+            f"task.subwords: {size} is too small, as the training text has {characters:,} "
+            "different characters; "
             f"use at least {characters + 4}"
         ) from None
     return learned.getvalue()

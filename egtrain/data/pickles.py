@@ -1,4 +1,6 @@
-"""Reading a pickle that may hold nothing but plain values and byte arrays, so that it can never run code."""
+"""Reading a pickle that may hold nothing but plain values and byte arrays, so that it can never run
+code.
+"""
 
 import io
 import math
@@ -9,11 +11,15 @@ from numpy.typing import NDArray
 
 
 class UnsafePickle(Exception):
-    """The pickle asks for something beyond plain values and uint8 arrays, or is damaged; the message says which."""
+    """The pickle asks for something beyond plain values and uint8 arrays, or is damaged; the
+    message says which.
+    """
 
 
 class _PlainArray:
-    """Stands in for numpy.ndarray while unpickling; keeps what the pickle says until it has been checked."""
+    """Stands in for numpy.ndarray while unpickling; keeps what the pickle says until it has been
+    checked.
+    """
 
     def __init__(self) -> None:
         self.state: object = None
@@ -23,12 +29,20 @@ class _PlainArray:
 
     def to_numpy(self) -> NDArray[np.uint8]:
         match self.state:
-            case (int(), tuple(shape), _PlainType(kind=("u1" | b"u1")), bool(by_columns), bytes(content)) if all(
-                type(size) is int and size >= 0 for size in shape
-            ):
+            case (
+                int(),
+                tuple(shape),
+                _PlainType(kind=("u1" | b"u1")),
+                bool(by_columns),
+                bytes(content),
+            ) if all(type(size) is int and size >= 0 for size in shape):
                 if math.prod(shape) != len(content):
-                    raise UnsafePickle(f"an array of shape {list(shape)} comes with {len(content):,} bytes")
-                return np.frombuffer(content, np.uint8).reshape(shape, order="F" if by_columns else "C")
+                    raise UnsafePickle(
+                        f"an array of shape {list(shape)} comes with {len(content):,} bytes"
+                    )
+                return np.frombuffer(content, np.uint8).reshape(
+                    shape, order="F" if by_columns else "C"
+                )
         raise UnsafePickle("it holds an array of something other than bytes")
 
 
@@ -52,8 +66,9 @@ def _encode(text: object, encoding: object = "latin1") -> bytes:
     return text.encode("latin1")
 
 
-# Every name that the files need, each with a harmless stand-in: NumPy itself is never called with what a pickle says.
-# The private NumPy module moved in NumPy 2; _codecs.encode is how Python 3 writes bytes in protocol 2.
+# Every name that the files need, each with a harmless stand-in: NumPy itself is never called with
+# what a pickle says. The private NumPy module moved in NumPy 2; _codecs.encode is how Python 3
+# writes bytes in protocol 2.
 _ADMITTED: dict[tuple[str, str], object] = {
     ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
@@ -68,24 +83,34 @@ class _PlainUnpickler(pickle.Unpickler):
         try:
             return _ADMITTED[module, name]
         except KeyError:
-            raise UnsafePickle(f"it asks for {module}.{name}, which image data do not need") from None
+            raise UnsafePickle(
+                f"it asks for {module}.{name}, which image data do not need"
+            ) from None
 
     def persistent_load(self, _: object) -> object:
         raise UnsafePickle("it refers to an object outside the file")
 
 
 def load_plain_pickle(content: bytes) -> object:
-    """Unpickle bytes, str, int, list, tuple, dict and uint8 arrays; a top-level dict has its arrays as NumPy arrays.
+    """Unpickle bytes, str, int, list, tuple, dict and uint8 arrays; a top-level dict has its arrays
+    as NumPy arrays.
 
-    Python 2 strings come back as bytes. Raises `UnsafePickle` for anything else, before it has any effect.
+    Python 2 strings come back as bytes. Raises `UnsafePickle` for anything else, before it has any
+    effect.
     """
     try:
         value = _PlainUnpickler(io.BytesIO(content), encoding="bytes").load()
         if isinstance(value, dict):
-            return {key: item.to_numpy() if isinstance(item, _PlainArray) else item for key, item in value.items()}
+            return {
+                key: item.to_numpy() if isinstance(item, _PlainArray) else item
+                for key, item in value.items()
+            }
         return value
     except UnsafePickle:
         raise
-    # A damaged pickle may fail in any way that its opcodes can: all of them mean the same to the user.
+    # A damaged pickle may fail in any way that its opcodes can: all of them mean the same to the
+    # user.
     except Exception as problem:
-        raise UnsafePickle(f"it is not a readable pickle ({type(problem).__name__}: {problem})") from problem
+        raise UnsafePickle(
+            f"it is not a readable pickle ({type(problem).__name__}: {problem})"
+        ) from problem

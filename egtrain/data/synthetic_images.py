@@ -1,4 +1,6 @@
-"""Ten classes of drawn shapes: image data that need no download and whose best possible accuracy is known."""
+"""Ten classes of drawn shapes: image data that need no download and whose best possible accuracy is
+known.
+"""
 
 from dataclasses import dataclass
 
@@ -9,12 +11,23 @@ from egtrain.data.arrays import ImageArrays
 
 Floats = NDArray[np.floating]
 
-CLASSES = ("disc", "ring", "square", "frame", "diamond", "triangle", "plus", "cross", "level bars", "upright bars")
+CLASSES = (
+    "disc",
+    "ring",
+    "square",
+    "frame",
+    "diamond",
+    "triangle",
+    "plus",
+    "cross",
+    "level bars",
+    "upright bars",
+)
 SIZE = 16
 """Height and width in pixels."""
 WRONG_LABELS = 0.09
-"""Share of labels, in training and in test, that name one of the nine other classes: what is left of one label in ten
-being drawn anew from all ten classes."""
+"""Share of labels, in training and in test, that name one of the nine other classes: what is left
+of one label in ten being drawn anew from all ten classes."""
 _DATA_SEED = 0
 
 
@@ -27,27 +40,33 @@ class SyntheticImages:
     """The class that was drawn, whatever the label says."""
     drawn_test: NDArray[np.int64]
     ceiling: float
-    """Test accuracy of a model that recognises every drawing: the share of right labels, exactly."""
+    """Test accuracy of a model that recognises every drawing: the share of right labels,
+    exactly."""
 
 
 def make_synthetic_images(train: int = 8192, test: int = 2000) -> SyntheticImages:
     """Draw the data set, in about a second; the same images on every call.
 
-    A class is told by its shape alone. Position, scale, tilt, both colours, which of them is the lighter, the texture
-    of the background and a stray line are random, so that the mean image of every class is nearly the same grey and a
-    linear model has next to nothing to go by.
+    A class is told by its shape alone. Position, scale, tilt, both colours, which of them is the
+    lighter, the texture of the background and a stray line are random, so that the mean image of
+    every class is nearly the same grey and a linear model has next to nothing to go by.
     """
     bits = np.random.PCG64(_DATA_SEED)
     x_train, drawn_train = _draw(bits, train)
     x_test, drawn_test = _draw(bits, test)
     y_train, y_test = _mislabel(bits, drawn_train), _mislabel(bits, drawn_test)
     arrays = ImageArrays(x_train, y_train, x_test, y_test, len(CLASSES))
-    return SyntheticImages(arrays, drawn_train, drawn_test, ceiling=float(np.mean(y_test == drawn_test)))
+    return SyntheticImages(
+        arrays, drawn_train, drawn_test, ceiling=float(np.mean(y_test == drawn_test))
+    )
 
 
 def _uniform(bits: np.random.PCG64, shape: tuple[int, ...], low: float, high: float) -> Floats:
-    # From the raw bits, whose stream is fixed for ever; NumPy may change what its distributions make of them.
-    fractions = (bits.random_raw(int(np.prod(shape))) >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
+    # From the raw bits, whose stream is fixed for ever; NumPy may change what its distributions
+    # make of them.
+    fractions = (bits.random_raw(int(np.prod(shape))) >> np.uint64(40)).astype(
+        np.float32
+    ) * np.float32(2**-24)
     return (low + (high - low) * fractions).reshape(shape).astype(np.float32)
 
 
@@ -90,7 +109,9 @@ def _draw(bits: np.random.PCG64, count: int) -> tuple[NDArray[np.uint8], NDArray
     grating = np.sin(waves * (x * np.cos(angle) + y * np.sin(angle)) + phase)
 
     background = random(0.3, 0.7, 1, 1, 3)
-    contrast = random(0.2, 0.45, 1, 1, 1) * np.sign(random(-1, 1, 1, 1, 1)) + random(-0.1, 0.1, 1, 1, 3)
+    contrast = random(0.2, 0.45, 1, 1, 1) * np.sign(random(-1, 1, 1, 1, 1)) + random(
+        -0.1, 0.1, 1, 1, 3
+    )
     pixels = background + grating[..., None] * random(-0.1, 0.1, 1, 1, 3)
     pixels += line[..., None] * random(-0.3, 0.3, 1, 1, 3)
     pixels += shape[..., None] * (contrast + background - pixels)
@@ -99,7 +120,9 @@ def _draw(bits: np.random.PCG64, count: int) -> tuple[NDArray[np.uint8], NDArray
 
 
 def _distance(label: int, u: Floats, v: Floats) -> Floats:
-    """Signed distance, roughly and negative inside, from the outline of a shape of unit size at the points (u, v)."""
+    """Signed distance, roughly and negative inside, from the outline of a shape of unit size at the
+    points (u, v).
+    """
     across, down = np.abs(u), np.abs(v)
     box, diagonal = np.maximum(across, down), np.float32(0.5**0.5)
     distance: Floats
@@ -128,5 +151,7 @@ def _distance(label: int, u: Floats, v: Floats) -> Floats:
 
 
 def _plus(across: Floats, down: Floats) -> Floats:
-    distance: Floats = np.minimum(np.maximum(across - 0.9, down - 0.26), np.maximum(down - 0.9, across - 0.26))
+    distance: Floats = np.minimum(
+        np.maximum(across - 0.9, down - 0.26), np.maximum(down - 0.9, across - 0.26)
+    )
     return distance

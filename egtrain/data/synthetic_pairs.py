@@ -1,4 +1,6 @@
-"""A small bilingual grammar: sentences that need no download, each with exactly one right translation."""
+"""A small bilingual grammar: sentences that need no download, each with exactly one right
+translation.
+"""
 
 from dataclasses import dataclass
 from functools import cache
@@ -14,8 +16,14 @@ _DATA_SEED = 7
 DETERMINERS = {"lo": "d", "ka": "m", "ziv": "v"}
 """Stems of the target's determiners, which take the noun's ending, by source word."""
 ENDINGS = {"m": ("o", "oi"), "f": ("a", "ae"), "n": ("u", "ua")}
-"""What determiner, noun and adjective end with in the target, by the noun's gender: one, and many."""
-VERB_ENDINGS = {("now", False): "it", ("now", True): "unt", ("then", False): "avit", ("then", True): "avunt"}
+"""What determiner, noun and adjective end with in the target, by the noun's gender: one, and
+many."""
+VERB_ENDINGS = {
+    ("now", False): "it",
+    ("now", True): "unt",
+    ("then", False): "avit",
+    ("then", True): "avunt",
+}
 """What the target's verb ends with, by time and by whether its subject is many."""
 NOT, THAT, BECAUSE = "nek", "shu", "oltar"
 TARGET_NOT, TARGET_THAT, TARGET_BECAUSE = "nul", "qu", "perk"
@@ -44,9 +52,10 @@ class SyntheticPairs:
 def make_synthetic_pairs(train: int = 8000, held_out: int = 500) -> SyntheticPairs:
     """Draw the sentences, in about a second; the same ones on every call.
 
-    The target puts adjectives behind their nouns, the verb of a subordinate clause at its end and the negation before
-    the verb, joins compounds into one word, and lets determiners, adjectives, relative pronouns and verbs agree with
-    nouns that may stand several words away. So a word-by-word translation is mostly wrong.
+    The target puts adjectives behind their nouns, the verb of a subordinate clause at its end and
+    the negation before the verb, joins compounds into one word, and lets determiners, adjectives,
+    relative pronouns and verbs agree with nouns that may stand several words away. So a
+    word-by-word translation is mostly wrong.
     """
     draw = _Draw(np.random.PCG64(_DATA_SEED))
     pairs: dict[str, str] = {}
@@ -61,7 +70,9 @@ def make_synthetic_pairs(train: int = 8000, held_out: int = 500) -> SyntheticPai
 
 
 class _Draw:
-    """Choices from raw bits, whose stream is fixed for ever; NumPy may change what its distributions make of them."""
+    """Choices from raw bits, whose stream is fixed for ever; NumPy may change what its
+    distributions make of them.
+    """
 
     def __init__(self, bits: np.random.PCG64) -> None:
         self._bits = bits
@@ -77,10 +88,14 @@ class _Draw:
 def nouns() -> tuple[Noun, ...]:
     """Return the nouns of the lexicon; nothing in a source noun tells its gender."""
     sources = [
-        first + second + "n" for first in ("ba", "de", "fi", "go", "hu", "ja") for second in ("ro", "la", "mi", "te")
+        first + second + "n"
+        for first in ("ba", "de", "fi", "go", "hu", "ja")
+        for second in ("ro", "la", "mi", "te")
     ]
     targets = [
-        first + second for first in ("kor", "lem", "pas", "tur", "vin", "sol") for second in ("ad", "ent", "ib", "ug")
+        first + second
+        for first in ("kor", "lem", "pas", "tur", "vin", "sol")
+        for second in ("ad", "ent", "ib", "ug")
     ]
     return tuple(
         Noun(source, target, "mfn"[number * 7 % 3 if number % 2 else number * 5 % 3])
@@ -121,7 +136,9 @@ def _clause(draw: _Draw, subordinate: bool) -> tuple[list[str], list[str]]:
 
 
 def _noun_phrase(draw: _Draw, relative: int) -> tuple[list[str], list[str], bool, str]:
-    """Return a noun phrase in both languages, whether it is many, and its ending; `relative` is in per cent."""
+    """Return a noun phrase in both languages, whether it is many, and its ending; `relative` is in
+    per cent.
+    """
     determiner = list(DETERMINERS)[draw.below(len(DETERMINERS))]
     noun = nouns()[draw.below(len(nouns()))]
     many = draw.chance(40)
@@ -151,7 +168,10 @@ def _noun_phrase(draw: _Draw, relative: int) -> tuple[list[str], list[str], bool
 def _verb(draw: _Draw, many: bool) -> tuple[list[str], list[str]]:
     source, target = verbs()[draw.below(len(verbs()))]
     time = "then" if draw.chance(40) else "now"
-    source_words, target_words = [source + "d" * (time == "then")], [target + VERB_ENDINGS[time, many]]
+    source_words, target_words = (
+        [source + "d" * (time == "then")],
+        [target + VERB_ENDINGS[time, many]],
+    )
     if draw.chance(20):
         return [*source_words, NOT], [TARGET_NOT, *target_words]
     return source_words, target_words

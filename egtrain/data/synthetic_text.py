@@ -1,4 +1,6 @@
-"""Words from a hidden Markov source: a text that needs no download and whose lowest possible perplexity is known."""
+"""Words from a hidden Markov source: a text that needs no download and whose lowest possible
+perplexity is known.
+"""
 
 from dataclasses import dataclass
 
@@ -12,11 +14,13 @@ STATES = 10
 SUCCESSORS = 2
 """States that each state can be followed by."""
 WORDS_OF_STATE = 4
-"""Words that a state can say; each is said in two states, so that a word does not tell the state."""
+"""Words that a state can say; each is said in two states, so that a word does not tell the
+state."""
 WORDS = STATES * WORDS_OF_STATE // 2
 """Words, `<unk>` and `<eos>` not counted."""
 SENTENCE_END = 0.08
-"""Probability that a sentence ends after a word; the source goes on from the state that it was in."""
+"""Probability that a sentence ends after a word; the source goes on from the state that it was
+in."""
 _DATA_SEED = 4
 
 
@@ -42,17 +46,22 @@ class SyntheticText:
     vocabulary: tuple[str, ...]
     source: Source
     floor: float
-    """Perplexity of the test text to whoever knows the source: the lowest that can be expected of any model."""
+    """Perplexity of the test text to whoever knows the source: the lowest that can be expected of
+    any model."""
 
 
 def make_synthetic_text(train: int = 240_000, held_out: int = 10_000) -> SyntheticText:
     """Draw the texts, in about two seconds; the same ones on every call."""
     bits = np.random.PCG64(_DATA_SEED)
     source = _drawn_source(bits)
-    first, second, third = (_drawn_text(bits, source, length) for length in (train, held_out, held_out))
+    first, second, third = (
+        _drawn_text(bits, source, length) for length in (train, held_out, held_out)
+    )
     names = [consonant + vowel + "r" for consonant in "bdfgk" for vowel in "aeiou"]
     vocabulary = ("<unk>", "<eos>", *names[:WORDS])
-    return SyntheticText(first, second, third, vocabulary, source, floor=float(np.exp(entropy_of(source, third))))
+    return SyntheticText(
+        first, second, third, vocabulary, source, floor=float(np.exp(entropy_of(source, third)))
+    )
 
 
 def entropy_of(source: Source, words: Words) -> float:
@@ -68,12 +77,15 @@ def entropy_of(source: Source, words: Words) -> float:
 
 
 def _uniform(bits: np.random.PCG64, count: int) -> Floats:
-    # From the raw bits, whose stream is fixed for ever; NumPy may change what its distributions make of them.
+    # From the raw bits, whose stream is fixed for ever; NumPy may change what its distributions
+    # make of them.
     return (bits.random_raw(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _weights(bits: np.random.PCG64, chosen: NDArray[np.intp], among: int) -> Floats:
-    """Return random probabilities of the chosen ones out of `among` possibilities, none of them small [among]."""
+    """Return random probabilities of the chosen ones out of `among` possibilities, none of them
+    small [among].
+    """
     weights = np.zeros(among)
     weights[chosen] = 0.3 + _uniform(bits, len(chosen)) ** 2
     scaled: Floats = weights / weights.sum()
@@ -81,10 +93,15 @@ def _weights(bits: np.random.PCG64, chosen: NDArray[np.intp], among: int) -> Flo
 
 
 def _drawn_source(bits: np.random.PCG64) -> Source:
-    following = [np.argsort(_uniform(bits, STATES), kind="stable")[:SUCCESSORS] for _ in range(STATES)]
+    following = [
+        np.argsort(_uniform(bits, STATES), kind="stable")[:SUCCESSORS] for _ in range(STATES)
+    ]
     transition = np.stack([_weights(bits, chosen, STATES) for chosen in following])
     order = np.argsort(_uniform(bits, WORDS), kind="stable")
-    spoken = [order[(state * WORDS // STATES + np.arange(WORDS_OF_STATE)) % WORDS] for state in range(STATES)]
+    spoken = [
+        order[(state * WORDS // STATES + np.arange(WORDS_OF_STATE)) % WORDS]
+        for state in range(STATES)
+    ]
     said = np.stack([_weights(bits, chosen, WORDS) for chosen in spoken])
     ends = np.full((STATES, 1), SENTENCE_END)
     emission = np.concatenate([np.zeros((STATES, 1)), ends, (1 - SENTENCE_END) * said], axis=1)

@@ -1,4 +1,6 @@
-"""Text for language modelling as streams of word indices: WikiText-2, a user's own files, or embedded."""
+"""Text for language modelling as streams of word indices: WikiText-2, a user's own files, or
+embedded.
+"""
 
 import hashlib
 from collections import Counter
@@ -16,12 +18,15 @@ from egtrain.errors import DataError
 
 UNK, EOS = 0, 1
 SPECIAL = ("<unk>", "<eos>")
-"""The first two words of every vocabulary: any word that the training text lacks, and the end of a line."""
+"""The first two words of every vocabulary: any word that the training text lacks, and the end of a
+line."""
 
 
 @dataclass(frozen=True)
 class TextData:
-    """A text on the CPU, as indices into its vocabulary, int64 [words]; every line ends with `<eos>`."""
+    """A text on the CPU, as indices into its vocabulary, int64 [words]; every line ends with
+    `<eos>`.
+    """
 
     train: Tensor
     validation: Tensor
@@ -97,22 +102,31 @@ WIKITEXT2 = WikiText(
 
 
 def load_text(
-    name: str, *, data_dir: Path | None, offline: bool, max_vocabulary: int | None, train_tokens: int | None
+    name: str,
+    *,
+    data_dir: Path | None,
+    offline: bool,
+    max_vocabulary: int | None,
+    train_tokens: int | None,
 ) -> TextData:
-    """Load `wikitext2`, `synthetic` or `text:FOLDER`, which holds train.txt, valid.txt and test.txt.
+    """Load `wikitext2`, `synthetic` or `text:FOLDER`, which holds train.txt, valid.txt and
+    test.txt.
 
-    A word is what stands between spaces; an empty line is a line without words. The vocabulary is that of the whole
-    training file: `<unk>`, `<eos>`, then words by falling count, equal ones in the order of their first appearance.
+    A word is what stands between spaces; an empty line is a line without words. The vocabulary is
+    that of the whole training file: `<unk>`, `<eos>`, then words by falling count, equal ones in
+    the order of their first appearance.
 
     Args:
         name: which text.
-        data_dir: where to look first; a relative FOLDER that does not exist is looked for in the same places.
+        data_dir: where to look first; a relative FOLDER that does not exist is looked for in the
+            same places.
         offline: never download.
         max_vocabulary: most words that the vocabulary may have; None: any number.
         train_tokens: train on only so many words from the beginning; None: all.
 
     Raises:
-        DataError: files are missing, damaged, empty or not UTF-8, or the vocabulary is larger than allowed.
+        DataError: files are missing, damaged, empty or not UTF-8, or the vocabulary is larger than
+            allowed.
     """
     if name == "synthetic":
         drawn = make_synthetic_text()
@@ -131,14 +145,18 @@ def load_text(
     vocabulary = _vocabulary(texts[0], max_vocabulary, paths[0])
     index = {word: number for number, word in enumerate(vocabulary)}
     streams = [
-        torch.tensor([number for words in text for number in (*(index.get(w, UNK) for w in words), EOS)])
+        torch.tensor(
+            [number for words in text for number in (*(index.get(w, UNK) for w in words), EOS)]
+        )
         for text in texts
     ]
     return _data(streams, vocabulary, None, train_tokens)
 
 
 def locate_text(name: str, *, data_dir: Path | None, offline: bool) -> str:
-    """Say in a few words where `load_text` would take the text from; reads nothing and downloads nothing."""
+    """Say in a few words where `load_text` would take the text from; reads nothing and downloads
+    nothing.
+    """
     if name == "synthetic":
         return "made when needed"
     if name == "wikitext2":
@@ -152,7 +170,8 @@ def _own_folder(name: str, data_dir: Path | None) -> Path:
     folder = found_folder(wanted, folders)
     if folder is None:
         raise DataError(
-            f"there is no folder {wanted}, here or in {', '.join(map(str, folders))}; name one with train.txt, "
+            f"there is no folder {wanted}, here or in {', '.join(map(str, folders))}; name one "
+            "with train.txt, "
             "valid.txt and test.txt, such as --data text:FOLDER"
         )
     return folder
@@ -162,8 +181,10 @@ def _official(path: Path, file: TextFile) -> bytes:
     content = read_text(path)
     if hashlib.sha1(content, usedforsecurity=False).hexdigest() != file.sha1:
         raise DataError(
-            f"{path}: not the official file (its SHA-1 is not {file.sha1}); read a text of your own with --data "
-            "text:FOLDER, or name a folder without this file with --data-dir, to have WikiText-2 downloaded"
+            f"{path}: not the official file (its SHA-1 is not {file.sha1}); read a text of your "
+            "own with --data "
+            "text:FOLDER, or name a folder without this file with --data-dir, to have WikiText-2 "
+            "downloaded"
         )
     return content
 
@@ -187,18 +208,23 @@ def _vocabulary(text: list[list[str]], limit: int | None, path: Path) -> tuple[s
 def _check_vocabulary(vocabulary: Sequence[str], limit: int | None, source: str, line: int) -> None:
     if limit is not None and len(vocabulary) > limit:
         raise DataError(
-            f"{source}{f':{line}' * bool(line)}: the vocabulary of {len(vocabulary):,} words is larger than "
+            f"{source}{f':{line}' * bool(line)}: the vocabulary of {len(vocabulary):,} words is "
+            "larger than "
             f"task.max_vocabulary = {limit:,}; raise it, or replace rare words by <unk>"
         )
 
 
 def _data(
-    streams: list[Tensor], vocabulary: tuple[str, ...], floor: float | None, train_tokens: int | None
+    streams: list[Tensor],
+    vocabulary: tuple[str, ...],
+    floor: float | None,
+    train_tokens: int | None,
 ) -> TextData:
     if train_tokens is not None:
         if len(streams[0]) <= train_tokens:
             raise DataError(
-                f"data.train_samples asks for {train_tokens + 1:,} words, and the training text has "
+                f"data.train_samples asks for {train_tokens + 1:,} words, and the training text "
+                "has "
                 f"{len(streams[0]):,}; lower it"
             )
         # One more, which the last of them is followed by.

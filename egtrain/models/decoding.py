@@ -1,4 +1,6 @@
-"""Beam search over whatever says how likely the next subword is (Sutskever et al. 2014, arXiv 1409.3215)."""
+"""Beam search over whatever says how likely the next subword is (Sutskever et al. 2014, arXiv
+1409.3215).
+"""
 
 import math
 from typing import Any, Protocol
@@ -11,26 +13,40 @@ class Decodable(Protocol):
     """What beam search asks of a model; a state belongs to rows, one a hypothesis."""
 
     def begin(self, source: Tensor) -> Any:
-        """Return the state before the first subword of each sentence's translation, with a method `select(rows)`."""
+        """Return the state before the first subword of each sentence's translation, with a method
+        `select(rows)`.
+        """
 
     def step(self, subwords: Tensor, state: Any) -> Tensor:
-        """Add a subword to each row [rows], and return the logits of the next ones [rows, vocabulary]."""
+        """Add a subword to each row [rows], and return the logits of the next ones [rows,
+        vocabulary].
+        """
 
 
 def beam_search(
-    model: Decodable, source: Tensor, *, beam: int, limits: Tensor, length_penalty: float, begin: int, end: int
+    model: Decodable,
+    source: Tensor,
+    *,
+    beam: int,
+    limits: Tensor,
+    length_penalty: float,
+    begin: int,
+    end: int,
 ) -> list[list[int]]:
-    """Return the most likely translation of each sentence that the search finds, without `begin` and `end`.
+    """Return the most likely translation of each sentence that the search finds, without `begin`
+    and `end`.
 
-    The score of a hypothesis is log p / length^penalty, its end counted. A finished one keeps its place among the
-    `beam` best continuations. The search for a sentence ends when no place is left, or when what is unfinished cannot
-    beat the best finished one any more, whatever follows. With `beam` 1 it takes the likeliest subword each time.
+    The score of a hypothesis is log p / length^penalty, its end counted. A finished one keeps its
+    place among the `beam` best continuations. The search for a sentence ends when no place is left,
+    or when what is unfinished cannot beat the best finished one any more, whatever follows. With
+    `beam` 1 it takes the likeliest subword each time.
 
     Args:
         model: in evaluation mode.
         source: sentences [sentences, length].
         beam: hypotheses kept for a sentence.
-        limits: most subwords of each translation [sentences], at least 1, its end counted; the last one is the end.
+        limits: most subwords of each translation [sentences], at least 1, its end counted; the last
+            one is the end.
         length_penalty: at least 0; 0 prefers short translations.
         begin: subword that every translation starts from.
         end: subword that ends it.
@@ -39,7 +55,8 @@ def beam_search(
     state = model.begin(source)
     best: list[list[int]] = [[] for _ in range(sentences)]
     best_score = torch.full((sentences,), -math.inf, device=device)
-    # Of the sentences that are not finished: which they are, their hypotheses, and how many have ended.
+    # Of the sentences that are not finished: which they are, their hypotheses, and how many have
+    # ended.
     which = torch.arange(sentences, device=device)
     scores = torch.zeros(sentences, 1, device=device)
     words = torch.full((sentences, 1, 1), begin, device=device)
@@ -61,9 +78,14 @@ def beam_search(
         valid = places & (scores > -math.inf)
         ended = valid & (subwords == end)
         live = valid & ~ended
-        words = torch.cat([words.gather(1, parents[:, :, None].expand(-1, -1, length)), subwords[:, :, None]], dim=2)
+        words = torch.cat(
+            [words.gather(1, parents[:, :, None].expand(-1, -1, length)), subwords[:, :, None]],
+            dim=2,
+        )
 
-        ended_score, ended_row = torch.where(ended, scores / length**length_penalty, -math.inf).max(dim=1)
+        ended_score, ended_row = torch.where(ended, scores / length**length_penalty, -math.inf).max(
+            dim=1
+        )
         better = ended_score > best_score[which]
         best_score[which] = torch.where(better, ended_score, best_score[which])
         for row in better.nonzero().flatten().tolist():

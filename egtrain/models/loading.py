@@ -11,7 +11,8 @@ from egtrain.errors import UsageError
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy parameters and buffers by name.
 
-    `nn.Module.load_state_dict` is not used because it asks for BatchNorm counters that our networks do without.
+    `nn.Module.load_state_dict` is not used because it asks for BatchNorm counters that our networks
+    do without.
 
     Raises:
         UsageError: a name is missing or unknown, or a shape differs.
@@ -20,10 +21,13 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for name in [*own, *tensors]:
         if name not in tensors or name not in own:
             where = "checkpoint" if name in own else "model"
-            raise UsageError(f"the checkpoint is of another architecture: the {where} has no '{name}'")
+            raise UsageError(
+                f"the checkpoint is of another architecture: the {where} has no '{name}'"
+            )
         if own[name].shape != tensors[name].shape:
             raise UsageError(
-                f"the checkpoint is of another architecture: '{name}' has shape {list(tensors[name].shape)}, "
+                f"the checkpoint is of another architecture: '{name}' has shape "
+                f"{list(tensors[name].shape)}, "
                 f"and the model's {list(own[name].shape)}"
             )
     with torch.no_grad():

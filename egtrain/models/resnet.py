@@ -9,26 +9,32 @@ Shortcut = Literal["identity", "projection"]
 
 
 class ResNet(nn.Module):
-    """The 6n+2 layer network: a 3×3 stem and three stages of n blocks at 1, 2 and 4 times `width` filters.
+    """The 6n+2 layer network: a 3×3 stem and three stages of n blocks at 1, 2 and 4 times `width`
+    filters.
 
-    ResNet-20 at width 16 with identity shortcuts has 269,722 parameters for 10 classes, the published network's.
+    ResNet-20 at width 16 with identity shortcuts has 269,722 parameters for 10 classes, the
+    published network's.
 
     Args:
         depth: 6n + 2 (8, 14, 20, 32, 44, 56, 110 …).
         width: filters of the first stage.
         classes: number of outputs.
-        shortcut: how a block's input meets an output of another shape. `identity` (option A of the paper, what it
-            used on CIFAR-10) subsamples and pads with zero channels, without parameters; `projection` (option B) is a
-            1×1 convolution with BatchNorm.
+        shortcut: how a block's input meets an output of another shape. `identity` (option A of the
+            paper, what it used on CIFAR-10) subsamples and pads with zero channels, without
+            parameters; `projection` (option B) is a 1×1 convolution with BatchNorm.
 
     Raises:
         ValueError: depth is not 6n + 2.
     """
 
-    def __init__(self, depth: int, width: int, classes: int, shortcut: Shortcut = "identity") -> None:
+    def __init__(
+        self, depth: int, width: int, classes: int, shortcut: Shortcut = "identity"
+    ) -> None:
         super().__init__()
         if depth < 8 or (depth - 2) % 6:
-            raise ValueError(f"a ResNet for small images has depth 6n + 2 (8, 14, 20, 32, …), not {depth}")
+            raise ValueError(
+                f"a ResNet for small images has depth 6n + 2 (8, 14, 20, 32, …), not {depth}"
+            )
         blocks = (depth - 2) // 6
         self.stem = conv3x3(3, width)
         self.stem_norm = batch_norm(width)
@@ -44,8 +50,8 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        # The last layer keeps PyTorch's default: with weights of std 0.01 (arXiv 1706.02677, section 5.1) short runs
-        # lingered at the start, by chance of the seed; see docs/results.md.
+        # The last layer keeps PyTorch's default: with weights of std 0.01 (arXiv 1706.02677,
+        # section 5.1) short runs lingered at the start, by chance of the seed; see docs/results.md.
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images [batch, 3, height, width] to logits [batch, classes]."""
@@ -88,7 +94,9 @@ class ZeroPaddedShortcut(nn.Module):
         self.extra_channels = extra_channels
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [batch, channels, height, width] to [batch, channels + extra, height/stride, width/stride]."""
+        """Map [batch, channels, height, width] to [batch, channels + extra, height/stride,
+        width/stride].
+        """
         # Pooling single pixels is slicing whose gradient stays channels-last.
         return F.pad(F.avg_pool2d(x, 1, self.stride), (0, 0, 0, 0, 0, self.extra_channels))
 
@@ -101,13 +109,16 @@ def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
 def mean_over_pixels(x: Tensor) -> Tensor:
     """Return the mean [batch, channels] of features [batch, channels, height, width].
 
-    Unlike that of `Tensor.mean`, its gradient stays channels-last: the layers below would pay for a change of layout.
+    Unlike that of `Tensor.mean`, its gradient stays channels-last: the layers below would pay for a
+    change of layout.
     """
     return F.avg_pool2d(x, x.shape[2:]).flatten(1)
 
 
 def batch_norm(channels: int) -> nn.BatchNorm2d:
-    """Return a BatchNorm that does not count its batches, since its momentum is fixed and the count costs a kernel."""
+    """Return a BatchNorm that does not count its batches, since its momentum is fixed and the count
+    costs a kernel.
+    """
     norm = nn.BatchNorm2d(channels)
     norm.num_batches_tracked = None
     return norm

@@ -1,4 +1,6 @@
-"""A Transformer encoder-decoder (Vaswani et al. 2017, arXiv 1706.03762), pre-norm (arXiv 2002.04745)."""
+"""A Transformer encoder-decoder (Vaswani et al. 2017, arXiv 1706.03762), pre-norm (arXiv
+2002.04745).
+"""
 
 import math
 from dataclasses import dataclass
@@ -11,7 +13,9 @@ PAD = 0
 
 
 class Attention(nn.Module):
-    """Multi-head attention; queries come from one sequence, keys and values from the same or another."""
+    """Multi-head attention; queries come from one sequence, keys and values from the same or
+    another.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -21,14 +25,23 @@ class Attention(nn.Module):
         self.output = nn.Linear(width, width)
 
     def keys_and_values(self, sequence: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values [batch, heads, length, width of a head] of a sequence [batch, length, width]."""
+        """Return keys and values [batch, heads, length, width of a head] of a sequence [batch,
+        length, width].
+        """
         keys, values = self.key_value(sequence).chunk(2, dim=-1)
         return self._split(keys), self._split(values)
 
     def forward(
-        self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None, causal: bool = False
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        mask: Tensor | None = None,
+        causal: bool = False,
     ) -> Tensor:
-        """Map queries [batch, length, width] to what they attend to; `mask` is added to the scores."""
+        """Map queries [batch, length, width] to what they attend to; `mask` is added to the
+        scores.
+        """
         mixed = F.scaled_dot_product_attention(
             self._split(self.query(queries)), keys, values, attn_mask=mask, is_causal=causal
         )
@@ -41,7 +54,9 @@ class Attention(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Self-attention, then two linear layers with a ReLU between; each on normalised input, beside an identity."""
+    """Self-attention, then two linear layers with a ReLU between; each on normalised input, beside
+    an identity.
+    """
 
     def __init__(self, width: int, heads: int, feedforward: int, dropout: float) -> None:
         super().__init__()
@@ -53,7 +68,9 @@ class EncoderLayer(nn.Module):
     def forward(self, sequence: Tensor, mask: Tensor | None) -> Tensor:
         """Map [batch, length, width] to the same shape."""
         normed = self.attention_norm(sequence)
-        sequence = sequence + self.dropout(self.attention(normed, *self.attention.keys_and_values(normed), mask))
+        sequence = sequence + self.dropout(
+            self.attention(normed, *self.attention.keys_and_values(normed), mask)
+        )
         result: Tensor = sequence + self.dropout(self.feedforward(sequence))
         return result
 
@@ -86,18 +103,25 @@ class DecoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, sequence: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
-        """Map the target [batch, length, width] to the same shape, each place seeing those before it only."""
+        """Map the target [batch, length, width] to the same shape, each place seeing those before
+        it only.
+        """
         normed = self.attention_norm(sequence)
         own = self.attention.keys_and_values(normed)
         sequence = sequence + self.dropout(self.attention(normed, *own, causal=True))
         return self._rest(sequence, self.source_attention.keys_and_values(memory), mask)
 
     def step(self, place: Tensor, state: "LayerState", mask: Tensor | None) -> Tensor:
-        """Map one further place [batch, 1, width] of the target, and add its key and value to the state."""
+        """Map one further place [batch, 1, width] of the target, and add its key and value to the
+        state.
+        """
         normed = self.attention_norm(place)
         keys, values = self.attention.keys_and_values(normed)
         if state.keys is not None and state.values is not None:
-            keys, values = torch.cat([state.keys, keys], dim=2), torch.cat([state.values, values], dim=2)
+            keys, values = (
+                torch.cat([state.keys, keys], dim=2),
+                torch.cat([state.values, values], dim=2),
+            )
         state.keys, state.values = keys, values
         place = place + self.dropout(self.attention(normed, keys, values))
         return self._rest(place, (state.source_keys, state.source_values), mask)
@@ -111,7 +135,9 @@ class DecoderLayer(nn.Module):
 
 @dataclass
 class LayerState:
-    """What a decoder layer remembers of the places before: keys and values [batch, heads, length, width of a head]."""
+    """What a decoder layer remembers of the places before: keys and values [batch, heads, length,
+    width of a head].
+    """
 
     source_keys: Tensor
     source_values: Tensor
@@ -130,7 +156,10 @@ class DecoderState:
     def select(self, rows: Tensor) -> None:
         """Keep these rows [sentences] in this order; one may be kept several times."""
         for layer in self.layers:
-            layer.source_keys, layer.source_values = layer.source_keys[rows], layer.source_values[rows]
+            layer.source_keys, layer.source_values = (
+                layer.source_keys[rows],
+                layer.source_values[rows],
+            )
             if layer.keys is not None and layer.values is not None:
                 layer.keys, layer.values = layer.keys[rows], layer.values[rows]
         if self.mask is not None:
@@ -140,9 +169,10 @@ class DecoderState:
 class Transformer(nn.Module):
     """Maps sentences of subwords to logits of their translations'.
 
-    Source, target and output share one embedding, scaled by the root of the width where it is an input. Positions are
-    sines and cosines. Dropout is on embeddings and on what each part of a layer adds, not on attention weights.
-    Matrices are drawn as by Glorot & Bengio (2010), embeddings with variance 1/width, biases are zero.
+    Source, target and output share one embedding, scaled by the root of the width where it is an
+    input. Positions are sines and cosines. Dropout is on embeddings and on what each part of a
+    layer adds, not on attention weights. Matrices are drawn as by Glorot & Bengio (2010),
+    embeddings with variance 1/width, biases are zero.
 
     Args:
         vocabulary: number of subwords; `PAD` fills sentences up.
@@ -154,14 +184,25 @@ class Transformer(nn.Module):
     """
 
     def __init__(
-        self, vocabulary: int, *, width: int, heads: int, layers: int, feedforward: int, dropout: float
+        self,
+        vocabulary: int,
+        *,
+        width: int,
+        heads: int,
+        layers: int,
+        feedforward: int,
+        dropout: float,
     ) -> None:
         super().__init__()
         self.width = width
         self.embedding = nn.Embedding(vocabulary, width)
-        self.encoder = nn.ModuleList(EncoderLayer(width, heads, feedforward, dropout) for _ in range(layers))
+        self.encoder = nn.ModuleList(
+            EncoderLayer(width, heads, feedforward, dropout) for _ in range(layers)
+        )
         self.encoder_norm = nn.LayerNorm(width)
-        self.decoder = nn.ModuleList(DecoderLayer(width, heads, feedforward, dropout) for _ in range(layers))
+        self.decoder = nn.ModuleList(
+            DecoderLayer(width, heads, feedforward, dropout) for _ in range(layers)
+        )
         self.decoder_norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(dropout)
         for module in self.modules():
@@ -171,9 +212,11 @@ class Transformer(nn.Module):
         nn.init.normal_(self.embedding.weight, std=width**-0.5)
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
-        """Map source [batch, source length] and target [batch, length] to the next subwords' logits.
+        """Map source [batch, source length] and target [batch, length] to the next subwords'
+        logits.
 
-        The logits are [batch, length, vocabulary]; the target begins with a subword for the beginning.
+        The logits are [batch, length, vocabulary]; the target begins with a subword for the
+        beginning.
         """
         memory, mask = self._encode(source)
         sequence = self._embedded(target, 0)
@@ -182,13 +225,20 @@ class Transformer(nn.Module):
         return F.linear(self.decoder_norm(sequence), self.embedding.weight)
 
     def begin(self, source: Tensor) -> DecoderState:
-        """Return the state in which nothing of the translation of source [batch, source length] is there."""
+        """Return the state in which nothing of the translation of source [batch, source length] is
+        there.
+        """
         memory, mask = self._encode(source)
-        states = [LayerState(*layer.source_attention.keys_and_values(memory)) for layer in self.decoder]  # type: ignore[union-attr, operator]
+        states = [
+            LayerState(*layer.source_attention.keys_and_values(memory))  # type: ignore[union-attr, operator]
+            for layer in self.decoder
+        ]
         return DecoderState(states, mask)
 
     def step(self, subwords: Tensor, state: DecoderState) -> Tensor:
-        """Add a subword to each translation [batch], and return the logits of the next ones [batch, vocabulary]."""
+        """Add a subword to each translation [batch], and return the logits of the next ones [batch,
+        vocabulary].
+        """
         place = self._embedded(subwords[:, None], state.length)
         for layer, remembered in zip(self.decoder, state.layers, strict=True):
             place = layer.step(place, remembered, state.mask)  # type: ignore[operator]
@@ -198,24 +248,33 @@ class Transformer(nn.Module):
     def _encode(self, source: Tensor) -> tuple[Tensor, Tensor | None]:
         sequence = self._embedded(source, 0)
         # Zero, and minus infinity for filling; added to the scores.
-        mask = torch.zeros_like(source, dtype=sequence.dtype).masked_fill_(source == PAD, -math.inf)[:, None, None]
+        mask = torch.zeros_like(source, dtype=sequence.dtype).masked_fill_(
+            source == PAD, -math.inf
+        )[:, None, None]
         for layer in self.encoder:
             sequence = layer(sequence, mask)
         return self.encoder_norm(sequence), mask
 
     def _embedded(self, subwords: Tensor, first: int) -> Tensor:
         weights = self.embedding.weight
-        positions = sinusoids(first, subwords.shape[1], self.width, weights.device).to(weights.dtype)
-        embedded: Tensor = self.dropout(self.embedding(subwords) * math.sqrt(self.width) + positions)
+        positions = sinusoids(first, subwords.shape[1], self.width, weights.device).to(
+            weights.dtype
+        )
+        embedded: Tensor = self.dropout(
+            self.embedding(subwords) * math.sqrt(self.width) + positions
+        )
         return embedded
 
 
 def sinusoids(first: int, length: int, width: int, device: torch.device) -> Tensor:
-    """Return the encodings of `length` positions from `first` on, float32 [length, width]: sines, then cosines."""
+    """Return the encodings of `length` positions from `first` on, float32 [length, width]: sines,
+    then cosines.
+    """
     # Not a buffer: a model's floating-point buffers are each worker's own.
     position = torch.arange(first, first + length, device=device, dtype=torch.float32)
     rate = torch.exp(
-        torch.arange(width // 2, device=device, dtype=torch.float32) * (-math.log(10_000.0) / (width // 2))
+        torch.arange(width // 2, device=device, dtype=torch.float32)
+        * (-math.log(10_000.0) / (width // 2))
     )
     angle = position[:, None] * rate
     return torch.cat([angle.sin(), angle.cos()], dim=1)

@@ -8,10 +8,11 @@ from egtrain.models.resnet import batch_norm, conv3x3, mean_over_pixels
 
 
 class VGG(nn.Module):
-    """Five stages of 3×3 convolutions at 1, 2, 4, 8 and 8 times `width` filters, each with a max-pooling behind it.
+    """Five stages of 3×3 convolutions at 1, 2, 4, 8 and 8 times `width` filters, each with a
+    max-pooling behind it.
 
-    It is the usual form for CIFAR: BatchNorm after each convolution, and one linear layer at the end instead of the
-    published three. VGG-11 at width 64 has 9,228,362 parameters for 10 classes.
+    It is the usual form for CIFAR: BatchNorm after each convolution, and one linear layer at the
+    end instead of the published three. VGG-11 at width 64 has 9,228,362 parameters for 10 classes.
 
     Args:
         depth: 11, the weighted layers of the published network, which has two linear layers more.
@@ -36,7 +37,8 @@ class VGG(nn.Module):
                 outputs = width * multiple
                 layers += [conv3x3(channels, outputs), batch_norm(outputs), nn.ReLU(inplace=True)]
                 channels = outputs
-            # Rounding up lets images of fewer than 32x32 pixels through; larger ones are pooled as in the paper.
+            # Rounding up lets images of fewer than 32x32 pixels through; larger ones are pooled as
+            # in the paper.
             layers.append(nn.MaxPool2d(2, ceil_mode=True))
         self.features = nn.Sequential(*layers)
         self.head = nn.Linear(channels, classes)

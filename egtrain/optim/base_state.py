@@ -1,4 +1,6 @@
-"""What a base optimizer keeps between updates and a direction can use: momentum, second moments, trust ratios."""
+"""What a base optimizer keeps between updates and a direction can use: momentum, second moments,
+trust ratios.
+"""
 
 import math
 from collections.abc import Sequence
@@ -17,22 +19,30 @@ class BaseState:
         groups: the number of each parameter's group.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], groups: Sequence[int]) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], groups: Sequence[int]
+    ) -> None:
         self._optimizer = optimizer
         self._parameters = parameters
         self._groups = groups
 
     def momentum(self) -> list[Tensor]:
-        """Return v_t, `momentum_buffer` (SGD, LARS) or `exp_avg` (Adam, LAMB); zero where there is none yet."""
+        """Return v_t, `momentum_buffer` (SGD, LARS) or `exp_avg` (Adam, LAMB); zero where there is
+        none yet.
+        """
         buffers = [state.get("momentum_buffer", state.get("exp_avg")) for state in self._states()]
-        return [torch.zeros_like(p) if b is None else b for b, p in zip(buffers, self._parameters, strict=True)]
+        return [
+            torch.zeros_like(p) if b is None else b
+            for b, p in zip(buffers, self._parameters, strict=True)
+        ]
 
     def preconditioned(self, gradients: list[Tensor], *, trust_ratio: bool = True) -> list[Tensor]:
-        """Return λ·g/(√v̂ + ε): each of the two factors where the optimizer has it, else the gradients as they are.
+        """Return λ·g/(√v̂ + ε): each of the two factors where the optimizer has it, else the
+        gradients as they are.
 
-        λ is the `trust_ratio` of the last update (LARS, LAMB), and 1 before the first. v̂ is `exp_avg_sq` (Adam and
-        its kin, LAMB) without its bias, under amsgrad the maximum; before the first update there is none, and the
-        result is zero.
+        λ is the `trust_ratio` of the last update (LARS, LAMB), and 1 before the first. v̂ is
+        `exp_avg_sq` (Adam and its kin, LAMB) without its bias, under amsgrad the maximum; before
+        the first update there is none, and the result is zero.
         """
         states = self._states()
         gradients = list(gradients)
@@ -41,13 +51,19 @@ class BaseState:
             for i, g in zip(roots, divided, strict=True):
                 gradients[i] = g
         if trust_ratio and any("trust_ratio" in state for state in states):
-            ratios = [s.get("trust_ratio", p.new_ones(())) for s, p in zip(states, self._parameters, strict=True)]
-            # foreach goes one by one where shapes differ: the price of ratios that stay on the device.
+            ratios = [
+                s.get("trust_ratio", p.new_ones(()))
+                for s, p in zip(states, self._parameters, strict=True)
+            ]
+            # foreach goes one by one where shapes differ: the price of ratios that stay on the
+            # device.
             gradients = list(torch._foreach_mul(gradients, ratios))
         return gradients
 
     def _second_moment_roots(self, states: list[dict[str, Any]]) -> dict[int, Tensor]:
-        """Return √v̂ + ε of the parameters that the optimizer keeps second moments of, by their position."""
+        """Return √v̂ + ε of the parameters that the optimizer keeps second moments of, by their
+        position.
+        """
         roots: dict[int, Tensor] = {}
         for number, group in enumerate(self._optimizer.param_groups):
             if not {"betas", "eps"} <= group.keys():
@@ -56,10 +72,14 @@ class BaseState:
             if known := [i for i in members if "exp_avg_sq" in states[i]]:
                 moments = [states[i].get("max_exp_avg_sq", states[i]["exp_avg_sq"]) for i in known]
                 steps = [_step_of(states[i], group) for i in known]
-                found = second_moment_roots(moments, steps, beta2=group["betas"][1], eps=group["eps"])
+                found = second_moment_roots(
+                    moments, steps, beta2=group["betas"][1], eps=group["eps"]
+                )
                 roots.update(zip(known, found, strict=True))
             # What is divided by infinity is zero.
-            roots.update({i: self._parameters[i].new_full((), math.inf) for i in members if not states[i]})
+            roots.update(
+                {i: self._parameters[i].new_full((), math.inf) for i in members if not states[i]}
+            )
         return roots
 
     def _states(self) -> list[dict[str, Any]]:
@@ -68,23 +88,32 @@ class BaseState:
 
 
 def _step_of(state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-    """Return how many updates a parameter had: by itself in torch's optimizers, by its group in some others.
+    """Return how many updates a parameter had: by itself in torch's optimizers, by its group in
+    some others.
 
     Raises:
         ValueError: the optimizer does not say.
     """
     step = state.get("step", group.get("step"))
     if step is None:
-        raise ValueError("the optimizer does not say how many updates it made: give the direction precondition='none'")
+        raise ValueError(
+            "the optimizer does not say how many updates it made: give the direction "
+            "precondition='none'"
+        )
     return torch.as_tensor(step)
 
 
-def second_moment_roots(moments: list[Tensor], steps: list[Tensor], *, beta2: float, eps: float) -> list[Tensor]:
+def second_moment_roots(
+    moments: list[Tensor], steps: list[Tensor], *, beta2: float, eps: float
+) -> list[Tensor]:
     """Return √v̂ + ε for second moments v after some steps each, where v̂ = v/(1 − β₂^t)."""
     corrections = (1 - beta2 ** torch.stack(steps).double()).sqrt()
     roots = list(torch._foreach_sqrt(moments))
-    # Steps lie on the CPU, unless the optimizer is fused or capturable: then nothing waits for the device.
-    torch._foreach_div_(roots, corrections.tolist() if corrections.is_cpu else list(corrections.unbind()))
+    # Steps lie on the CPU, unless the optimizer is fused or capturable: then nothing waits for the
+    # device.
+    torch._foreach_div_(
+        roots, corrections.tolist() if corrections.is_cpu else list(corrections.unbind())
+    )
     torch._foreach_add_(roots, eps)
     return roots
 
@@ -93,6 +122,11 @@ def require_momentum(optimizer: torch.optim.Optimizer) -> None:
     """Raise ValueError unless every parameter group has heavy-ball momentum without look-ahead."""
     for number, group in enumerate(optimizer.param_groups):
         if group.get("nesterov"):
-            raise ValueError(f"a shift along the momentum replaces Nesterov's: set nesterov=False in group {number}")
+            raise ValueError(
+                "a shift along the momentum replaces Nesterov's: set nesterov=False in group "
+                f"{number}"
+            )
         if not group.get("momentum", group.get("betas", (0.0,))[0]) > 0:
-            raise ValueError(f"a shift along the momentum needs one: give group {number} a momentum above 0")
+            raise ValueError(
+                f"a shift along the momentum needs one: give group {number} a momentum above 0"
+            )

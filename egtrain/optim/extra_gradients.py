@@ -14,7 +14,8 @@ from egtrain.optim.lengths import Length, require_sizes
 class FreshGradient(Length):
     """The stochastic extragradient method: ζ^k_t = γ̂_t·∇f^k(x_t; ξ') (Korpelevich 1976).
 
-    Whether ξ' are the samples of the step or new ones is for the function that computes the gradient to choose.
+    Whether ξ' are the samples of the step or new ones is for the function that computes the
+    gradient to choose.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({"fresh"})
@@ -26,7 +27,8 @@ class FreshGradient(Length):
 
 @dataclass(frozen=True, kw_only=True)
 class SharpnessAware:
-    """Sharpness-aware minimisation, per worker: ζ^k_t = −radius·∇f^k(x_t)/‖∇f^k(x_t)‖ (arXiv 2010.01412).
+    """Sharpness-aware minimisation, per worker: ζ^k_t = −radius·∇f^k(x_t)/‖∇f^k(x_t)‖ (arXiv
+    2010.01412).
 
     The norm is that of the whole gradient; where it is zero, so is ζ.
     """

@@ -10,15 +10,16 @@ from egtrain.optim.layers import Alike, norms, require, update_alike
 
 
 class LAMB(torch.optim.Optimizer):
-    """Adam with decoupled weight decay and a rate of its own for each layer (arXiv 1904.00962, Algorithm 2, φ(z) = z).
+    """Adam with decoupled weight decay and a rate of its own for each layer (arXiv 1904.00962,
+    Algorithm 2, φ(z) = z).
 
         m ← β₁·m + (1 − β₁)·g,  v ← β₂·v + (1 − β₂)·g²
         r = m̂/(√v̂ + ε) + weight_decay·w,  m̂ = m/(1 − β₁^t),  v̂ = v/(1 − β₂^t)
         λ = ‖w‖/‖r‖                                 1 where a norm is zero
         w ← w − γ·λ·r
 
-    A layer is a parameter. Those with fewer than two dimensions (biases, normalisation) have λ = 1 and no decay unless
-    asked for. `state[p]["trust_ratio"]` is the last λ, a scalar tensor.
+    A layer is a parameter. Those with fewer than two dimensions (biases, normalisation) have λ = 1
+    and no decay unless asked for. `state[p]["trust_ratio"]` is the last λ, a scalar tensor.
 
     Args:
         params: parameters or parameter groups.
@@ -26,7 +27,8 @@ class LAMB(torch.optim.Optimizer):
         betas: β₁ and β₂.
         eps: ε.
         weight_decay: λ in the paper.
-        adapt_norm_and_bias: whether parameters with fewer than two dimensions have trust ratios too.
+        adapt_norm_and_bias: whether parameters with fewer than two dimensions have trust ratios
+            too.
         decay_norm_and_bias: whether they decay too.
 
     Raises:
@@ -58,13 +60,20 @@ class LAMB(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         require(group["lr"] > 0, "lr must be above 0", group["lr"])
-        require(all(0 <= beta < 1 for beta in group["betas"]), "betas must be at least 0 and below 1", group["betas"])
+        require(
+            all(0 <= beta < 1 for beta in group["betas"]),
+            "betas must be at least 0 and below 1",
+            group["betas"],
+        )
         require(group["eps"] >= 0, "eps must be at least 0", group["eps"])
-        require(group["weight_decay"] >= 0, "weight_decay must be at least 0", group["weight_decay"])
+        require(
+            group["weight_decay"] >= 0, "weight_decay must be at least 0", group["weight_decay"]
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Make one update; `closure` takes the gradients and returns the loss, as in torch's optimizers.
+        """Make one update; `closure` takes the gradients and returns the loss, as in torch's
+        optimizers.
 
         Raises:
             RuntimeError: a gradient is sparse, or a group has none.
@@ -77,7 +86,11 @@ class LAMB(torch.optim.Optimizer):
         states = [self.state[x] for x in w]
         for state, x in zip(states, w, strict=True):
             if not state:
-                state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(x), exp_avg_sq=torch.zeros_like(x))
+                state.update(
+                    step=torch.zeros(()),
+                    exp_avg=torch.zeros_like(x),
+                    exp_avg_sq=torch.zeros_like(x),
+                )
             state["step"] += 1
         m, v = [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
         steps = [state["step"] for state in states]
@@ -85,7 +98,9 @@ class LAMB(torch.optim.Optimizer):
         torch._foreach_lerp_(m, g, 1 - beta1)
         torch._foreach_mul_(v, beta2)
         torch._foreach_addcmul_(v, g, g, 1 - beta2)
-        r = list(torch._foreach_div(m, second_moment_roots(v, steps, beta2=beta2, eps=group["eps"])))
+        r = list(
+            torch._foreach_div(m, second_moment_roots(v, steps, beta2=beta2, eps=group["eps"]))
+        )
         torch._foreach_div_(r, [1 - beta1 ** float(step) for step in steps])
         if layers.weight_decay > 0:
             torch._foreach_add_(r, w, alpha=layers.weight_decay)
@@ -93,7 +108,8 @@ class LAMB(torch.optim.Optimizer):
         if layers.adapted:
             w_norms, r_norms = norms(w), norms(r)
             ratios = torch.where((w_norms > 0) & (r_norms > 0), w_norms / r_norms, 1.0)
-            # foreach goes one by one where shapes differ: the price of ratios that stay on the device.
+            # foreach goes one by one where shapes differ: the price of ratios that stay on the
+            # device.
             torch._foreach_mul_(r, list(ratios.unbind()))
         else:
             ratios = w[0].new_ones(len(w))

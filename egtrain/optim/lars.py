@@ -15,8 +15,8 @@ class LARS(torch.optim.Optimizer):
         v ← m·v + γ·λ·(g + β·w)                     the rate is inside the momentum, as in the paper
         w ← w − v
 
-    A layer is a parameter. Those with fewer than two dimensions (biases, normalisation) have λ = 1 and β = 0 unless
-    asked for. `state[p]["trust_ratio"]` is the last λ, a scalar tensor.
+    A layer is a parameter. Those with fewer than two dimensions (biases, normalisation) have λ = 1
+    and β = 0 unless asked for. `state[p]["trust_ratio"]` is the last λ, a scalar tensor.
 
     Args:
         params: parameters or parameter groups.
@@ -24,7 +24,8 @@ class LARS(torch.optim.Optimizer):
         momentum: m.
         weight_decay: β.
         trust_coefficient: η in the paper.
-        adapt_norm_and_bias: whether parameters with fewer than two dimensions have trust ratios too.
+        adapt_norm_and_bias: whether parameters with fewer than two dimensions have trust ratios
+            too.
         decay_norm_and_bias: whether they decay too.
 
     Raises:
@@ -56,13 +57,22 @@ class LARS(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         require(group["lr"] > 0, "lr must be above 0", group["lr"])
-        require(0 <= group["momentum"] < 1, "momentum must be at least 0 and below 1", group["momentum"])
-        require(group["weight_decay"] >= 0, "weight_decay must be at least 0", group["weight_decay"])
-        require(group["trust_coefficient"] > 0, "trust_coefficient must be above 0", group["trust_coefficient"])
+        require(
+            0 <= group["momentum"] < 1, "momentum must be at least 0 and below 1", group["momentum"]
+        )
+        require(
+            group["weight_decay"] >= 0, "weight_decay must be at least 0", group["weight_decay"]
+        )
+        require(
+            group["trust_coefficient"] > 0,
+            "trust_coefficient must be above 0",
+            group["trust_coefficient"],
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Make one update; `closure` takes the gradients and returns the loss, as in torch's optimizers.
+        """Make one update; `closure` takes the gradients and returns the loss, as in torch's
+        optimizers.
 
         Raises:
             RuntimeError: a gradient is sparse, or a group has none.
@@ -89,7 +99,8 @@ class LARS(torch.optim.Optimizer):
         if decay > 0:
             g = list(torch._foreach_add(g, w, alpha=decay))
         if layers.adapted:
-            # foreach goes one by one where shapes differ: the price of ratios that stay on the device.
+            # foreach goes one by one where shapes differ: the price of ratios that stay on the
+            # device.
             g = list(torch._foreach_mul(g, list(ratios.unbind())))
         torch._foreach_mul_(v, group["momentum"])
         torch._foreach_add_(v, g, alpha=group["lr"])

@@ -1,4 +1,6 @@
-"""What LARS and LAMB share: which parameters are updated together, and which of them adapt and decay."""
+"""What LARS and LAMB share: which parameters are updated together, and which of them adapt and
+decay.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,7 +35,9 @@ def alike(name: str, number: int, group: dict[str, Any]) -> Iterator[Alike]:
             raise RuntimeError(f"{name} needs dense gradients: use sparse=False in embeddings")
         lists.setdefault((p.device, p.dtype, p.ndim > 1), []).append(p)
     if not lists and any(p.requires_grad for p in group["params"]):
-        raise RuntimeError(f"parameter group {number} has no gradient: call backward() before step()")
+        raise RuntimeError(
+            f"parameter group {number} has no gradient: call backward() before step()"
+        )
     for (_, _, matrices), weights in lists.items():
         yield Alike(
             weights,
@@ -48,7 +52,8 @@ def update_alike(
     closure: Callable[[], Any] | None,
     update: Callable[[Alike, dict[str, Any]], None],
 ) -> Any:
-    """Update the parameters of all groups, those together that are treated alike; return the closure's loss.
+    """Update the parameters of all groups, those together that are treated alike; return the
+    closure's loss.
 
     Raises:
         RuntimeError: a gradient is sparse, or a group has none.

@@ -1,4 +1,6 @@
-"""How far an extrapolation goes, relative to the learning rate or the weights, and checks of such settings."""
+"""How far an extrapolation goes, relative to the learning rate or the weights, and checks of such
+settings.
+"""
 
 import math
 from collections.abc import Sequence
@@ -19,7 +21,8 @@ class Length:
     """How far along a gradient ζ reaches; exactly one of ratio, rate and size.
 
     Raises:
-        ValueError: not exactly one is given, one is negative, or size and scaling do not go together.
+        ValueError: not exactly one is given, one is negative, or size and scaling do not go
+            together.
     """
 
     ratio: float | None = None
@@ -30,20 +33,30 @@ class Length:
     """s: ‖ζ_l‖ = s·‖x_l‖ for each layer or filter l; goes with `scaling`."""
     scaling: Scaling = "none"
     precondition: Precondition = "base"
-    """`base`: along the gradient as the base optimizer scales it, by its trust ratios (LARS, LAMB) and second moments
-    (Adam, LAMB). Where a size sets the length, there is no trust ratio in it."""
+    """`base`: along the gradient as the base optimizer scales it, by its trust ratios (LARS, LAMB)
+    and second moments (Adam, LAMB). Where a size sets the length, there is no trust ratio in it."""
 
     def __post_init__(self) -> None:
         require_one_of(Scaling, scaling=self.scaling)
         require_one_of(Precondition, precondition=self.precondition)
-        given = {name: getattr(self, name) for name in ("ratio", "rate", "size") if getattr(self, name) is not None}
+        given = {
+            name: getattr(self, name)
+            for name in ("ratio", "rate", "size")
+            if getattr(self, name) is not None
+        }
         if len(given) != 1:
-            raise ValueError(f"give exactly one of ratio, rate and size, not {sorted(given) or 'none'}")
+            raise ValueError(
+                f"give exactly one of ratio, rate and size, not {sorted(given) or 'none'}"
+            )
         require_sizes(**given)
         if (self.size is not None) != (self.scaling != "none"):
-            raise ValueError("size goes with scaling 'layer' or 'filter', ratio and rate with scaling 'none'")
+            raise ValueError(
+                "size goes with scaling 'layer' or 'filter', ratio and rate with scaling 'none'"
+            )
 
-    def along(self, gradients: list[Tensor], at: Point, factor: Tensor | None = None) -> list[Tensor]:
+    def along(
+        self, gradients: list[Tensor], at: Point, factor: Tensor | None = None
+    ) -> list[Tensor]:
         """Return ζ along `gradients`, multiplied by `factor` (a scalar tensor) if there is one."""
         lengths = self._lengths(at)
         if factor is not None and (self.size is not None or len(set(lengths)) > 1):
@@ -67,14 +80,20 @@ class Length:
 def scaled_to_weights(
     zeta: Sequence[Tensor], parameters: Sequence[Tensor], size: float, scaling: Scaling
 ) -> list[Tensor]:
-    """Return ζ_l ← size·‖x_l‖·ζ_l/(‖ζ_l‖ + 1e-6), where l is a layer or a filter, or size·ζ for `none`.
+    """Return ζ_l ← size·‖x_l‖·ζ_l/(‖ζ_l‖ + 1e-6), where l is a layer or a filter, or size·ζ for
+    `none`.
 
-    A filter is a slice along dimension 0 of a weight with two or more dimensions; other parameters are one filter.
+    A filter is a slice along dimension 0 of a weight with two or more dimensions; other parameters
+    are one filter.
     """
     if scaling == "none":
         return list(torch._foreach_mul(list(zeta), size))
-    z_norms, x_norms = layer_or_filter_norms(zeta, scaling), layer_or_filter_norms(parameters, scaling)
-    # 1e-6 is SmoothOut's: it also keeps a gradient of mere rounding errors from being blown up to full size.
+    z_norms, x_norms = (
+        layer_or_filter_norms(zeta, scaling),
+        layer_or_filter_norms(parameters, scaling),
+    )
+    # 1e-6 is SmoothOut's: it also keeps a gradient of mere rounding errors from being blown up to
+    # full size.
     torch._foreach_add_(z_norms, 1e-6)
     torch._foreach_mul_(x_norms, size)
     # In this order no factor overflows in half precision.
@@ -88,7 +107,9 @@ def layer_or_filter_norms(tensors: Sequence[Tensor], scaling: Scaling) -> list[T
     if scaling == "layer":
         return list(torch._foreach_norm(list(tensors)))
     dims = [tuple(range(1, t.ndim)) or None for t in tensors]
-    return [torch.linalg.vector_norm(t, dim=d, keepdim=True) for t, d in zip(tensors, dims, strict=True)]
+    return [
+        torch.linalg.vector_norm(t, dim=d, keepdim=True) for t, d in zip(tensors, dims, strict=True)
+    ]
 
 
 def require_sizes(**sizes: float) -> None:

@@ -14,11 +14,12 @@ from egtrain.optim.lengths import require_sizes
 class Momentum:
     """MSAM: ζ_t = radius·v_t/‖v_t‖, the norm over the whole vector (arXiv 2401.12033).
 
-    As in the paper's Algorithm 1, the gradient is taken at x_t − ζ_t, ahead of x_t on the way that the momentum goes.
-    All workers share the shift; it is zero where v_t is (before the first update). v_t is the buffer that the base
-    optimizer keeps: `momentum_buffer` of SGD and LARS (whose rates are in it), or `exp_avg` of Adam and LAMB, not
-    preconditioned, as in the authors' variant of AdamW. Ours: one norm over all parameter groups, and weight decay that
-    is evaluated at x_t. The base must not look ahead as well: no `nesterov`.
+    As in the paper's Algorithm 1, the gradient is taken at x_t − ζ_t, ahead of x_t on the way that
+    the momentum goes. All workers share the shift; it is zero where v_t is (before the first
+    update). v_t is the buffer that the base optimizer keeps: `momentum_buffer` of SGD and LARS
+    (whose rates are in it), or `exp_avg` of Adam and LAMB, not preconditioned, as in the authors'
+    variant of AdamW. Ours: one norm over all parameter groups, and weight decay that is evaluated
+    at x_t. The base must not look ahead as well: no `nesterov`.
     """
 
     radius: float

@@ -38,11 +38,17 @@ class Noise:
         generator = at.generator()
         taking_part = [x for x in at.parameters if x.ndim > 1 or self.norm_and_bias]
         noise = [torch.empty_like(x) for x in taking_part]
-        # In the order of memory: torch draws several times slower into a tensor that is not contiguous.
+        # In the order of memory: torch draws several times slower into a tensor that is not
+        # contiguous.
         for n in (n.as_strided((n.numel(),), (1,)) for n in noise):
             if self.distribution == "gaussian":
                 n.normal_(generator=generator)
             else:
                 n.uniform_(-1, 1, generator=generator)
-        shifts = iter(scaled_to_weights(noise, taking_part, self.size, self.scaling) if noise else ())
-        return [next(shifts) if x.ndim > 1 or self.norm_and_bias else torch.zeros_like(x) for x in at.parameters]
+        shifts = iter(
+            scaled_to_weights(noise, taking_part, self.size, self.scaling) if noise else ()
+        )
+        return [
+            next(shifts) if x.ndim > 1 or self.norm_and_bias else torch.zeros_like(x)
+            for x in at.parameters
+        ]

@@ -1,4 +1,6 @@
-"""The gradient noise scale, estimated from the workers' gradients at no extra cost (arXiv 1812.06162, appendix A)."""
+"""The gradient noise scale, estimated from the workers' gradients at no extra cost (arXiv
+1812.06162, appendix A).
+"""
 
 from dataclasses import asdict, dataclass
 
@@ -7,16 +9,21 @@ from dataclasses import asdict, dataclass
 class NoiseScale:
     """Running estimate of the batch size, in samples, beyond which larger batches stop paying.
 
-    The unbiased one-step estimates of |G|² and of the noise's trace S are averaged separately and divided last: the
-    mean of their ratio is badly biased. Under extrapolation the gradients come from different points: an estimate.
+    The unbiased one-step estimates of |G|² and of the noise's trace S are averaged separately and
+    divided last: the mean of their ratio is badly biased. Under extrapolation the gradients come
+    from different points: an estimate.
     """
 
     decay: float = 0.99
     squared_gradient: float = 0.0
     noise_trace: float = 0.0
 
-    def update(self, mean_squared_norm: float, squared_norm_of_mean: float, workers: int, samples: int) -> None:
-        """Take in one step: mean_k‖g^k‖², ‖ḡ‖² (both before clipping), K and the samples b of each worker."""
+    def update(
+        self, mean_squared_norm: float, squared_norm_of_mean: float, workers: int, samples: int
+    ) -> None:
+        """Take in one step: mean_k‖g^k‖², ‖ḡ‖² (both before clipping), K and the samples b of each
+        worker.
+        """
         if workers < 2:
             return
         squared_gradient = (workers * squared_norm_of_mean - mean_squared_norm) / (workers - 1)
@@ -26,7 +33,9 @@ class NoiseScale:
 
     @property
     def value(self) -> float | None:
-        """The noise scale in samples, or None where there is nothing to show (K = 1, or no gradient left)."""
+        """The noise scale in samples, or None where there is nothing to show (K = 1, or no gradient
+        left).
+        """
         return self.noise_trace / self.squared_gradient if self.squared_gradient > 0 else None
 
     def state_dict(self) -> dict[str, float]:

@@ -23,7 +23,9 @@ class LocalGradient(Length):
 
 @dataclass(frozen=True, kw_only=True)
 class GlobalGradient(Length):
-    """Extrapolation from the past: ζ_t = γ̂_t·ḡ_{t−1} (Popov 1980; the optimistic gradient method)."""
+    """Extrapolation from the past: ζ_t = γ̂_t·ḡ_{t−1} (Popov 1980; the optimistic gradient
+    method).
+    """
 
     needs: ClassVar[frozenset[Need]] = frozenset({"mean"})
 
@@ -34,7 +36,9 @@ class GlobalGradient(Length):
 
 @dataclass(frozen=True, kw_only=True)
 class GradientNoise(Length):
-    """The worker's own gradient noise: ζ^k_t = γ̂_t·(g^k_{t−1} − ḡ_{t−1}), after Haruki et al. (arXiv 1906.10822)."""
+    """The worker's own gradient noise: ζ^k_t = γ̂_t·(g^k_{t−1} − ḡ_{t−1}), after Haruki et al.
+    (arXiv 1906.10822).
+    """
 
     needs: ClassVar[frozenset[Need]] = frozenset({"own", "mean"})
 

@@ -1,4 +1,5 @@
-"""Post-local SGD: large-batch training first, then workers that train on their own and average their weights.
+"""Post-local SGD: large-batch training first, then workers that train on their own and average
+their weights.
 
 Lin, Stich, Patel, Jaggi: Don't Use Large Mini-Batches, Use Local SGD, ICLR 2020, arXiv 1808.07217.
 """
@@ -10,25 +11,31 @@ from torch import Tensor
 
 
 class PostLocal:
-    """When the local phase begins, when weights are averaged in it, and each worker's optimizer while it lasts.
+    """When the local phase begins, when weights are averaged in it, and each worker's optimizer
+    while it lasts.
 
-    Up to update `start` all workers share one optimizer. From there on each makes its updates with a copy of it, on
-    weights of its own, and after each `period` updates the weights are averaged. Momentum stays with the worker, and
-    the learning rate does not change.
+    Up to update `start` all workers share one optimizer. From there on each makes its updates with
+    a copy of it, on weights of its own, and after each `period` updates the weights are averaged.
+    Momentum stays with the worker, and the learning rate does not change.
 
     Args:
         optimizer: the base optimizer of the first phase.
         workers: the numbers of the workers that this process carries.
         start: completed updates before the first local one.
-        period: H, the updates between two averages; with 1 and without momentum it is the first phase over again.
+        period: H, the updates between two averages; with 1 and without momentum it is the first
+            phase over again.
 
     Raises:
         ValueError: `start` is negative, or `period` is below 1.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, workers: range, *, start: int, period: int) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, workers: range, *, start: int, period: int
+    ) -> None:
         if start < 0 or period < 1:
-            raise ValueError(f"start must be at least 0 and period at least 1, not {start} and {period}")
+            raise ValueError(
+                f"start must be at least 0 and period at least 1, not {start} and {period}"
+            )
         self.start = start
         self.period = period
         self.optimizers: dict[int, torch.optim.Optimizer] = {}
@@ -49,16 +56,24 @@ class PostLocal:
         return max(step - self.start, 0) // self.period
 
     def begin(self) -> None:
-        """Give each worker a copy of the shared optimizer as it is now, over the same parameters."""
+        """Give each worker a copy of the shared optimizer as it is now, over the same
+        parameters.
+        """
         parameters = {id(p): p for group in self._optimizer.param_groups for p in group["params"]}
         # A memo that knows the parameters already copies the state and leaves them shared.
-        self.optimizers = {worker: copy.deepcopy(self._optimizer, dict(parameters)) for worker in self._workers}
+        self.optimizers = {
+            worker: copy.deepcopy(self._optimizer, dict(parameters)) for worker in self._workers
+        }
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the workers' optimizer state, [workers, ...] under `PARAMETER.NAME`; empty before `begin`."""
+        """Return the workers' optimizer state, [workers, ...] under `PARAMETER.NAME`; empty before
+        `begin`.
+        """
         states = [optimizer.state_dict()["state"] for optimizer in self.optimizers.values()]
         return {
-            f"{index}.{name}": torch.stack([torch.as_tensor(state[index][name]) for state in states])
+            f"{index}.{name}": torch.stack(
+                [torch.as_tensor(state[index][name]) for state in states]
+            )
             for index, entries in (states[0].items() if states else ())
             for name, value in entries.items()
             if value is not None

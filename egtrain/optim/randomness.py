@@ -1,4 +1,6 @@
-"""Randomness as a function: a draw is seeded by (seed, purpose, index...), so there is no random state to save."""
+"""Randomness as a function: a draw is seeded by (seed, purpose, index...), so there is no random
+state to save.
+"""
 
 import hashlib
 
@@ -14,6 +16,8 @@ def seed_for(seed: int, purpose: str, *index: int) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def generator_for(seed: int, purpose: str, *index: int, device: torch.device | str = "cpu") -> torch.Generator:
+def generator_for(
+    seed: int, purpose: str, *index: int, device: torch.device | str = "cpu"
+) -> torch.Generator:
     """Return a generator on `device` that is a function of its arguments alone."""
     return torch.Generator(device).manual_seed(seed_for(seed, purpose, *index))

@@ -1,7 +1,9 @@
-"""How far the loss rises around the weights: in a box, on average over noise, and at worst in a ball.
+"""How far the loss rises around the weights: in a box, on average over noise, and at worst in a
+ball.
 
-With `adaptive` the distance of each weight is measured relative to its size, and the values do not change when the
-weights are rescaled in a way that leaves the function alone. The random draws are the same for all runs.
+With `adaptive` the distance of each weight is measured relative to its size, and the values do not
+change when the weights are rescaled in a way that leaves the function alone. The random draws are
+the same for all runs.
 """
 
 import math
@@ -20,14 +22,17 @@ from egtrain.sharpness.frozen_loss import (
 
 CORNER, NOISE, BALL = "sharpness corner", "sharpness noise", "sharpness ball"
 LONGEST_STEP = 8.0
-"""Of a projected step, in radii: the gradient nearly decides alone where on the ball the step ends."""
+"""Of a projected step, in radii: the gradient nearly decides alone where on the ball the step
+ends."""
 
 
 def epsilon_sharpness(loss: FrozenLoss, epsilon: float, *, iterations: int = 10) -> float:
-    """Return φ = 100·(max_C f(x + y) − f(x))/(1 + f(x)) over the box C: |y_i| ≤ ε(|x_i| + 1) (arXiv 1609.04836).
+    """Return φ = 100·(max_C f(x + y) − f(x))/(1 + f(x)) over the box C: |y_i| ≤ ε(|x_i| + 1) (arXiv
+    1609.04836).
 
-    The maximum is the best value of `iterations` steps of sign ascent. Each goes towards the corner that the gradient
-    points to: all the way while the loss rises, and half as far from the best point after each failure.
+    The maximum is the best value of `iterations` steps of sign ascent. Each goes towards the corner
+    that the gradient points to: all the way while the loss rises, and half as far from the best
+    point after each failure.
     """
     start = loss.parameters
     box = epsilon * (flattened(start).double().abs() + 1)
@@ -38,14 +43,17 @@ def epsilon_sharpness(loss: FrozenLoss, epsilon: float, *, iterations: int = 10)
         corner = torch.where(gradient == 0, undecided, gradient.sign() * box)
         return y + length * (corner - y)
 
-    best, base = ascended(loss, torch.ones_like(box), torch.zeros_like(box), stepped, iterations, longest=1.0)
+    best, base = ascended(
+        loss, torch.ones_like(box), torch.zeros_like(box), stepped, iterations, longest=1.0
+    )
     return 100 * (best - base) / (1 + base)
 
 
 def average_sharpness(
     loss: FrozenLoss, radius: float, *, samples: int, seed: int, adaptive: bool = True
 ) -> tuple[float, float]:
-    """Return the mean of f(x + δ) − f(x) over δ ~ N(0, ρ²·diag(c²)) and its standard error (arXiv 2302.07011).
+    """Return the mean of f(x + δ) − f(x) over δ ~ N(0, ρ²·diag(c²)) and its standard error (arXiv
+    2302.07011).
 
     c = |x|, or 1 where it is not adaptive.
     """
@@ -61,13 +69,21 @@ def average_sharpness(
 
 
 def worst_sharpness(
-    loss: FrozenLoss, radius: float, *, steps: int, restarts: int = 1, seed: int, adaptive: bool = True
+    loss: FrozenLoss,
+    radius: float,
+    *,
+    steps: int,
+    restarts: int = 1,
+    seed: int,
+    adaptive: bool = True,
 ) -> float:
-    """Return max f(x + δ) − f(x) over ‖δ/c‖ ≤ ρ (arXiv 2302.07011), the best value of projected gradient ascent.
+    """Return max f(x + δ) − f(x) over ‖δ/c‖ ≤ ρ (arXiv 2302.07011), the best value of projected
+    gradient ascent.
 
-    c = |x|, or 1 where it is not adaptive. The ascent is in u = δ/c, where the gradient is c·∇f, so a weight of zero
-    does no harm. Its long steps make it the power iteration on a quadratic, which it solves with enough of them.
-    Each of the `restarts` goes from a random point of the sphere and takes `steps` gradients.
+    c = |x|, or 1 where it is not adaptive. The ascent is in u = δ/c, where the gradient is c·∇f, so
+    a weight of zero does no harm. Its long steps make it the power iteration on a quadratic, which
+    it solves with enough of them. Each of the `restarts` goes from a random point of the sphere and
+    takes `steps` gradients.
     """
     scale = _scale(flattened(loss.parameters).double(), adaptive)
 
@@ -94,12 +110,14 @@ def ascended(
     *,
     longest: float,
 ) -> tuple[float, float]:
-    """Return the largest value of f(x + scale·u) that an ascent in u has seen, and f(x), which counts as seen.
+    """Return the largest value of f(x + scale·u) that an ascent in u has seen, and f(x), which
+    counts as seen.
 
-    Steps double in length, up to the longest, after a success; after a failure they halve and start from the best
-    point again. The number of passes over the sample does not depend on the values: one for f(x), `steps` with
-    gradients, and a last one. It starts from u = `first`; `stepped` maps (u, the gradient there, a length) to the next
-    u inside the constraint. All vectors are flat [size], float64.
+    Steps double in length, up to the longest, after a success; after a failure they halve and start
+    from the best point again. The number of passes over the sample does not depend on the values:
+    one for f(x), `steps` with gradients, and a last one. It starts from u = `first`; `stepped` maps
+    (u, the gradient there, a length) to the next u inside the constraint. All vectors are flat
+    [size], float64.
     """
     start = flattened(loss.parameters).double()
     base = require_finite(loss.value()[0])

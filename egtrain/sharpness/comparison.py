@@ -62,29 +62,40 @@ def plot(
     Raises:
         UsageError: an option is wrong, or the runs cannot be compared.
         DataError: a checkpoint or the data are missing or damaged.
-        InterruptedRun: a signal came after something was stored; the same command goes on from there.
+        InterruptedRun: a signal came after something was stored; the same command goes on from
+            there.
         KeyboardInterrupt: a signal came before.
     """
     settings = settings_of(metrics, thorough, len(paths))
     if checkpoints == "all" and not set(settings) & set(ALONG_TRAINING):
-        raise UsageError("--checkpoints all draws eigenvalues and trace over the steps: add one of them to --metrics")
+        raise UsageError(
+            "--checkpoints all draws eigenvalues and trace over the steps: add one of them to "
+            "--metrics"
+        )
     subjects = find_subjects(paths, labels, checkpoints)
     store = RecordStore(output / "measured")
     works: list[list[Work]] = []
     try:
-        with launch.StopSignal() as stop, launch.joined_ranks(device) as ranks, ExitStack() as closing:
+        with (
+            launch.StopSignal() as stop,
+            launch.joined_ranks(device) as ranks,
+            ExitStack() as closing,
+        ):
             if ranks.count > 1:
                 torch.set_num_threads(threads_of_a_rank())  # torchrun leaves them one
             launch.only_first_rank(ranks, lambda: closing.enter_context(RunLock(output)))
             models, task, sample, precisions = launch.first_rank_first(
-                ranks, lambda: load_subjects(subjects, samples, data_dir, offline, str(ranks.device))
+                ranks,
+                lambda: load_subjects(subjects, samples, data_dir, offline, str(ranks.device)),
             )
             if metrics is None and not same_network(models):
                 settings.pop("between", None)
             works += plan(subjects, settings, sample, models)
             stream = sys.stderr if json_wanted else None
             show = closing.enter_context(MeasureDisplay(stream, silent=ranks.rank > 0))
-            measured = measure_all(works, models, task, sample, precisions, store, ranks, show, stop)
+            measured = measure_all(
+                works, models, task, sample, precisions, store, ranks, show, stop
+            )
             described = {"metrics": settings, "thorough": thorough, "checkpoints": checkpoints}
             comparison = compare(subjects, works, measured, described, sample, task.metric)
             closing.close()
@@ -97,12 +108,14 @@ def plot(
         if not stored:
             raise KeyboardInterrupt from None
         raise InterruptedRun(
-            f"interrupted; {stored} of {len(jobs)} measurements are stored in {output}, and the same command goes on"
+            f"interrupted; {stored} of {len(jobs)} measurements are stored in {output}, and the "
+            "same command goes on"
         ) from None
 
 
 def write(comparison: Comparison, subjects: Sequence[Subject], output: Path) -> None:
-    """Write tables and pictures into `output`, and scalars and the picture into each run's TensorBoard folder.
+    """Write tables and pictures into `output`, and scalars and the picture into each run's
+    TensorBoard folder.
 
     Raises:
         EgtrainError: a file in `output` could not be written.
@@ -162,22 +175,32 @@ def _column(run: MeasuredRun) -> dict[str, str]:
     column = {"batch size": f"{run.batch_size:,}", "step": f"{run.checkpoints[-1].step:,}"}
     for split, found in run.level.items():
         for name, value in found.items():
-            column[f"{split} {name.replace('_', ' ')}"] = f"{value:.2%}" if name in FRACTIONS else f"{value:.4g}"
+            column[f"{split} {name.replace('_', ' ')}"] = (
+                f"{value:.2%}" if name in FRACTIONS else f"{value:.4g}"
+            )
     if found := records.get("eigenvalues"):
         mark = "" if found.values["converged"][0] else "~"
         column["λ_max"] = f"{mark}{found.values['largest'][0]:.4g}"
-        column["λ_min"] = f"{'' if found.values['smallest_converged'] else '~'}{found.values['smallest']:.3g}"
+        column["λ_min"] = (
+            f"{'' if found.values['smallest_converged'] else '~'}{found.values['smallest']:.3g}"
+        )
     if found := records.get("trace"):
         column["trace"] = f"{found.values['mean']:.4g} ± {found.values['standard_error']:.2g}"
     if found := records.get("average"):
         middle = len(found.values["radii"]) // 2
         error = found.values["standard_error"][middle]
-        column[f"average ρ={found.values['radii'][middle]:g}"] = f"{found.values['mean'][middle]:.3g} ± {error:.1g}"
+        column[f"average ρ={found.values['radii'][middle]:g}"] = (
+            f"{found.values['mean'][middle]:.3g} ± {error:.1g}"
+        )
     if found := records.get("worst"):
         middle = len(found.values["radii"]) // 2
-        column[f"worst ρ={found.values['radii'][middle]:g}"] = f"{found.values['sharpness'][middle]:.3g}"
+        column[f"worst ρ={found.values['radii'][middle]:g}"] = (
+            f"{found.values['sharpness'][middle]:.3g}"
+        )
     if found := records.get("epsilon"):
-        column[f"ε-sharpness ε={found.values['sizes'][0]:g}"] = f"{found.values['sharpness'][0]:.3g}"
+        column[f"ε-sharpness ε={found.values['sizes'][0]:g}"] = (
+            f"{found.values['sharpness'][0]:.3g}"
+        )
     if found := records.get("between"):
         column["barrier from the first"] = f"{found.values['barrier']:.3g}"
     return column

@@ -1,4 +1,6 @@
-"""The mean loss over a frozen sample as a function of the weights, with its first two derivatives."""
+"""The mean loss over a frozen sample as a function of the weights, with its first two
+derivatives.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -22,16 +24,20 @@ NO_SECOND_DERIVATIVE = ("derivative for", "double backward")
 
 
 class FrozenLoss:
-    """The mean data loss of a model over a frozen sample, as a function f(w) of its trainable weights.
+    """The mean data loss of a model over a frozen sample, as a function f(w) of its trainable
+    weights.
 
-    Inside `with` the model is in evaluation mode, in full precision and with kernels that can be differentiated twice.
-    Afterwards, also after an error, the model and torch's settings are exactly as before. The loss is the mean over
-    samples, summed in float64, so it depends neither on the size of the batches nor on the number of ranks.
+    Inside `with` the model is in evaluation mode, in full precision and with kernels that can be
+    differentiated twice. Afterwards, also after an error, the model and torch's settings are
+    exactly as before. The loss is the mean over samples, summed in float64, so it depends neither
+    on the size of the batches nor on the number of ranks.
 
     Args:
         model: its weights with `requires_grad` are the variables.
-        loss_function: maps (model, batch) to the mean loss of the batch, with its graph, and its mean metric.
-        batches: pairs (batch, number of samples); all of them on each rank, and rank r takes every R-th from the r-th.
+        loss_function: maps (model, batch) to the mean loss of the batch, with its graph, and its
+            mean metric.
+        batches: pairs (batch, number of samples); all of them on each rank, and rank r takes every
+            R-th from the r-th.
         ranks: the processes that share the work; then each call is a collective.
 
     Raises:
@@ -50,7 +56,10 @@ class FrozenLoss:
         self.size = sum(p.numel() for p in self.parameters)
         self.samples = sum(size for _, size in batches)
         if not self.size:
-            raise UsageError("the model has no trainable weights: sharpness is measured over those that require grad")
+            raise UsageError(
+                "the model has no trainable weights: sharpness is measured over those that "
+                "require grad"
+            )
         if not self.samples:
             raise UsageError("there are no samples to measure the loss on: give at least one batch")
         self.products = 0
@@ -73,7 +82,10 @@ class FrozenLoss:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         stack, self._inside = self._inside, None
         if stack is not None:
@@ -104,7 +116,9 @@ class FrozenLoss:
         with torch.enable_grad(), self._no_autocast():
             for batch, size in self._mine:
                 loss = self._loss_with_graph(batch)
-                self._add(total, torch.autograd.grad(loss, self.parameters, materialize_grads=True), size)
+                self._add(
+                    total, torch.autograd.grad(loss, self.parameters, materialize_grads=True), size
+                )
                 loss_sum += loss.detach().double() * size / self.samples
         summed = self._summed([*total, loss_sum])
         return float(summed[-1]), self._in_their_types(summed[:-1])
@@ -128,7 +142,9 @@ class FrozenLoss:
 
     @contextmanager
     def at(self, weights: Sequence[Tensor]) -> Iterator[None]:
-        """Put other weights into the model inside the block; afterwards the old ones are back bit for bit."""
+        """Put other weights into the model inside the block; afterwards the old ones are back bit
+        for bit.
+        """
         self._require_inside()
         with weights_kept(self.parameters):
             copy_into(self.parameters, weights)
@@ -139,14 +155,18 @@ class FrozenLoss:
         return flattened(self.hessian_product(self.pieces(vector))).to(vector)
 
     def pieces(self, vector: Tensor) -> list[Tensor]:
-        """Return a flat vector [size] as one tensor a parameter, in the parameters' types and on their device."""
+        """Return a flat vector [size] as one tensor a parameter, in the parameters' types and on
+        their device.
+        """
         parts = vector.split_with_sizes([p.numel() for p in self.parameters])
         return [part.view(p.shape).to(p) for part, p in zip(parts, self.parameters, strict=True)]
 
     def _loss_with_graph(self, batch: Any) -> Tensor:
         loss, _ = self._loss_function(self.model, batch)
         if not loss.requires_grad:
-            raise UsageError("the loss does not depend on the trainable weights: return it with its graph")
+            raise UsageError(
+                "the loss does not depend on the trainable weights: return it with its graph"
+            )
         return loss
 
     def _product_of_batch(self, batch: Any, direction: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -154,7 +174,9 @@ class FrozenLoss:
         if self.products == 0:
             refuse_once_differentiable(loss)
         try:
-            gradients = torch.autograd.grad(loss, self.parameters, create_graph=True, materialize_grads=True)
+            gradients = torch.autograd.grad(
+                loss, self.parameters, create_graph=True, materialize_grads=True
+            )
             # Where the loss is linear in a weight, its gradient is a constant and has no graph.
             varying = [(g, v) for g, v in zip(gradients, direction, strict=True) if g.requires_grad]
             if not varying:
@@ -186,19 +208,23 @@ class FrozenLoss:
 
     def _require_inside(self) -> None:
         if self._inside is None:
-            raise RuntimeError("a FrozenLoss measures inside its block only: with FrozenLoss(...) as loss: ...")
+            raise RuntimeError(
+                "a FrozenLoss measures inside its block only: with FrozenLoss(...) as loss: ..."
+            )
 
 
 def no_second_derivatives(reason: str) -> UsageError:
     """Return the error of a model that can be differentiated only once."""
     return UsageError(
-        f"this model has no second derivatives ({reason}): replace that operation by one that has them, "
+        f"this model has no second derivatives ({reason}): replace that operation by one that has "
+        "them, "
         "or measure only what needs none"
     )
 
 
 def refuse_once_differentiable(loss: Tensor) -> None:
-    """Raise UsageError if the loss comes from an operation that its author has marked as differentiable once.
+    """Raise UsageError if the loss comes from an operation that its author has marked as
+    differentiable once.
 
     `torch.autograd.grad` does not, but takes the gradient of such an operation for a constant.
     """
@@ -228,7 +254,9 @@ def weights_kept(parameters: Sequence[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Put the model's buffers back, bit for bit and as the same tensors, at the end of the block."""
+    """Put the model's buffers back, bit for bit and as the same tensors, at the end of the
+    block.
+    """
     kept = [
         (module, name, buffer, buffer.detach().clone())
         for module in model.modules()
@@ -245,7 +273,9 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model into evaluation mode, and each of its modules into its own mode at the end of the block."""
+    """Put the model into evaluation mode, and each of its modules into its own mode at the end of
+    the block.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -272,7 +302,8 @@ def twice_differentiable_kernels(model: nn.Module) -> Iterator[None]:
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             stack.enter_context(_with_attribute(backends.cudnn, "enabled", False))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        # The fast path of nn.MultiheadAttention, without gradients, would be another function up to rounding.
+        # The fast path of nn.MultiheadAttention, without gradients, would be another function up to
+        # rounding.
         fast = backends.mha.get_fastpath_enabled()
         stack.callback(backends.mha.set_fastpath_enabled, fast)
         backends.mha.set_fastpath_enabled(False)
@@ -302,12 +333,16 @@ def flattened(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def gaussian_vector(size: int, seed: int, purpose: str, *index: int) -> Tensor:
-    """Return independent N(0, 1) numbers, float64, drawn on the CPU: the same for every device and number type."""
+    """Return independent N(0, 1) numbers, float64, drawn on the CPU: the same for every device and
+    number type.
+    """
     return torch.randn(size, generator=generator_for(seed, purpose, *index), dtype=torch.float64)
 
 
 def mean_and_standard_error(samples: Sequence[float]) -> tuple[float, float]:
-    """Return the mean of independent samples and its standard error, which is not a number for a single sample."""
+    """Return the mean of independent samples and its standard error, which is not a number for a
+    single sample.
+    """
     values = torch.tensor(samples, dtype=torch.float64)
     error = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
     return float(values.mean()), error
@@ -321,6 +356,7 @@ def require_finite(value: float) -> float:
     """
     if not math.isfinite(value):
         raise DivergedError(
-            "the loss or its curvature is not a finite number at these weights: measure an earlier checkpoint"
+            "the loss or its curvature is not a finite number at these weights: measure an "
+            "earlier checkpoint"
         )
     return value

@@ -1,4 +1,6 @@
-"""The loss along directions that are normalised filter by filter, and along the line between two runs."""
+"""The loss along directions that are normalised filter by filter, and along the line between two
+runs.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,12 +40,16 @@ class Surface:
     """[points along the first direction, points along the second], float64."""
 
 
-def filter_normalised_direction(parameters: Sequence[Tensor], seed: int, number: int) -> list[Tensor]:
-    """Return a random direction in which each filter has the norm of the weights' own (arXiv 1712.09913).
+def filter_normalised_direction(
+    parameters: Sequence[Tensor], seed: int, number: int
+) -> list[Tensor]:
+    """Return a random direction in which each filter has the norm of the weights' own (arXiv
+    1712.09913).
 
-    d_f ← d_f·‖w_f‖/‖d_f‖, where a filter is a slice along dimension 0 of a weight of two or more dimensions. Biases
-    and normalisation parameters, of one dimension or none, do not move. Before it is normalised the direction is a
-    function of (seed, number) and the place and shape of a parameter: the same for all runs.
+    d_f ← d_f·‖w_f‖/‖d_f‖, where a filter is a slice along dimension 0 of a weight of two or more
+    dimensions. Biases and normalisation parameters, of one dimension or none, do not move. Before
+    it is normalised the direction is a function of (seed, number) and the place and shape of a
+    parameter: the same for all runs.
     """
     direction = []
     for index, weights in enumerate(parameters):
@@ -58,7 +64,9 @@ def filter_normalised_direction(parameters: Sequence[Tensor], seed: int, number:
 
 
 def line(loss: FrozenLoss, direction: Sequence[Tensor], *, points: int, span: float = 1.0) -> Curve:
-    """Return the loss at w + α·d for `points` values of α in [−span, span]; an odd number of them has α = 0."""
+    """Return the loss at w + α·d for `points` values of α in [−span, span]; an odd number of them
+    has α = 0.
+    """
     positions = torch.linspace(-span, span, points, dtype=torch.float64)
     start = copied(loss.parameters)
     values = [_value_at(loss, start, (a, direction)) for a in positions.tolist()]
@@ -66,12 +74,21 @@ def line(loss: FrozenLoss, direction: Sequence[Tensor], *, points: int, span: fl
 
 
 def plane(
-    loss: FrozenLoss, first: Sequence[Tensor], second: Sequence[Tensor], *, points: int, span: float = 1.0
+    loss: FrozenLoss,
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    *,
+    points: int,
+    span: float = 1.0,
 ) -> Surface:
     """Return the loss at w + α·d₁ + β·d₂ for `points` values of α and of β in [−span, span]."""
     positions = torch.linspace(-span, span, points, dtype=torch.float64)
     start = copied(loss.parameters)
-    values = [_value_at(loss, start, (a, first), (b, second)) for a in positions.tolist() for b in positions.tolist()]
+    values = [
+        _value_at(loss, start, (a, first), (b, second))
+        for a in positions.tolist()
+        for b in positions.tolist()
+    ]
     losses, metrics = (column.view(points, points) for column in _columns(values))
     return Surface(positions, losses, metrics)
 
@@ -88,8 +105,8 @@ def between(
 ) -> Curve:
     """Return the loss at (1 − α)·w_a + α·w_b for `points` values of α in [low, high].
 
-    Buffers are not interpolated: those of the model serve at every point, but for what `recompute_statistics`, called
-    at each, puts into them. In the end they are as before.
+    Buffers are not interpolated: those of the model serve at every point, but for what
+    `recompute_statistics`, called at each, puts into them. In the end they are as before.
     """
     positions = torch.linspace(low, high, points, dtype=torch.float64)
     values = []
@@ -112,12 +129,15 @@ def recompute_batchnorm(
     batches: Sequence[tuple[Any, int]],
     forward: Callable[[nn.Module, Any], object] = forward_of_first,
 ) -> None:
-    """Give the BatchNorm layers the statistics of these batches at the current weights, each sample counting the same.
+    """Give the BatchNorm layers the statistics of these batches at the current weights, each sample
+    counting the same.
 
-    The rest of the model stays in the mode that it is in. `between` puts the old statistics back in the end.
+    The rest of the model stays in the mode that it is in. `between` puts the old statistics back in
+    the end.
 
     Args:
-        model: layers without running statistics are left alone; without any layer nothing is computed.
+        model: layers without running statistics are left alone; without any layer nothing is
+            computed.
         batches: pairs (batch, number of samples); all of them, on each rank.
         forward: runs the model on a batch; a loss function will do.
     """
@@ -134,7 +154,9 @@ def recompute_batchnorm(
 
 @contextmanager
 def batchnorm_training(model: nn.Module) -> Iterator[list[_BatchNorm]]:
-    """Put the BatchNorm layers that keep statistics, and nothing else, into training mode inside the block."""
+    """Put the BatchNorm layers that keep statistics, and nothing else, into training mode inside
+    the block.
+    """
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     before = [(layer, layer.training, layer.momentum) for layer in layers]
     try:
@@ -151,7 +173,9 @@ def copied(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [t.detach().clone() for t in tensors]
 
 
-def _value_at(loss: FrozenLoss, start: Sequence[Tensor], *moves: tuple[float, Sequence[Tensor]]) -> tuple[float, float]:
+def _value_at(
+    loss: FrozenLoss, start: Sequence[Tensor], *moves: tuple[float, Sequence[Tensor]]
+) -> tuple[float, float]:
     """Return loss and metric at the start moved by multiples of directions."""
     weights = copied(start)
     for factor, direction in moves:

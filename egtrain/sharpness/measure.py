@@ -1,4 +1,6 @@
-"""What is measured, with which numbers and in which order; each finished metric is stored before the next begins."""
+"""What is measured, with which numbers and in which order; each finished metric is stored before
+the next begins.
+"""
 
 import math
 import sys
@@ -24,7 +26,13 @@ from egtrain.launch import StoppedEarly, agreed, only_first_rank
 from egtrain.progress import can_redraw, duration
 from egtrain.sharpness.adaptive import average_sharpness, epsilon_sharpness, worst_sharpness
 from egtrain.sharpness.frozen_loss import FrozenLoss
-from egtrain.sharpness.landscape import between, filter_normalised_direction, line, plane, recompute_batchnorm
+from egtrain.sharpness.landscape import (
+    between,
+    filter_normalised_direction,
+    line,
+    plane,
+    recompute_batchnorm,
+)
 from egtrain.sharpness.results import (
     LEVEL,
     Comparison,
@@ -50,7 +58,10 @@ METRICS: dict[str, tuple[Parameters, Parameters]] = {
     "eigenvalues": ({"count": 1, "steps": 20}, {"count": 10, "steps": 80}),
     "density": ({"vectors": 1, "steps": 50}, {"vectors": 10, "steps": 90}),
     "trace": ({"samples": 30}, {"samples": 200}),
-    "line": ({"directions": 3, "points": 21, "span": 1.0}, {"directions": 5, "points": 51, "span": 1.0}),
+    "line": (
+        {"directions": 3, "points": 21, "span": 1.0},
+        {"directions": 5, "points": 51, "span": 1.0},
+    ),
     "plane": ({"points": 11, "span": 1.0}, {"points": 51, "span": 1.0}),
     "average": ({"radii": AVERAGE_RADII, "samples": 10}, {"radii": AVERAGE_RADII, "samples": 100}),
     "worst": (
@@ -64,14 +75,16 @@ METRICS: dict[str, tuple[Parameters, Parameters]] = {
 ALONG_TRAINING = ("eigenvalues", "trace")
 """What is measured of the checkpoints before the compared one."""
 SEED = 0
-"""Of every random vector: all runs share them, so that differences between runs are not those of draws."""
+"""Of every random vector: all runs share them, so that differences between runs are not those of
+draws."""
 
 GRADIENT_COST, PRODUCT_COST = 3.0, 10.0
 """In evaluations of the loss, for the time left: measured with a ResNet on a CPU."""
 
 
 def settings_of(names: Sequence[str] | None, thorough: bool, runs: int) -> dict[str, Parameters]:
-    """Return the parameters of the metrics that were asked for; by default all that the number of runs allows.
+    """Return the parameters of the metrics that were asked for; by default all that the number of
+    runs allows.
 
     Raises:
         UsageError: a metric is unknown, named twice or impossible.
@@ -87,7 +100,9 @@ def settings_of(names: Sequence[str] | None, thorough: bool, runs: int) -> dict[
         if list(names).count(name) > 1:
             raise UsageError(f"--metrics names {name} twice: name it once")
     if "between" in names and runs < 2:
-        raise UsageError("between is the line between two runs: name a second run, or leave it out of --metrics")
+        raise UsageError(
+            "between is the line between two runs: name a second run, or leave it out of --metrics"
+        )
     settings = {name: dict(both[thorough]) for name, both in METRICS.items() if name in names}
     if "eigenvalues" in settings and "density" in settings:
         # They share a basis, so the larger one costs nothing more.
@@ -152,9 +167,13 @@ def same_network(models: Sequence[nn.Module]) -> bool:
 
 
 def plan(
-    subjects: Sequence[Subject], settings: Mapping[str, Parameters], sample: FrozenSample, models: Sequence[nn.Module]
+    subjects: Sequence[Subject],
+    settings: Mapping[str, Parameters],
+    sample: FrozenSample,
+    models: Sequence[nn.Module],
 ) -> list[list[Work]]:
-    """Return the work of each run, checkpoint by checkpoint, each metric with the key of all that it depends on.
+    """Return the work of each run, checkpoint by checkpoint, each metric with the key of all that
+    it depends on.
 
     Raises:
         UsageError: `between` was asked for, and the runs have different networks.
@@ -166,7 +185,8 @@ def plan(
     for number, subject in enumerate(subjects):
         if "between" in settings and not same_network([models[0], models[number]]):
             raise UsageError(
-                f"{subjects[0].label} and {subject.label} have different networks, and there is no line between them: "
+                f"{subjects[0].label} and {subject.label} have different networks, and there is "
+                "no line between them: "
                 "leave between out of --metrics"
             )
         works = []
@@ -223,7 +243,10 @@ def measure_all(
             record = store.get(job.key)
             assert record is not None
             work.records[job.metric] = record
-    show.start([job.cost for (_, job), mark in zip(jobs, there, strict=True) if mark == "0"], there.count("1"))
+    show.start(
+        [job.cost for (_, job), mark in zip(jobs, there, strict=True) if mark == "0"],
+        there.count("1"),
+    )
     first_weights = [p.detach().clone() for p in models[0].parameters() if p.requires_grad]
     for run, model, precision in zip(works, models, precisions, strict=True):
         for work in run:
@@ -330,13 +353,17 @@ class _Bench:
                 }
                 return values, {}
             case "density":
-                spectrum = density(loss, vectors=p["vectors"], steps=p["steps"], seed=SEED, krylov=self._krylov)
+                spectrum = density(
+                    loss, vectors=p["vectors"], steps=p["steps"], seed=SEED, krylov=self._krylov
+                )
                 self._krylov = None  # its basis takes as much memory as many models
                 return {}, {"nodes": spectrum.nodes.tolist(), "weights": spectrum.weights.tolist()}
             case "trace":
                 estimate = trace(loss, samples=p["samples"], seed=SEED)
                 error = estimate.standard_error
-                return {"mean": estimate.mean, "standard_error": error}, {"samples": estimate.samples}
+                return {"mean": estimate.mean, "standard_error": error}, {
+                    "samples": estimate.samples
+                }
             case "line":
                 curves = [
                     line(loss, self._direction(number), points=p["points"], span=p["span"])
@@ -348,19 +375,29 @@ class _Bench:
                     "metrics": [curve.metrics.tolist() for curve in curves],
                 }
             case "plane":
-                surface = plane(loss, self._direction(0), self._direction(1), points=p["points"], span=p["span"])
-                return {}, {name: getattr(surface, name).tolist() for name in ("positions", "losses", "metrics")}
+                surface = plane(
+                    loss, self._direction(0), self._direction(1), points=p["points"], span=p["span"]
+                )
+                return {}, {
+                    name: getattr(surface, name).tolist()
+                    for name in ("positions", "losses", "metrics")
+                }
             case "average":
-                pairs = [average_sharpness(loss, r, samples=p["samples"], seed=SEED) for r in p["radii"]]
+                pairs = [
+                    average_sharpness(loss, r, samples=p["samples"], seed=SEED) for r in p["radii"]
+                ]
                 means, errors = map(list, zip(*pairs, strict=True))
                 return {"radii": p["radii"], "mean": means, "standard_error": errors}, {}
             case "worst":
                 rises = [
-                    worst_sharpness(loss, r, steps=p["steps"], restarts=p["restarts"], seed=SEED) for r in p["radii"]
+                    worst_sharpness(loss, r, steps=p["steps"], restarts=p["restarts"], seed=SEED)
+                    for r in p["radii"]
                 ]
                 return {"radii": p["radii"], "sharpness": rises}, {}
             case "epsilon":
-                found_in_box = [epsilon_sharpness(loss, size, iterations=p["iterations"]) for size in p["sizes"]]
+                found_in_box = [
+                    epsilon_sharpness(loss, size, iterations=p["iterations"]) for size in p["sizes"]
+                ]
                 return {"sizes": p["sizes"], "sharpness": found_in_box}, {}
             case "between":
                 own = [w.detach().clone() for w in loss.parameters]
@@ -369,9 +406,14 @@ class _Bench:
                     self._first_weights,
                     own,
                     points=p["points"],
-                    recompute_statistics=lambda: recompute_batchnorm(loss.model, self._sample.batches, self._task.loss),
+                    recompute_statistics=lambda: recompute_batchnorm(
+                        loss.model, self._sample.batches, self._task.loss
+                    ),
                 )
-                curve = {name: getattr(path, name).tolist() for name in ("positions", "losses", "metrics")}
+                curve = {
+                    name: getattr(path, name).tolist()
+                    for name in ("positions", "losses", "metrics")
+                }
                 return {"barrier": barrier(curve["positions"], curve["losses"])}, curve
         raise ValueError(metric)
 
@@ -380,7 +422,8 @@ class _Bench:
 
 
 class MeasureDisplay:
-    """Shows how far the measuring is: a line for each metric, and a live bar with the time left on a terminal.
+    """Shows how far the measuring is: a line for each metric, and a live bar with the time left on
+    a terminal.
 
     Args:
         stream: where to; standard output if None.
@@ -397,34 +440,56 @@ class MeasureDisplay:
 
     def __enter__(self) -> Self:
         if not self._silent and can_redraw(self._console):
-            self._live = Live(console=self._console, get_renderable=self._render, refresh_per_second=4, transient=True)
+            self._live = Live(
+                console=self._console,
+                get_renderable=self._render,
+                refresh_per_second=4,
+                transient=True,
+            )
             self._live.start()
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._live is not None:
             self._live.stop()
 
     def start(self, costs: Sequence[float], stored: int) -> None:
-        """Take the costs of what is to be measured, and how many measurements are stored already."""
+        """Take the costs of what is to be measured, and how many measurements are stored
+        already.
+        """
         self._total, self._started = sum(costs), time.monotonic()
         text = f"{len(costs)} measurements to make" if costs else "nothing left to measure"
         self._print(f"{text}{f', {stored} stored already' if stored else ''}")
 
-    def begin(self, label: str, metric: str, cost: float, counted: Callable[[], tuple[int, int, int]]) -> None:
-        """Take the beginning of a metric; `counted` tells its products, gradients and evaluations so far."""
+    def begin(
+        self, label: str, metric: str, cost: float, counted: Callable[[], tuple[int, int, int]]
+    ) -> None:
+        """Take the beginning of a metric; `counted` tells its products, gradients and evaluations
+        so far.
+        """
         self._now = f"{label}: {metric}", cost, counted
 
     def finish(self, label: str, metric: str, cost: float, record: Record) -> None:
         """Take a finished metric."""
         self._now = None
         self._done += cost
-        amounts = {"product": record.products, "gradient": record.gradients, "evaluation": record.evaluations}
+        amounts = {
+            "product": record.products,
+            "gradient": record.gradients,
+            "evaluation": record.evaluations,
+        }
         work = [f"{n:,} {name}{'' if n == 1 else 's'}" for name, n in amounts.items() if n]
         left = self._left()
-        self._print(", ".join([f"{label}: {metric}", *work, f"{record.seconds:.1f} s", *([left] if left else [])]))
+        self._print(
+            ", ".join(
+                [f"{label}: {metric}", *work, f"{record.seconds:.1f} s", *([left] if left else [])]
+            )
+        )
 
     def _print(self, text: str) -> None:
         if not self._silent:
@@ -456,5 +521,11 @@ class MeasureDisplay:
             name, _, counted = self._now
             products = f"{counted()[0]} products" if counted()[0] else ""
         fraction = self._fraction()
-        row.add_row(Text(name), ProgressBar(total=1.0, completed=fraction), f"{fraction:.0%}", products, self._left())
+        row.add_row(
+            Text(name),
+            ProgressBar(total=1.0, completed=fraction),
+            f"{fraction:.0%}",
+            products,
+            self._left(),
+        )
         return row

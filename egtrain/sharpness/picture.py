@@ -1,4 +1,6 @@
-"""The pictures of a comparison: one colour and line a run in every panel, one legend, the same scales for all runs."""
+"""The pictures of a comparison: one colour and line a run in every panel, one legend, the same
+scales for all runs.
+"""
 
 import math
 import textwrap
@@ -40,12 +42,16 @@ def minimum_figure(runs: Sequence[MeasuredRun]) -> Figure:
         (("eigenvalues",), _test_panel),
         (("plane",), _plane_panel),
     ]
-    panels = [panel for metrics, panel in possible if any(name in runs[0].records for name in metrics)]
+    panels = [
+        panel for metrics, panel in possible if any(name in runs[0].records for name in metrics)
+    ]
     return _figure(panels or [_loss_panel], runs)
 
 
 def paths_figure(runs: Sequence[MeasuredRun]) -> Figure | None:
-    """Return the picture of the lines between runs and of the ε-sharpness; None where neither was measured."""
+    """Return the picture of the lines between runs and of the ε-sharpness; None where neither was
+    measured.
+    """
     panels: list[Panel] = []
     if any(run.between for run in runs):
         panels.append(_between_panel)
@@ -60,7 +66,9 @@ def training_figure(runs: Sequence[MeasuredRun]) -> Figure | None:
         return None
     panels: list[Panel] = []
     if "eigenvalues" in runs[0].records:
-        panels.append(lambda axes, runs: _over_steps(axes, runs, LAMBDA_MAX, "eigenvalues", _largest))
+        panels.append(
+            lambda axes, runs: _over_steps(axes, runs, LAMBDA_MAX, "eigenvalues", _largest)
+        )
     if "trace" in runs[0].records:
         panels.append(lambda axes, runs: _over_steps(axes, runs, "Trace", "trace", _trace))
     return _figure(panels, runs) if panels else None
@@ -96,8 +104,13 @@ def _markers(runs: Sequence[MeasuredRun]) -> dict[int, str]:
 
 def _legend(figure: Figure, runs: Sequence[MeasuredRun]) -> None:
     """Put the runs, with their numbers, and the batch sizes under the panels."""
-    labels = [textwrap.fill(f"{number}  {run.label}", LABEL_WIDTH) for number, run in enumerate(runs, 1)]
-    handles = [Line2D([], [], color=_colour(n), linestyle=_line_style(n), linewidth=2) for n in range(len(runs))]
+    labels = [
+        textwrap.fill(f"{number}  {run.label}", LABEL_WIDTH) for number, run in enumerate(runs, 1)
+    ]
+    handles = [
+        Line2D([], [], color=_colour(n), linestyle=_line_style(n), linewidth=2)
+        for n in range(len(runs))
+    ]
     for size, marker in _markers(runs).items():
         handles.append(Line2D([], [], color="#444444", marker=marker, linestyle="none"))
         labels.append(f"batch of {size:,}")
@@ -128,7 +141,11 @@ def _numbered(axes: Axes, runs: Sequence[MeasuredRun]) -> None:
 
 
 def _points(
-    axes: Axes, runs: Sequence[MeasuredRun], title: str, values: Sequence[float | None], errors: Sequence[float]
+    axes: Axes,
+    runs: Sequence[MeasuredRun],
+    title: str,
+    values: Sequence[float | None],
+    errors: Sequence[float],
 ) -> None:
     markers = _markers(runs)
     for number, (run, value, error) in enumerate(zip(runs, values, errors, strict=True)):
@@ -143,7 +160,9 @@ def _points(
                 capsize=3,
             )
     _numbered(axes, runs)
-    if all(value is not None and value > error for value, error in zip(values, errors, strict=True)):
+    if all(
+        value is not None and value > error for value, error in zip(values, errors, strict=True)
+    ):
         axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
     axes.set_title(title)
 
@@ -153,9 +172,18 @@ def _line_panel(axes: Axes, runs: Sequence[MeasuredRun]) -> None:
         record = run.records["line"]
         positions = np.asarray(record.curves["positions"])
         rise = np.asarray(record.curves["losses"]) - run.level["train"]["loss"]
-        axes.plot(positions, rise.mean(axis=0), color=_colour(number), linestyle=_line_style(number))
+        axes.plot(
+            positions, rise.mean(axis=0), color=_colour(number), linestyle=_line_style(number)
+        )
         if len(rise) > 1:
-            axes.fill_between(positions, rise.min(axis=0), rise.max(axis=0), color=_colour(number), alpha=0.15, lw=0)
+            axes.fill_between(
+                positions,
+                rise.min(axis=0),
+                rise.max(axis=0),
+                color=_colour(number),
+                alpha=0.15,
+                lw=0,
+            )
     directions = len(runs[0].records["line"].curves["losses"])
     several = f"{directions} random directions, mean and range"
     axes.set_title(f"Loss along {several if directions > 1 else 'a random direction'}")
@@ -166,7 +194,10 @@ def _line_panel(axes: Axes, runs: Sequence[MeasuredRun]) -> None:
 
 def _density_panel(axes: Axes, runs: Sequence[MeasuredRun]) -> None:
     densities = [
-        Density(torch.tensor(r["nodes"], dtype=torch.float64), torch.tensor(r["weights"], dtype=torch.float64))
+        Density(
+            torch.tensor(r["nodes"], dtype=torch.float64),
+            torch.tensor(r["weights"], dtype=torch.float64),
+        )
         for r in (run.records["density"].curves for run in runs)
     ]
     low = min(float(d.nodes.min()) for d in densities)
@@ -174,12 +205,15 @@ def _density_panel(axes: Axes, runs: Sequence[MeasuredRun]) -> None:
     sigma = max(high - low, 1e-12) / 100
     grid = torch.linspace(low - 5 * sigma, high + 5 * sigma, GRID_POINTS, dtype=torch.float64)
     curves = [density_on(d, grid, sigma) for d in densities]
-    # Far from every node a sum of Gaussians is zero for all purposes, and a logarithm has no room for that.
+    # Far from every node a sum of Gaussians is zero for all purposes, and a logarithm has no room
+    # for that.
     outermost = min(float(d.weights.mean(dim=0)[d.nodes.mean(dim=0).argmax()]) for d in densities)
     top = max(float(c.max()) for c in curves)
     floor = max(outermost / (sigma * math.sqrt(2 * math.pi)) / 10, top * 1e-9)
     for number, curve in enumerate(curves):
-        axes.plot(grid, curve.clamp(min=floor / 10), color=_colour(number), linestyle=_line_style(number))
+        axes.plot(
+            grid, curve.clamp(min=floor / 10), color=_colour(number), linestyle=_line_style(number)
+        )
     axes.set_yscale("log")
     axes.set_ylim(floor, top * 3)
     axes.set_title("Spectrum of the Hessian")
@@ -190,7 +224,10 @@ def _density_panel(axes: Axes, runs: Sequence[MeasuredRun]) -> None:
 def _curvature_panel(axes: Axes, runs: Sequence[MeasuredRun]) -> None:
     wanted = [
         (name, title, value)
-        for name, title, value in (("eigenvalues", LAMBDA_MAX, _largest), ("trace", "Trace", _trace))
+        for name, title, value in (
+            ("eigenvalues", LAMBDA_MAX, _largest),
+            ("trace", "Trace", _trace),
+        )
         if name in runs[0].records
     ]
     for place, (name, title, value) in zip(_split(axes, len(wanted)), wanted, strict=True):
@@ -230,7 +267,9 @@ def _radius_panel(axes: Axes, runs: Sequence[MeasuredRun]) -> None:
             )
         place.set_xscale("log")
         place.set_yscale("log")
-        place.set_xticks(radii[:: max(1, len(radii) // 2)], [f"{r:g}" for r in radii[:: max(1, len(radii) // 2)]])
+        place.set_xticks(
+            radii[:: max(1, len(radii) // 2)], [f"{r:g}" for r in radii[:: max(1, len(radii) // 2)]]
+        )
         place.xaxis.set_minor_formatter(NullFormatter())
         place.xaxis.set_minor_locator(LogLocator(subs=()))
         place.set_title("Average" if name == "average" else "Worst")
@@ -240,12 +279,23 @@ def _radius_panel(axes: Axes, runs: Sequence[MeasuredRun]) -> None:
 def _test_panel(axes: Axes, runs: Sequence[MeasuredRun]) -> None:
     split = "test" if all("test" in run.level for run in runs) else "train"
     # That of the training sample may be another one.
-    metric = runs[0].metric if split == "test" else next(name for name in runs[0].level[split] if name != "loss")
+    metric = (
+        runs[0].metric
+        if split == "test"
+        else next(name for name in runs[0].level[split] if name != "loss")
+    )
     markers = _markers(runs)
     points = []
     for number, run in enumerate(runs):
         x, y = _largest(run.records["eigenvalues"])[0], run.level[split][metric]
-        axes.plot(x, y, color=_colour(number), marker=markers[run.batch_size], markersize=8, linestyle="none")
+        axes.plot(
+            x,
+            y,
+            color=_colour(number),
+            marker=markers[run.batch_size],
+            markersize=8,
+            linestyle="none",
+        )
         points.append((x, y))
     axes.margins(0.15)
     _write_numbers(axes, points)
@@ -266,14 +316,22 @@ def _write_numbers(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
     scaled = [np.array(point) / box for point in points]
     taken = list(scaled)
     for number, (point, place) in enumerate(zip(points, scaled, strict=True), 1):
-        sides = [np.array([math.cos(a), math.sin(a)]) * size for a in np.linspace(0, 2 * math.pi, 12, endpoint=False)]
+        sides = [
+            np.array([math.cos(a), math.sin(a)]) * size
+            for a in np.linspace(0, 2 * math.pi, 12, endpoint=False)
+        ]
         best = max(sides, key=lambda s: min(np.linalg.norm((place + s - t) / size) for t in taken))
         taken.append(place + best)
-        axes.annotate(str(number), point, tuple((place + best) * box), ha="center", va="center", fontsize=8)
+        axes.annotate(
+            str(number), point, tuple((place + best) * box), ha="center", va="center", fontsize=8
+        )
 
 
 def _plane_panel(axes: Axes, runs: Sequence[MeasuredRun]) -> None:
-    rises = [np.asarray(run.records["plane"].curves["losses"]) - run.level["train"]["loss"] for run in runs]
+    rises = [
+        np.asarray(run.records["plane"].curves["losses"]) - run.level["train"]["loss"]
+        for run in runs
+    ]
     # Equal steps of the root: contours of a parabola are then equally far apart.
     top = float(np.median([rise.max() for rise in rises]))
     levels = np.linspace(0, math.sqrt(max(top, 1e-12)), LEVELS + 1) ** 2
@@ -288,7 +346,9 @@ def _plane_panel(axes: Axes, runs: Sequence[MeasuredRun]) -> None:
     for number, (run, rise) in enumerate(zip(runs, rises, strict=True)):
         inner = figure.add_subplot(outer[number // columns, number % columns])
         positions = run.records["plane"].curves["positions"]
-        filled = inner.contourf(positions, positions, rise.clip(min=0), levels=levels, cmap="cividis_r", extend="max")
+        filled = inner.contourf(
+            positions, positions, rise.clip(min=0), levels=levels, cmap="cividis_r", extend="max"
+        )
         inner.contour(positions, positions, rise, levels=levels[1:], colors="black", linewidths=0.4)
         inner.plot(0, 0, marker="+", color="black", markersize=5)
         inner.set_aspect("equal")
@@ -317,7 +377,9 @@ def _plane_panel(axes: Axes, runs: Sequence[MeasuredRun]) -> None:
 
 def _loss_panel(axes: Axes, runs: Sequence[MeasuredRun]) -> None:
     """Show the loss over the frozen sample: what there is where only paths were asked for."""
-    _points(axes, runs, "Training loss", [run.level["train"]["loss"] for run in runs], [0.0] * len(runs))
+    _points(
+        axes, runs, "Training loss", [run.level["train"]["loss"] for run in runs], [0.0] * len(runs)
+    )
     axes.set_xlabel("run")
 
 
@@ -325,7 +387,12 @@ def _between_panel(axes: Axes, runs: Sequence[MeasuredRun]) -> None:
     for number, run in enumerate(runs):
         if run.between is not None:
             curves = run.between.curves
-            axes.plot(curves["positions"], curves["losses"], color=_colour(number), linestyle=_line_style(number))
+            axes.plot(
+                curves["positions"],
+                curves["losses"],
+                color=_colour(number),
+                linestyle=_line_style(number),
+            )
     for end in (0, 1):
         axes.axvline(end, color="#444444", linewidth=0.8, linestyle=":")
     lowest = min(min(run.between.curves["losses"]) for run in runs if run.between is not None)

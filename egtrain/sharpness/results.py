@@ -1,4 +1,6 @@
-"""What was measured, on the disk: a file for each finished metric, and the tables that come out of them."""
+"""What was measured, on the disk: a file for each finished metric, and the tables that come out of
+them.
+"""
 
 import csv
 import hashlib
@@ -21,21 +23,27 @@ FORMAT = 1
 """Version of the stored measurements; those of another one are measured again."""
 NAME = "sharpness"
 LEVEL = "level"
-"""Loss and metric of a checkpoint, on the frozen sample and on the test split; measured before everything else."""
+"""Loss and metric of a checkpoint, on the frozen sample and on the test split; measured before
+everything else."""
 LOSS_TOLERANCE = 0.1
 """Training losses that differ by more, relative to the lowest, are warned of."""
 CAVEATS = (
-    "Read with care: sharpness follows the learning rate more closely than it follows generalisation, so compare runs "
+    "Read with care: sharpness follows the learning rate more closely than it follows "
+    "generalisation, so compare runs "
     "of one learning rate first.",
-    "λ_max, trace, density and ε-sharpness also change when weights are rescaled in a way that leaves the function as "
-    "it is; the adaptive average and worst values do not, nor do the filter-normalised landscapes where a whole layer, "
+    "λ_max, trace, density and ε-sharpness also change when weights are rescaled in a way that "
+    "leaves the function as "
+    "it is; the adaptive average and worst values do not, nor do the filter-normalised "
+    "landscapes where a whole layer, "
     "or a filter before BatchNorm, is rescaled.",
 )
 
 
 @dataclass(frozen=True)
 class Record:
-    """One metric of one checkpoint: `values` are numbers and short lists, `curves` are arrays as nested lists."""
+    """One metric of one checkpoint: `values` are numbers and short lists, `curves` are arrays as
+    nested lists.
+    """
 
     values: dict[str, Any]
     curves: dict[str, Any] = field(default_factory=dict)
@@ -74,7 +82,9 @@ class MeasuredCheckpoint:
 
 @dataclass(frozen=True)
 class MeasuredRun:
-    """One run of the comparison: its checkpoints in the order of their steps, of which the last one is compared."""
+    """One run of the comparison: its checkpoints in the order of their steps, of which the last one
+    is compared.
+    """
 
     label: str
     directory: str
@@ -113,27 +123,32 @@ class Comparison:
         low, high = min(losses, key=losses.__getitem__), max(losses, key=losses.__getitem__)
         if losses[high] > (1 + LOSS_TOLERANCE) * losses[low]:
             found.append(
-                f"the training losses differ by more than {LOSS_TOLERANCE:.0%} ({losses[low]:.4g} of {low}, "
+                f"the training losses differ by more than {LOSS_TOLERANCE:.0%} ({losses[low]:.4g} "
+                f"of {low}, "
                 f"{losses[high]:.4g} of {high}): sharpness is best compared at equal training loss"
             )
         loose = [
             run.label
             for run in self.runs
             if any(
-                "eigenvalues" in checkpoint.records and not all(checkpoint.records["eigenvalues"].values["converged"])
+                "eigenvalues" in checkpoint.records
+                and not all(checkpoint.records["eigenvalues"].values["converged"])
                 for checkpoint in run.checkpoints
             )
         ]
         if loose:
             more = "" if self.settings.get("thorough") else ": use --thorough"
             found.append(
-                f"eigenvalues of {', '.join(loose)} have not converged (their residuals are in {NAME}.json){more}"
+                f"eigenvalues of {', '.join(loose)} have not converged (their residuals are in "
+                f"{NAME}.json){more}"
             )
         return found
 
 
 class RecordStore:
-    """The measurements in a folder, a file each, found by the hash of everything that they are a function of."""
+    """The measurements in a folder, a file each, found by the hash of everything that they are a
+    function of.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -167,8 +182,11 @@ def _plain(key: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def require_comparable(first: tuple[str, Mapping[str, Any]], other: tuple[str, Mapping[str, Any]]) -> None:
-    """Refuse two runs, each (label, properties), that differ in a property by which numbers cannot be compared.
+def require_comparable(
+    first: tuple[str, Mapping[str, Any]], other: tuple[str, Mapping[str, Any]]
+) -> None:
+    """Refuse two runs, each (label, properties), that differ in a property by which numbers cannot
+    be compared.
 
     Raises:
         UsageError: they differ; it names the property and both values.
@@ -176,7 +194,8 @@ def require_comparable(first: tuple[str, Mapping[str, Any]], other: tuple[str, M
     for name, value in first[1].items():
         if other[1].get(name) != value:
             raise UsageError(
-                f"{first[0]} and {other[0]} cannot be compared: their {name} differ ({_shown(value)} and "
+                f"{first[0]} and {other[0]} cannot be compared: their {name} differ "
+                f"({_shown(value)} and "
                 f"{_shown(other[1].get(name))}); plot them apart, with an --output of their own"
             )
 
@@ -203,7 +222,9 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
                         "step": checkpoint.step,
                         "file": checkpoint.file,
                         "sha256": checkpoint.sha256,
-                        "metrics": {name: _without_curves(r) for name, r in checkpoint.records.items()},
+                        "metrics": {
+                            name: _without_curves(r) for name, r in checkpoint.records.items()
+                        },
                     }
                     for checkpoint in run.checkpoints
                 ],
@@ -245,10 +266,15 @@ def _curves(comparison: Comparison) -> Iterator[tuple[str, np.ndarray[Any, Any]]
     """Yield the arrays by name, `run/step/metric/curve`."""
     for run, checkpoint, metric, record in _all_records(comparison):
         for name, curve in record.curves.items():
-            yield f"{run.label}/{checkpoint.step}/{metric}/{name}", np.asarray(curve, dtype=np.float64)
+            yield (
+                f"{run.label}/{checkpoint.step}/{metric}/{name}",
+                np.asarray(curve, dtype=np.float64),
+            )
 
 
-def _all_records(comparison: Comparison) -> Iterator[tuple[MeasuredRun, MeasuredCheckpoint, str, Record]]:
+def _all_records(
+    comparison: Comparison,
+) -> Iterator[tuple[MeasuredRun, MeasuredCheckpoint, str, Record]]:
     for run in comparison.runs:
         for checkpoint in run.checkpoints:
             for metric, record in checkpoint.records.items():
@@ -264,7 +290,9 @@ def _rows(comparison: Comparison) -> Iterator[list[object]]:
 
 
 def quantities(metric: str, record: Record) -> Iterator[tuple[str, object, float, float | str]]:
-    """Yield the numbers of a record: the quantity, where it was taken (number, radius or size), value and error."""
+    """Yield the numbers of a record: the quantity, where it was taken (number, radius or size),
+    value and error.
+    """
     values = record.values
     match metric:
         case "level":
@@ -272,7 +300,9 @@ def quantities(metric: str, record: Record) -> Iterator[tuple[str, object, float
                 for name, value in found.items():
                     yield f"{split}_{name}", "", value, ""
         case "eigenvalues":
-            for number, (value, residual) in enumerate(zip(values["largest"], values["residuals"], strict=False), 1):
+            for number, (value, residual) in enumerate(
+                zip(values["largest"], values["residuals"], strict=False), 1
+            ):
                 yield "largest", number, value, residual
             yield "smallest", "", values["smallest"], ""
         case "trace":
@@ -290,10 +320,14 @@ def quantities(metric: str, record: Record) -> Iterator[tuple[str, object, float
             yield "barrier", "", values["barrier"], ""
 
 
-def write_tensorboard(folder: Path, scalars: Mapping[int, Mapping[str, float]], images: Mapping[str, bytes]) -> None:
-    """Write scalars by step and tag, and PNG images by tag at the last step, as the one event file of a folder.
+def write_tensorboard(
+    folder: Path, scalars: Mapping[int, Mapping[str, float]], images: Mapping[str, bytes]
+) -> None:
+    """Write scalars by step and tag, and PNG images by tag at the last step, as the one event file
+    of a folder.
 
-    The folder is a run of its own for TensorBoard, so that the files of the training stay as they are.
+    The folder is a run of its own for TensorBoard, so that the files of the training stay as they
+    are.
 
     Raises:
         EgtrainError: it could not be written.
@@ -309,13 +343,19 @@ def write_tensorboard(folder: Path, scalars: Mapping[int, Mapping[str, float]], 
         summary = summary_pb2.Summary()
         for tag, value in values.items():
             summary.value.add(tag=tag, simple_value=value)
-        records.write(event_pb2.Event(wall_time=now, step=step, summary=summary).SerializeToString())
+        records.write(
+            event_pb2.Event(wall_time=now, step=step, summary=summary).SerializeToString()
+        )
     for tag, png in images.items():
         # A PNG's width and height stand at bytes 16 to 24.
         width, height = int.from_bytes(png[16:20], "big"), int.from_bytes(png[20:24], "big")
-        image = summary_pb2.Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=png)
+        image = summary_pb2.Summary.Image(
+            height=height, width=width, colorspace=4, encoded_image_string=png
+        )
         summary = summary_pb2.Summary(value=[summary_pb2.Summary.Value(tag=tag, image=image)])
-        records.write(event_pb2.Event(wall_time=now, step=max(scalars), summary=summary).SerializeToString())
+        records.write(
+            event_pb2.Event(wall_time=now, step=max(scalars), summary=summary).SerializeToString()
+        )
     write_atomically(folder / f"events.out.tfevents.0000000000.{NAME}", content.getvalue())
 
 
@@ -338,12 +378,20 @@ def _tag(metric: str, quantity: str, at: object) -> str:
         case "level" | "trace":
             return quantity
         case "eigenvalues":
-            return "lambda_min" if quantity == "smallest" else "lambda_max" if at == 1 else f"lambda_{at}"
+            return (
+                "lambda_min"
+                if quantity == "smallest"
+                else "lambda_max"
+                if at == 1
+                else f"lambda_{at}"
+            )
     return f"{metric}_{at}"
 
 
 def barrier(positions: Sequence[float], losses: Sequence[float]) -> float:
-    """Return how far the loss between two ends, at positions 0 and 1, rises above the straight line between them."""
+    """Return how far the loss between two ends, at positions 0 and 1, rises above the straight line
+    between them.
+    """
     at = dict(zip(positions, losses, strict=True))
     start, end = (at[min(at, key=lambda p: abs(p - goal))] for goal in (0.0, 1.0))
     inside = [loss - ((1 - p) * start + p * end) for p, loss in at.items() if 0 <= p <= 1]

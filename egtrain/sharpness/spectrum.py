@@ -1,6 +1,7 @@
 """Eigenvalues, trace and density of the Hessian from its products with vectors.
 
-The start vectors are the same for all runs with weights of the same number, so runs can be compared with less noise.
+The start vectors are the same for all runs with weights of the same number, so runs can be compared
+with less noise.
 """
 
 import math
@@ -26,7 +27,9 @@ START, RESTART, PROBE = "sharpness start", "sharpness restart", "sharpness probe
 
 @dataclass(frozen=True)
 class Krylov:
-    """A symmetric matrix H on m orthonormal vectors Q: H·Q = Q·T + β_m·q_{m+1}·e_mᵀ with T tridiagonal."""
+    """A symmetric matrix H on m orthonormal vectors Q: H·Q = Q·T + β_m·q_{m+1}·e_mᵀ with T
+    tridiagonal.
+    """
 
     alphas: Tensor
     """The diagonal of T [m], float64."""
@@ -38,13 +41,17 @@ class Krylov:
     """q_{m+1}, from which more steps can go on."""
 
     def ritz(self, steps: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return, for the first steps, the Ritz values (ascending), their residuals and squared first components.
+        """Return, for the first steps, the Ritz values (ascending), their residuals and squared
+        first components.
 
-        The squared first components are the weights of Gauss quadrature for the start vector; they sum to 1.
+        The squared first components are the weights of Gauss quadrature for the start vector; they
+        sum to 1.
         """
         m = len(self.alphas) if steps is None else steps
         below = self.betas[: m - 1]
-        values, vectors = torch.linalg.eigh(torch.diag(self.alphas[:m]) + torch.diag(below, 1) + torch.diag(below, -1))
+        values, vectors = torch.linalg.eigh(
+            torch.diag(self.alphas[:m]) + torch.diag(below, 1) + torch.diag(below, -1)
+        )
         return values, (self.betas[m - 1] * vectors[-1]).abs(), vectors[0].square()
 
 
@@ -58,10 +65,12 @@ def lanczos(
     device: torch.device | str = "cpu",
     krylov: Krylov | None = None,
 ) -> Krylov:
-    """Return the Krylov basis of a symmetric matrix after min(steps, n) steps, with full reorthogonalisation.
+    """Return the Krylov basis of a symmetric matrix after min(steps, n) steps, with full
+    reorthogonalisation.
 
-    Where the basis spans an invariant subspace it goes on with a new vector orthogonal to it, so that repeated
-    eigenvalues and those of other blocks are found too. Each step is one product, whatever happens.
+    Where the basis spans an invariant subspace it goes on with a new vector orthogonal to it, so
+    that repeated eigenvalues and those of other blocks are found too. Each step is one product,
+    whatever happens.
 
     Args:
         product: maps a vector [n] of type `dtype` on `device` to the matrix times it.
@@ -102,7 +111,9 @@ def lanczos(
 
 
 def orthogonal_to(basis: list[Tensor], vector: Tensor) -> Tensor:
-    """Return what is left of a float64 vector without its part in the span of orthonormal vectors."""
+    """Return what is left of a float64 vector without its part in the span of orthonormal
+    vectors.
+    """
     # Once leaves rounding errors of the size of what was taken away; twice is enough.
     for _ in range(2):
         for q in basis:
@@ -118,7 +129,8 @@ class Eigenvalues:
     largest: list[float]
     smallest: float
     residuals: list[float]
-    """‖H·v − λ·v‖ for the unit Ritz vector of each of the largest, but for the rounding of the products."""
+    """‖H·v − λ·v‖ for the unit Ritz vector of each of the largest, but for the rounding of the
+    products."""
     converged: list[bool]
     """Whether each of the largest has a residual of at most 1e-3 of λ_max."""
     smallest_residual: float
@@ -128,7 +140,8 @@ class Eigenvalues:
 
 
 def eigenvalues(loss: FrozenLoss, *, count: int, steps: int, seed: int) -> Eigenvalues:
-    """Return the `count` largest eigenvalues of the Hessian and the smallest, from `steps` products.
+    """Return the `count` largest eigenvalues of the Hessian and the smallest, from `steps`
+    products.
 
     There are fewer where the steps or the weights are fewer than `count`.
     """
@@ -157,20 +170,30 @@ class Trace:
 
 
 def trace(loss: FrozenLoss, *, samples: int, seed: int) -> Trace:
-    """Return the mean of zᵀHz over random signs z (Hutchinson's estimator), from `samples` products."""
+    """Return the mean of zᵀHz over random signs z (Hutchinson's estimator), from `samples`
+    products.
+    """
     values = []
     for number in range(samples):
-        signs = torch.randint(0, 2, (loss.size,), generator=generator_for(seed, PROBE, number)).double() * 2 - 1
+        signs = (
+            torch.randint(0, 2, (loss.size,), generator=generator_for(seed, PROBE, number)).double()
+            * 2
+            - 1
+        )
         probe = loss.pieces(signs)
         values.append(
-            require_finite(float(flattened(probe).double() @ flattened(loss.hessian_product(probe)).double()))
+            require_finite(
+                float(flattened(probe).double() @ flattened(loss.hessian_product(probe)).double())
+            )
         )
     return Trace(*mean_and_standard_error(values), values)
 
 
 @dataclass(frozen=True)
 class Density:
-    """Quadrature of the spectral density: for each random vector, nodes and weights that sum to 1."""
+    """Quadrature of the spectral density: for each random vector, nodes and weights that sum to
+    1.
+    """
 
     nodes: Tensor
     """Ritz values [vectors, steps], float64."""
@@ -178,30 +201,42 @@ class Density:
     """[vectors, steps], float64."""
 
 
-def density(loss: FrozenLoss, *, vectors: int, steps: int, seed: int, krylov: Krylov | None = None) -> Density:
-    """Return the spectral density of the Hessian by stochastic Lanczos quadrature (arXiv 1901.10159).
+def density(
+    loss: FrozenLoss, *, vectors: int, steps: int, seed: int, krylov: Krylov | None = None
+) -> Density:
+    """Return the spectral density of the Hessian by stochastic Lanczos quadrature (arXiv
+    1901.10159).
 
-    There are at most as many steps as weights. `krylov` may be that of `eigenvalues` with the same seed: it is the
-    first vector's, its steps are not repeated, and the result is the same as without it.
+    There are at most as many steps as weights. `krylov` may be that of `eigenvalues` with the same
+    seed: it is the first vector's, its steps are not repeated, and the result is the same as
+    without it.
     """
     steps = min(steps, loss.size)
     quadratures = []
     for number in range(vectors):
-        nodes, _, weights = _krylov(loss, number, steps, seed, krylov if number == 0 else None).ritz(steps)
+        nodes, _, weights = _krylov(
+            loss, number, steps, seed, krylov if number == 0 else None
+        ).ritz(steps)
         quadratures.append((nodes, weights))
     nodes, weights = (torch.stack(parts) for parts in zip(*quadratures, strict=True))
     return Density(nodes, weights)
 
 
 def density_on(density: Density, grid: Tensor, sigma: float) -> Tensor:
-    """Return the mean density over the vectors at the points of a grid [points], smoothed by N(0, σ²); float64."""
+    """Return the mean density over the vectors at the points of a grid [points], smoothed by N(0,
+    σ²); float64.
+    """
     distance = (grid.double()[:, None, None] - density.nodes) / sigma
     bumps = torch.exp(-0.5 * distance.square()) / (sigma * math.sqrt(2 * math.pi))
     return (bumps * density.weights).sum(dim=2).mean(dim=1)
 
 
-def _krylov(loss: FrozenLoss, number: int, steps: int, seed: int, krylov: Krylov | None = None) -> Krylov:
-    """Return the basis that starts from the number-th random vector; it lies on the CPU, in the weights' own type."""
+def _krylov(
+    loss: FrozenLoss, number: int, steps: int, seed: int, krylov: Krylov | None = None
+) -> Krylov:
+    """Return the basis that starts from the number-th random vector; it lies on the CPU, in the
+    weights' own type.
+    """
     return lanczos(
         loss.flat_product,
         gaussian_vector(loss.size, seed, START, number),
@@ -214,7 +249,8 @@ def _krylov(loss: FrozenLoss, number: int, steps: int, seed: int, krylov: Krylov
 
 def _normalised(vector: Tensor, basis: list[Tensor]) -> Tensor:
     """Return the part of a random vector that is orthogonal to the basis, with norm 1."""
-    # Where the basis spans nearly everything, little is left; its rounding errors are taken out once more.
+    # Where the basis spans nearly everything, little is left; its rounding errors are taken out
+    # once more.
     for _ in range(2):
         vector = orthogonal_to(basis, vector)
         vector = vector / torch.linalg.vector_norm(vector)

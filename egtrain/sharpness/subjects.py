@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from egtrain.build import TASKS
 from egtrain.checkpoint import CheckpointStore, read_checkpoint
-from egtrain.config import Config
-from egtrain.config_files import config_file_of, load_config
+from egtrain.config.files import config_file_of, load_config
+from egtrain.config.schema import Config
 from egtrain.errors import DataError, UsageError, did_you_mean
 from egtrain.models.loading import load_weights
 from egtrain.optim.randomness import generator_for
@@ -27,7 +27,9 @@ WHICH = ("last", "best", "all")
 
 @dataclass(frozen=True)
 class Subject:
-    """A run that was asked for; of its checkpoint files, in the order of their steps, the last one is compared."""
+    """A run that was asked for; of its checkpoint files, in the order of their steps, the last one
+    is compared.
+    """
 
     label: str
     directory: Path
@@ -45,19 +47,25 @@ class FrozenSample:
 
 
 def find_subjects(paths: Sequence[Path], labels: Sequence[str], which: str) -> list[Subject]:
-    """Return the runs of a command line, from directories or checkpoint files, without reading any weights.
+    """Return the runs of a command line, from directories or checkpoint files, without reading any
+    weights.
 
     Args:
         paths: run directories, and checkpoint files inside of them.
-        labels: `PATH=TEXT` each; a run without one is labelled by as much of its path as tells it from the others.
+        labels: `PATH=TEXT` each; a run without one is labelled by as much of its path as tells it
+            from the others.
         which: `last`, `best` or `all` checkpoints of each directory.
 
     Raises:
-        UsageError: a path is no run or is named twice, or a label is of no run, or two are the same.
+        UsageError: a path is no run or is named twice, or a label is of no run, or two are the
+            same.
         DataError: a checkpoint is missing.
     """
     if which not in WHICH:
-        raise UsageError(f"--checkpoints must be {', '.join(WHICH)}, not {which!r}{did_you_mean(which, [*WHICH])}")
+        raise UsageError(
+            f"--checkpoints must be {', '.join(WHICH)}, not "
+            f"{which!r}{did_you_mean(which, [*WHICH])}"
+        )
     resolved: dict[Path, Path] = {}
     for path in paths:
         if path.resolve() in resolved:
@@ -68,7 +76,9 @@ def find_subjects(paths: Sequence[Path], labels: Sequence[str], which: str) -> l
     texts = [given.get(path, name) for path, name in zip(paths, own, strict=True)]
     for text in texts:
         if texts.count(text) > 1:
-            raise UsageError(f"two runs have the label {text!r}: give each its own with --label PATH=TEXT")
+            raise UsageError(
+                f"two runs have the label {text!r}: give each its own with --label PATH=TEXT"
+            )
     return [_subject(path, text, which) for path, text in zip(paths, texts, strict=True)]
 
 
@@ -76,11 +86,18 @@ def _given_labels(paths: Sequence[Path], labels: Sequence[str]) -> dict[Path, st
     given: dict[Path, str] = {}
     for label in labels:
         # A path may hold an equals sign itself.
-        ends = [place for place, character in enumerate(label) if character == "=" and Path(label[:place]) in paths]
+        ends = [
+            place
+            for place, character in enumerate(label)
+            if character == "=" and Path(label[:place]) in paths
+        ]
         if not ends:
             name = label.partition("=")[0]
             hint = did_you_mean(name, [str(path) for path in paths])
-            raise UsageError(f"--label {label} is of no run here: write PATH=TEXT with a path as it is named{hint}")
+            raise UsageError(
+                f"--label {label} is of no run here: write PATH=TEXT with a path as it is "
+                f"named{hint}"
+            )
         path, text = Path(label[: ends[-1]]), label[ends[-1] + 1 :].strip()
         if not text:
             raise UsageError(f"--label {label} has no text: write PATH=TEXT")
@@ -92,10 +109,17 @@ def _given_labels(paths: Sequence[Path], labels: Sequence[str]) -> dict[Path, st
 
 def _short_names(paths: Sequence[Path]) -> list[str]:
     """Return the fewest last parts of each path that tell it from the others."""
-    parts = [path.resolve().with_suffix("").parts if path.suffix == ".pt" else path.resolve().parts for path in paths]
+    parts = [
+        path.resolve().with_suffix("").parts if path.suffix == ".pt" else path.resolve().parts
+        for path in paths
+    ]
     names = []
     for own in parts:
-        length = next(n for n in range(1, len(own) + 1) if sum(p[-n:] == own[-n:] for p in parts) == 1 or n == len(own))
+        length = next(
+            n
+            for n in range(1, len(own) + 1)
+            if sum(p[-n:] == own[-n:] for p in parts) == 1 or n == len(own)
+        )
         names.append("/".join(own[-length:]))
     return names
 
@@ -105,14 +129,17 @@ def _subject(path: Path, label: str, which: str) -> Subject:
         directory = path.resolve().parent.parent
         if not (directory / "config.yaml").is_file():
             raise UsageError(
-                f"{path} is a checkpoint without its run: leave it in the checkpoints folder of the run's directory, "
+                f"{path} is a checkpoint without its run: leave it in the checkpoints folder of "
+                "the run's directory, "
                 "which holds config.yaml"
             )
         return Subject(label, directory, (path,), load_config(config_file_of(directory)))
     if path.suffix == ".pt" and not path.exists():
         raise DataError(f"there is no checkpoint file {path}")
     config = load_config(config_file_of(path))
-    store = CheckpointStore(path / "checkpoints", higher_is_better=TASKS[config.task.name].higher_is_better)
+    store = CheckpointStore(
+        path / "checkpoints", higher_is_better=TASKS[config.task.name].higher_is_better
+    )
     # Loaded to know the newest or best one that is intact.
     step, _ = store.load("best" if which == "best" else "last")
     steps = [s for s in store.steps() if s < step] if which == "all" else []
@@ -122,7 +149,8 @@ def _subject(path: Path, label: str, which: str) -> Subject:
 def load_subjects(
     subjects: Sequence[Subject], samples: int, data_dir: Path | None, offline: bool, device: str
 ) -> tuple[list[nn.Module], Task, FrozenSample, list[str]]:
-    """Return each run's model at its compared checkpoint, one task and frozen sample for all, and their precisions.
+    """Return each run's model at its compared checkpoint, one task and frozen sample for all, and
+    their precisions.
 
     Raises:
         UsageError: the runs cannot be compared, or there are fewer samples than asked for.
@@ -133,7 +161,8 @@ def load_subjects(
     first: tuple[Task, FrozenSample, Mapping[str, Any]] | None = None
     for subject in subjects:
         require_comparable(
-            (subjects[0].label, _asked_for(subjects[0].config)), (subject.label, _asked_for(subject.config))
+            (subjects[0].label, _asked_for(subjects[0].config)),
+            (subject.label, _asked_for(subject.config)),
         )
     for subject in subjects:
         run = load_run(
@@ -144,7 +173,10 @@ def load_subjects(
             device=device,
         )
         sample = frozen_sample(run.task, samples, subject.label)
-        properties = {"training data": sample.description["data_sha256"], "metrics": run.task.metric}
+        properties = {
+            "training data": sample.description["data_sha256"],
+            "metrics": run.task.metric,
+        }
         if first is None:
             first = run.task, sample, properties
         require_comparable((subjects[0].label, first[2]), (subject.label, properties))
@@ -173,7 +205,10 @@ def frozen_sample(task: Task, samples: int, label: str) -> FrozenSample:
         UsageError: there are fewer.
     """
     if samples > task.samples:
-        raise UsageError(f"--samples {samples} is more than the {task.samples} training samples of {label}: lower it")
+        raise UsageError(
+            f"--samples {samples} is more than the {task.samples} training samples of {label}: "
+            "lower it"
+        )
     order = torch.randperm(task.samples, generator=generator_for(SAMPLE_SEED, "sharpness"))
     indices = order[:samples].sort().values
     batches = task.frozen_batches(indices)

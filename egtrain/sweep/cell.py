@@ -13,7 +13,13 @@ from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-PRELOADED = ["egtrain.sweep.detached", "egtrain.cli", "egtrain.session", "egtrain.saved_run", "torch._dynamo"]
+PRELOADED = [
+    "egtrain.sweep.detached",
+    "egtrain.cli",
+    "egtrain.session",
+    "egtrain.saved_run",
+    "torch._dynamo",
+]
 """What every cell imports; it would take longer than a small cell trains."""
 
 
@@ -46,7 +52,9 @@ def started_egtrain(arguments: Sequence[str], gpu: str | None, log: Path) -> Bas
     return process
 
 
-def _run(arguments: list[str], gpu: str | None, log: str, folder: str, environment: dict[str, str]) -> None:
+def _run(
+    arguments: list[str], gpu: str | None, log: str, folder: str, environment: dict[str, str]
+) -> None:
     os.setsid()  # the terminal's Ctrl-C reaches it through the sweep only, once
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     for stream in (1, 2):
@@ -58,7 +66,9 @@ def _run(arguments: list[str], gpu: str | None, log: str, folder: str, environme
     os.environ.update(environment if gpu is None else {**environment, "CUDA_VISIBLE_DEVICES": gpu})
     threading.Thread(target=_stop_with_the_sweep, daemon=True).start()
     sys.argv = ["egtrain", *arguments]
-    sys.modules.pop("egtrain.__main__", None)  # from the sweep's own start; runpy would warn in every log
+    sys.modules.pop(
+        "egtrain.__main__", None
+    )  # from the sweep's own start; runpy would warn in every log
     runpy.run_module("egtrain", run_name="__main__", alter_sys=True)
 
 

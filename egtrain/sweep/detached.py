@@ -1,4 +1,6 @@
-"""Puts the process that imports it into a session of its own: a signal to the sweep's group must not end the server."""
+"""Puts the process that imports it into a session of its own: a signal to the sweep's group must
+not end the server.
+"""
 
 import os
 from contextlib import suppress

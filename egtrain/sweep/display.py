@@ -1,4 +1,6 @@
-"""What a sweep shows while it runs: a table of the running cells on a terminal, a line a cell everywhere else."""
+"""What a sweep shows while it runs: a table of the running cells on a terminal, a line a cell
+everywhere else.
+"""
 
 import json
 import os
@@ -39,7 +41,11 @@ class _Watched:
                 continue
             self.step = line["step"]
             value = line.get(metric)
-            self.shown = f"{line['split']} {metric} {metric_text(metric, value)}" if value is not None else ""
+            self.shown = (
+                f"{line['split']} {metric} {metric_text(metric, value)}"
+                if value is not None
+                else ""
+            )
             break
         if self.first is None and self.step:
             self.first = self.step, time.monotonic()
@@ -48,11 +54,17 @@ class _Watched:
         """Return the time that its remaining steps will take."""
         if self.first is None or self.step <= self.first[0]:
             return None
-        return (time.monotonic() - self.first[1]) / (self.step - self.first[0]) * (self.cell.steps - self.step)
+        return (
+            (time.monotonic() - self.first[1])
+            / (self.step - self.first[0])
+            * (self.cell.steps - self.step)
+        )
 
 
 class Display:
-    """Shows how far a sweep is; a context manager, which gives the terminal back however the sweep ends."""
+    """Shows how far a sweep is; a context manager, which gives the terminal back however the sweep
+    ends.
+    """
 
     def __init__(self, plan: Plan, stream: TextIO) -> None:
         self._plan = plan
@@ -62,11 +74,14 @@ class Display:
         self._running: list[_Watched] = []
         self._ended = 0
         self._done_before = self._done = 0.0
-        """Gradient evaluations: what was there before (of a cell that goes on, a part), and of all ended cells."""
+        """Gradient evaluations: what was there before (of a cell that goes on, a part), and of all
+        ended cells."""
         self._started = self._looked = time.monotonic()
         self._live: Live | None = None
         if can_redraw(self._console):
-            self._live = Live(console=self._console, auto_refresh=False, transient=True, vertical_overflow="crop")
+            self._live = Live(
+                console=self._console, auto_refresh=False, transient=True, vertical_overflow="crop"
+            )
 
     def __enter__(self) -> Self:
         if self._live is not None:
@@ -74,7 +89,10 @@ class Display:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         if self._live is not None:
             self._live.stop()
@@ -104,7 +122,9 @@ class Display:
             self._ended += 1
             self._done += cell.gradient_evaluations
             number = f"{self._ended}/{len(self._plan.cells)}  "
-        outcome = watched.shown if status == "done" else "interrupted" if status == "waiting" else status
+        outcome = (
+            watched.shown if status == "done" else "interrupted" if status == "waiting" else status
+        )
         self.refresh(now=True)
         left = self.seconds_left()
         parts = [f"{number}{cell.name}: {outcome}", f"{time.monotonic() - watched.started:.0f} s"]
@@ -112,8 +132,12 @@ class Display:
         self.message("  ".join(parts))
 
     def refresh(self, now: bool = False) -> None:
-        """Look at the running cells and show them; on a terminal only, and twice a second at most."""
-        if self._live is None or not (now or time.monotonic() - self._looked > SECONDS_BETWEEN_LOOKS):
+        """Look at the running cells and show them; on a terminal only, and twice a second at
+        most.
+        """
+        if self._live is None or not (
+            now or time.monotonic() - self._looked > SECONDS_BETWEEN_LOOKS
+        ):
             return
         self._looked = time.monotonic()
         for watched in self._running:
@@ -125,8 +149,12 @@ class Display:
         self._console.print(Text(text), soft_wrap=True)
 
     def seconds_left(self) -> float | None:
-        """Return the time that the rest of the sweep will take at the pace so far; None before there is one."""
-        part = sum(one.cell.gradient_evaluations * one.step / one.cell.steps for one in self._running)
+        """Return the time that the rest of the sweep will take at the pace so far; None before
+        there is one.
+        """
+        part = sum(
+            one.cell.gradient_evaluations * one.step / one.cell.steps for one in self._running
+        )
         whole = sum(cell.gradient_evaluations for cell in self._plan.cells)
         pace = (self._done + part - self._done_before) / max(time.monotonic() - self._started, 1e-9)
         return (whole - self._done - part) / pace if pace > 0 else None
@@ -140,11 +168,18 @@ class Display:
         for one in self._running:
             left = one.seconds_left()
             bar = ProgressBar(total=max(one.cell.steps, 1), completed=one.step)
-            table.add_row(one.cell.name, bar, one.shown, "" if left is None else f"{duration(left)} left")
+            table.add_row(
+                one.cell.name, bar, one.shown, "" if left is None else f"{duration(left)} left"
+            )
         left = self.seconds_left()
         bar = ProgressBar(total=len(self._plan.cells), completed=self._ended)
         count = f"{self._ended} of {len(self._plan.cells)} cells"
-        table.add_row(Text("sweep", style="bold"), bar, count, "" if left is None else f"{duration(left)} left")
+        table.add_row(
+            Text("sweep", style="bold"),
+            bar,
+            count,
+            "" if left is None else f"{duration(left)} left",
+        )
         return Group(table)
 
 

@@ -1,4 +1,6 @@
-"""Running the cells of a sweep, some at a time, each in a process of its own; what is finished is never repeated."""
+"""Running the cells of a sweep, some at a time, each in a process of its own; what is finished is
+never repeated.
+"""
 
 import json
 import os
@@ -15,8 +17,8 @@ from types import FrameType
 from typing import Any
 
 from egtrain.checkpoint import LOCK, RunLock, write_atomically
-from egtrain.config import differences
-from egtrain.config_files import load_config
+from egtrain.config.files import load_config
+from egtrain.config.schema import differences
 from egtrain.errors import DivergedError, EgtrainError, InterruptedRun, UsageError
 from egtrain.launch import require_cuda
 from egtrain.sweep.cell import started_egtrain
@@ -58,7 +60,8 @@ class Folder:
         return self.path / "failures" / f"{cell.name}.json"
 
     def claim(self, plan: Plan) -> None:
-        """Make this the folder of the plan's sweep, or one with more or fewer cells of the same kind.
+        """Make this the folder of the plan's sweep, or one with more or fewer cells of the same
+        kind.
 
         Raises:
             UsageError: it is another sweep's, or a run.
@@ -70,7 +73,10 @@ class Folder:
                 before = json.loads(file.read_text(encoding="utf-8"))
                 _refuse_changes(before["identity"], plan.identity, self.path)
                 for part in ("presets", "lr_scaling", "precision", "cells"):
-                    record["identity"][part] = {**before["identity"][part], **record["identity"][part]}
+                    record["identity"][part] = {
+                        **before["identity"][part],
+                        **record["identity"][part],
+                    }
                 record["commands"] = {**before["commands"], **record["commands"]}
             except (ValueError, KeyError, TypeError):
                 raise UsageError(f"{file} is damaged: choose another --output") from None
@@ -93,7 +99,9 @@ class Folder:
                 raise UsageError(f"{run} holds another run ({'; '.join(other)}): move it away")
             if (run / "summary.json").exists():
                 final = json.loads((run / "summary.json").read_text(encoding="utf-8"))["final"]
-                finite = all(value is not None for metrics in final.values() for value in metrics.values())
+                finite = all(
+                    value is not None for metrics in final.values() for value in metrics.values()
+                )
                 return Status.done if finite else Status.diverged
         if self.failure(cell).exists():
             return Status(self.read_failure(cell)["status"])
@@ -112,7 +120,11 @@ class Folder:
         if exit_code == InterruptedRun.exit_code:
             return Status.waiting
         status = Status.diverged if exit_code == DivergedError.exit_code else Status.failed
-        record = {"status": status, "exit_code": exit_code, "message": last_words(self.log(cell), exit_code)}
+        record = {
+            "status": status,
+            "exit_code": exit_code,
+            "message": last_words(self.log(cell), exit_code),
+        }
         write_atomically(self.failure(cell), f"{json.dumps(record, indent=1)}\n".encode())
         return status
 
@@ -122,7 +134,11 @@ def last_words(log: Path, exit_code: int) -> str:
     if exit_code < 0:
         return f"killed by {signal.Signals(-exit_code).name}"
     with suppress(OSError):
-        said = [line for line in log.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
+        said = [
+            line
+            for line in log.read_text(encoding="utf-8", errors="replace").split("\n")
+            if line.strip()
+        ]
         if said:
             return said[-1].strip().removeprefix("egtrain: ")
     return f"exit code {exit_code}"
@@ -132,24 +148,31 @@ def _refuse_changes(before: dict[str, Any], after: dict[str, Any], path: Path) -
     """Raise UsageError where what two sweeps have in common is not the same in both."""
     lines = changed(_common(before, after), _common(after, before))
     if any(line.startswith("cells ") for line in lines):
-        lines = [line for line in lines if not line.startswith("cells ")] or ["the configurations of its cells"]
+        lines = [line for line in lines if not line.startswith("cells ")] or [
+            "the configurations of its cells"
+        ]
     if lines:
         more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
         raise UsageError(
-            f"{path} holds another sweep ({'; '.join(lines[:3])}{more}): undo the change, or choose another --output"
+            f"{path} holds another sweep ({'; '.join(lines[:3])}{more}): undo the change, or "
+            "choose another --output"
         )
 
 
 def _common(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """Return an identity without the presets and cells that another one has not."""
     return {
-        part: {name: v for name, v in value.items() if name in other[part]} if isinstance(value, dict) else value
+        part: {name: v for name, v in value.items() if name in other[part]}
+        if isinstance(value, dict)
+        else value
         for part, value in one.items()
     }
 
 
 class StopRequest:
-    """Notes SIGTERM and Ctrl-C in a `with` block; a second one, later than two seconds, is an order to end at once."""
+    """Notes SIGTERM and Ctrl-C in a `with` block; a second one, later than two seconds, is an order
+    to end at once.
+    """
 
     def __init__(self) -> None:
         self._first: float | None = None
@@ -192,16 +215,25 @@ def start_cell(cell: Cell, folder: Folder, gpu: str | None) -> BaseProcess:
     return started_egtrain(arguments, gpu, folder.log(cell))
 
 
-def run_cells(plan: Plan, folder: Folder, *, jobs: int, gpus: Sequence[str], retry: bool, display: Display) -> None:
+def run_cells(
+    plan: Plan, folder: Folder, *, jobs: int, gpus: Sequence[str], retry: bool, display: Display
+) -> None:
     """Run all cells that are not finished, `jobs` at a time; failed ones too with `retry`.
 
     Raises:
-        UsageError: another run is in a cell's place, or there is no GPU for what is left; nothing has been started.
+        UsageError: another run is in a cell's place, or there is no GPU for what is left; nothing
+            has been started.
         InterruptedRun: a signal came; what was running has saved, and the next call goes on.
     """
     statuses = {cell.name: folder.status(cell) for cell in plan.cells}
-    again = [cell for cell in plan.cells if retry and statuses[cell.name] in (Status.failed, Status.diverged)]
-    waiting = deque(cell for cell in plan.cells if statuses[cell.name] is Status.waiting or cell in again)
+    again = [
+        cell
+        for cell in plan.cells
+        if retry and statuses[cell.name] in (Status.failed, Status.diverged)
+    ]
+    waiting = deque(
+        cell for cell in plan.cells if statuses[cell.name] is Status.waiting or cell in again
+    )
     if waiting and plan.cells[0].config.device == "cuda":
         require_cuda()
     for cell in again:
@@ -248,11 +280,14 @@ def run_cells(plan: Plan, folder: Folder, *, jobs: int, gpus: Sequence[str], ret
     left = sum(status is Status.waiting for status in statuses.values())
     if left:
         over = len(statuses) - left
-        raise InterruptedRun(f"interrupted with {over} of {len(statuses)} cells finished: the same command goes on")
+        raise InterruptedRun(
+            f"interrupted with {over} of {len(statuses)} cells finished: the same command goes on"
+        )
 
 
 def devices_for(plan: Plan, jobs: str) -> tuple[int, list[str]]:
-    """Return how many cells run at a time for `--jobs`, a number or `auto`, and the GPUs that they take in turn.
+    """Return how many cells run at a time for `--jobs`, a number or `auto`, and the GPUs that they
+    take in turn.
 
     Raises:
         UsageError: `jobs` is neither.
@@ -266,7 +301,9 @@ def devices_for(plan: Plan, jobs: str) -> tuple[int, list[str]]:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         import torch
 
-        gpus = [g for g in visible.split(",") if g] or [str(gpu) for gpu in range(torch.cuda.device_count())]
+        gpus = [g for g in visible.split(",") if g] or [
+            str(gpu) for gpu in range(torch.cuda.device_count())
+        ]
     threads = max(cell.config.threads or 1 for cell in plan.cells)
     most = len(gpus) or max(1, cores() // threads)
     return min(most if jobs == "auto" else int(jobs), len(plan.cells)), gpus
@@ -276,8 +313,11 @@ def require_success(plan: Plan, folder: Folder) -> None:
     """Raise EgtrainError where cells have failed."""
     failed = [cell for cell in plan.cells if folder.status(cell) is not Status.done]
     if failed:
-        names = ", ".join(cell.name for cell in failed[:3]) + (" and others" if len(failed) > 3 else "")
+        names = ", ".join(cell.name for cell in failed[:3]) + (
+            " and others" if len(failed) > 3 else ""
+        )
         raise EgtrainError(
-            f"{len(failed)} of {len(plan.cells)} cells failed ({names}): see {folder.path / 'logs'}; "
+            f"{len(failed)} of {len(plan.cells)} cells failed ({names}): see "
+            f"{folder.path / 'logs'}; "
             "--retry runs them again"
         )

@@ -1,7 +1,8 @@
-"""The picture of a sweep: the final metric, steps and samples to a target over the batch size, and learning curves.
+"""The picture of a sweep: the final metric, steps and samples to a target over the batch size, and
+learning curves.
 
-Steps and samples to a target are the curves of Shallue et al. 2018 (arXiv 1811.03600), the noise scale is that of
-McCandlish et al. 2018 (arXiv 1812.06162).
+Steps and samples to a target are the curves of Shallue et al. 2018 (arXiv 1811.03600), the noise
+scale is that of McCandlish et al. 2018 (arXiv 1812.06162).
 """
 
 import math
@@ -24,7 +25,8 @@ from egtrain.sweep.text import short_count, target_text
 SPREAD = 1.015
 """Presets stand a little apart on the axis of batch sizes, so that their error bars can be told."""
 MANY_CURVES = 12
-"""With more learning curves than these only those of the smallest and the largest batch are drawn."""
+"""With more learning curves than these only those of the smallest and the largest batch are
+drawn."""
 FAR = 4.0
 """A noise scale further than this factor outside of the batch sizes is said in words."""
 
@@ -35,7 +37,9 @@ def draw(results: Results, path: Path) -> None:
     Raises:
         EgtrainError: the files could not be written.
     """
-    with_target = results.target is not None and any(row.steps_to_target is not None for row in results.rows)
+    with_target = results.target is not None and any(
+        row.steps_to_target is not None for row in results.rows
+    )
     figure, axes = new_figure(2 if with_target else 1, 2, width=4.2, height=3.2)
     final, curves = (axes[0], axes[3]) if with_target else axes
     with mpl.rc_context(STYLE):
@@ -43,7 +47,9 @@ def draw(results: Results, path: Path) -> None:
         _draw_curves(curves, results)
         if with_target:
             _draw_to_target(axes[1], results, "steps", lambda row: row.steps_to_target)
-            twice = any((results.gradients_per_sample(preset) or 1) > 1 for preset in results.plan.presets)
+            twice = any(
+                (results.gradients_per_sample(preset) or 1) > 1 for preset in results.plan.presets
+            )
             what = "gradient evaluations" if twice else "samples"
             _draw_to_target(axes[2], results, what, lambda row: row.gradient_evaluations_to_target)
         _add_legend(figure, results)
@@ -106,7 +112,9 @@ def _draw_noise_scale(axes: Axes, results: Results) -> None:
     axes.axvspan(low, high, color="0.88", linewidth=0, zorder=0)
     axes.axvline(middle, color="0.6", linewidth=0.9, linestyle=(0, (2, 2)), zorder=0.5)
     left, right = axes.get_xlim()
-    axes.set_xlim(min(left, max(low, smallest / FAR) / 1.15), max(right, min(high, largest * FAR) * 1.15))
+    axes.set_xlim(
+        min(left, max(low, smallest / FAR) / 1.15), max(right, min(high, largest * FAR) * 1.15)
+    )
     on_the_left = middle > math.sqrt(smallest * largest)
     axes.annotate(
         "noise scale",
@@ -119,13 +127,17 @@ def _draw_noise_scale(axes: Axes, results: Results) -> None:
     )
 
 
-def _draw_to_target(axes: Axes, results: Results, what: str, value: Callable[[Row], float | None]) -> None:
+def _draw_to_target(
+    axes: Axes, results: Results, what: str, value: Callable[[Row], float | None]
+) -> None:
     plan = results.plan
     _prepare_batch_axis(axes, plan.batch_sizes)
     axes.set_yscale("log")
     points: list[tuple[int, float]] = []
     for number, preset in enumerate(plan.presets):
-        known = [(row.batch_size, y) for row in results.rows_of(preset) if (y := value(row)) is not None]
+        known = [
+            (row.batch_size, y) for row in results.rows_of(preset) if (y := value(row)) is not None
+        ]
         points += known
         x = [_shifted(batch_size, number, len(plan.presets)) for batch_size, _ in known]
         axes.plot(x, [y for _, y in known], **_look(number))
@@ -141,7 +153,12 @@ def _draw_to_target(axes: Axes, results: Results, what: str, value: Callable[[Ro
             linestyle=(0, (1, 1.5)),
             zorder=1,
         )
-        axes.legend([line], ["perfect scaling"], loc="lower left" if what == "steps" else "upper left", fontsize=7.5)
+        axes.legend(
+            [line],
+            ["perfect scaling"],
+            loc="lower left" if what == "steps" else "upper left",
+            fontsize=7.5,
+        )
     target = "–" if results.target is None else target_text(plan.metric, results.target)
     axes.set_ylabel(what)
     axes.set_title(f"{what.capitalize()} to {target} {results.curve_split} {plan.metric}")
@@ -153,7 +170,9 @@ def _draw_curves(axes: Axes, results: Results) -> None:
     batch_sizes = _curve_batch_sizes(results)
     for number, preset in enumerate(plan.presets):
         for place, batch_size in enumerate(batch_sizes):
-            cells = [result for result in results.selected_cells(preset, batch_size) if result.curve]
+            cells = [
+                result for result in results.selected_cells(preset, batch_size) if result.curve
+            ]
             if not cells:
                 continue
             epochs, means, deviations = _mean_curve(cells)
@@ -173,17 +192,25 @@ def _draw_curves(axes: Axes, results: Results) -> None:
 def _curve_batch_sizes(results: Results) -> tuple[int, ...]:
     """Return the batch sizes of which learning curves are drawn."""
     plan = results.plan
-    if len(plan.presets) * len(plan.batch_sizes) <= MANY_CURVES and len(plan.batch_sizes) <= len(LINES):
+    if len(plan.presets) * len(plan.batch_sizes) <= MANY_CURVES and len(plan.batch_sizes) <= len(
+        LINES
+    ):
         return plan.batch_sizes
     return plan.batch_sizes[0], plan.batch_sizes[-1]
 
 
 def _mean_curve(cells: Sequence[CellResult]) -> tuple[list[float], list[float], list[float] | None]:
-    """Return epochs, mean and standard deviation over the seeds at the steps that all of them have."""
+    """Return epochs, mean and standard deviation over the seeds at the steps that all of them
+    have.
+    """
     curves = [dict(result.curve) for result in cells]
     steps = sorted(set.intersection(*(set(curve) for curve in curves)))
     means = [statistics.fmean(curve[step] for curve in curves) for step in steps]
-    deviations = [statistics.stdev(curve[step] for curve in curves) for step in steps] if len(curves) > 1 else None
+    deviations = (
+        [statistics.stdev(curve[step] for curve in curves) for step in steps]
+        if len(curves) > 1
+        else None
+    )
     return [step / cells[0].cell.steps_per_epoch for step in steps], means, deviations
 
 
@@ -208,7 +235,13 @@ def _format_counts(axes: Axes, values: Sequence[float]) -> None:
     margin = max(1.15, (high / low) ** 0.12, 1.6 / (high / low) ** 0.5)
     axes.set_ylim(low / margin, high * margin)
     wide = high / low * margin**2
-    subs = (1.0,) if wide > 1000 else (1.0, 2.0, 5.0) if wide > 10 else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
+    subs = (
+        (1.0,)
+        if wide > 1000
+        else (1.0, 2.0, 5.0)
+        if wide > 10
+        else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
+    )
     axes.yaxis.set_major_locator(LogLocator(base=10, subs=subs))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
     axes.yaxis.set_minor_formatter(NullFormatter())
@@ -225,7 +258,9 @@ def _add_legend(figure: Figure, results: Results) -> None:
     figure.legend(handles, labels, loc="outside upper center", ncols=min(columns, len(labels)))
     batch_sizes = _curve_batch_sizes(results)
     if len(results.plan.batch_sizes) > 1:
-        lines = [Line2D([], [], color="0.3", **_curve_look(place)) for place, _ in enumerate(batch_sizes)]
+        lines = [
+            Line2D([], [], color="0.3", **_curve_look(place)) for place, _ in enumerate(batch_sizes)
+        ]
         figure.legend(
             lines,
             [f"{batch_size}" for batch_size in batch_sizes],

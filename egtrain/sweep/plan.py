@@ -1,6 +1,8 @@
-"""What a sweep runs: a cell for each preset, batch size, seed and grid point, and the one rule that scales them.
+"""What a sweep runs: a cell for each preset, batch size, seed and grid point, and the one rule that
+scales them.
 
-Nothing here imports torch before the data are looked at, so that a wrong option is reported at once.
+Nothing here imports torch before the data are looked at, so that a wrong option is reported at
+once.
 """
 
 import hashlib
@@ -12,16 +14,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from egtrain.config import Config, config_to_yaml, flat_settings
-from egtrain.config_files import load_config
+from egtrain.config.files import load_config
+from egtrain.config.schema import Config, config_to_yaml, flat_settings
+from egtrain.config.yaml_text import write_value
 from egtrain.errors import UsageError
 from egtrain.sweep.request import Preset, Request, grown, length_key
-from egtrain.yaml_reader import write_value
 
 FORMAT = 1
 """Version of sweep.json and results.json."""
 EVALUATIONS = 20
-"""At least so many evaluations a run, where its epochs allow it: curves and steps to a target are read off them."""
+"""At least so many evaluations a run, where its epochs allow it: curves and steps to a target are
+read off them."""
 UNEQUAL = 0.01
 """Runs whose samples differ by less than this share of them count as equally long."""
 
@@ -70,7 +73,9 @@ class Cell:
     def gradients_until(self, step: int) -> int:
         """Return the per-sample gradients of so many updates."""
         second = self.second_gradients
-        return (step + len(range(second.start, min(second.stop, step), second.step))) * self.batch_size
+        return (
+            step + len(range(second.start, min(second.stop, step), second.step))
+        ) * self.batch_size
 
     def arguments(self, directory: Path) -> list[str]:
         """Return what follows `egtrain` on the command line that makes the run in a directory."""
@@ -110,7 +115,8 @@ class Plan:
     notes: tuple[str, ...]
     """What a reader of the results has to know."""
     identity: dict[str, Any] = field(repr=False)
-    """What makes it this sweep and no other, however many batch sizes, seeds and grid points it has."""
+    """What makes it this sweep and no other, however many batch sizes, seeds and grid points it
+    has."""
 
     @property
     def presets(self) -> tuple[str, ...]:
@@ -124,11 +130,21 @@ class Plan:
 
     def as_json(self, directory: Path) -> dict[str, Any]:
         """Return what sweep.json holds: the identity, and each cell's command."""
-        commands = {cell.name: shlex.join(["egtrain", *cell.arguments(directory / cell.name)]) for cell in self.cells}
-        return {"format": FORMAT, "rule": self.rule, "identity": self.identity, "commands": commands}
+        commands = {
+            cell.name: shlex.join(["egtrain", *cell.arguments(directory / cell.name)])
+            for cell in self.cells
+        }
+        return {
+            "format": FORMAT,
+            "rule": self.rule,
+            "identity": self.identity,
+            "commands": commands,
+        }
 
     @classmethod
-    def made(cls, request: Request, presets: Sequence[Preset], facts_of: Callable[[Config], Facts]) -> Self:
+    def made(
+        cls, request: Request, presets: Sequence[Preset], facts_of: Callable[[Config], Facts]
+    ) -> Self:
         """Return the plan of a request; see `checked_presets` and `facts_from_data`.
 
         Raises:
@@ -138,7 +154,9 @@ class Plan:
         shared = presets[0].config
         validation = request.validation
         if validation is None and request.has_grid and not shared.has_validation:
-            smallest = shared.model_copy(update=grown(request.grow, presets[0], min(request.batch_sizes)))
+            smallest = shared.model_copy(
+                update=grown(request.grow, presets[0], min(request.batch_sizes))
+            )
             validation = max(1, facts_of(smallest).samples // 10)
         equal_steps = any(preset.config.steps is not None for preset in presets)
         cells = [
@@ -171,7 +189,9 @@ class Plan:
 
 
 def facts_from_data(offline: bool = False) -> Callable[[Config], Facts]:
-    """Return a function that loads the data of a configuration, once, and says what they make of it; it needs torch."""
+    """Return a function that loads the data of a configuration, once, and says what they make of
+    it; it needs torch.
+    """
     import torch
 
     from egtrain.build import build_direction, build_plan, build_task, load_data
@@ -190,7 +210,8 @@ def facts_from_data(offline: bool = False) -> Callable[[Config], Facts]:
         falls = min(plan.milestones, default=plan.steps)
         if plan.warmup_steps >= max(falls, 1):
             raise UsageError(
-                f"at batch size {config.batch_size}, the warm-up takes {plan.warmup_steps} steps of {plan.steps}, and "
+                f"at batch size {config.batch_size}, the warm-up takes {plan.warmup_steps} steps "
+                f"of {plan.steps}, and "
                 f"the learning rate {'ends' if falls == plan.steps else 'falls'} at {falls}: lower "
                 "schedule.warmup_epochs with --set"
             )
@@ -242,7 +263,9 @@ def _cell(
     if preset.length and length_factor != 1:
         own = getattr(base.extrapolation, preset.length)
         workers = values.get("workers", base.workers)
-        values[f"extrapolation.{preset.length}"] = length_factor * (1 / workers if own == "1/K" else own)
+        values[f"extrapolation.{preset.length}"] = length_factor * (
+            1 / workers if own == "1/K" else own
+        )
     if validation is not None:
         values["data.validation"] = validation
     if base.precision == "auto" and request.native_precision is not None:
@@ -304,33 +327,46 @@ def _rule(request: Request, presets: Sequence[Preset], equal_steps: bool) -> str
         if request.grow == "workers"
         else "B = K·b grows by a worker's batch b, and the number of workers K stays"
     )
-    words = {"linear": "in proportion to B", "sqrt": "with the square root of B", "none": "not at all"}
+    words = {
+        "linear": "in proportion to B",
+        "sqrt": "with the square root of B",
+        "none": "not at all",
+    }
     rates = "; ".join(
         f"{', '.join(p.name for p in presets if p.scaling == scaling)}: {word}"
         for scaling, word in words.items()
         if any(p.scaling == scaling for p in presets)
     )
-    bases = ", ".join(dict.fromkeys(f"{p.config.optimizer.lr:g} at {p.base_batch_size}" for p in presets))
+    bases = ", ".join(
+        dict.fromkeys(f"{p.config.optimizer.lr:g} at {p.base_batch_size}" for p in presets)
+    )
     return (
-        f"{growth}. The learning rate grows from {bases} ({rates}). Warm-up takes the same number of "
-        f"{'steps' if equal_steps else 'epochs'} and starts from the same rate at every B, or from the peak where "
+        f"{growth}. The learning rate grows from {bases} ({rates}). Warm-up takes the same number "
+        "of "
+        f"{'steps' if equal_steps else 'epochs'} and starts from the same rate at every B, or "
+        "from the peak where "
         "that is lower. Of an extrapolation, a "
-        "ratio is one of the learning rate, and 1/K falls as K grows; a rate, size or radius stays. A factor of the "
+        "ratio is one of the learning rate, and 1/K falls as K grows; a rate, size or radius "
+        "stays. A factor of the "
         "grid multiplies the learning rate and the start of its warm-up alike."
     )
 
 
-def _notes(cells: Sequence[Cell], facts: Facts, has_grid: bool, equal_steps: bool) -> tuple[str, ...]:
+def _notes(
+    cells: Sequence[Cell], facts: Facts, has_grid: bool, equal_steps: bool
+) -> tuple[str, ...]:
     notes = []
     held_out = cells[0].config.data.validation
     if held_out:
         notes.append(
-            f"{held_out:,} samples of the training data are held out for validation; the runs train on "
+            f"{held_out:,} samples of the training data are held out for validation; the runs "
+            "train on "
             f"{facts.samples:,}, also those that the table quotes."
         )
     if has_grid:
         notes.append(
-            "Of each grid the point with the best mean validation result over all seeds is selected, for each preset "
+            "Of each grid the point with the best mean validation result over all seeds is "
+            "selected, for each preset "
             "and batch size; quoted is the test result of those same runs."
         )
     left_out = {
@@ -339,18 +375,24 @@ def _notes(cells: Sequence[Cell], facts: Facts, has_grid: bool, equal_steps: boo
         if facts.samples - cell.steps_per_epoch * cell.batch_size >= UNEQUAL * facts.samples
     }
     if left_out and not equal_steps:
-        at = ", ".join(f"{left:,} at {batch_size:,}" for batch_size, left in sorted(left_out.items()))
+        at = ", ".join(
+            f"{left:,} at {batch_size:,}" for batch_size, left in sorted(left_out.items())
+        )
         notes.append(
-            f"What does not fill a batch is left out of an epoch: {at}, of {facts.samples:,} samples. Those runs take "
+            f"What does not fill a batch is left out of an epoch: {at}, of {facts.samples:,} "
+            "samples. Those runs take "
             "fewer gradients; a batch size that divides the samples takes as many as the others."
         )
     if equal_steps:
         notes.append(
-            "Every run makes the same number of updates, so a larger batch sees more samples: this compares results at "
+            "Every run makes the same number of updates, so a larger batch sees more samples: "
+            "this compares results at "
             "equal steps and unequal cost."
         )
     return tuple(notes)
 
 
 def _shown(value: Any) -> str:
-    return "(not there)" if value is None else value if isinstance(value, str) else json.dumps(value)
+    return (
+        "(not there)" if value is None else value if isinstance(value, str) else json.dumps(value)
+    )

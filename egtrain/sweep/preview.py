@@ -1,4 +1,6 @@
-"""What a sweep says before it starts: its plan as a table, with the time that it takes by a few measured steps."""
+"""What a sweep says before it starts: its plan as a table, with the time that it takes by a few
+measured steps.
+"""
 
 import json
 import tempfile
@@ -34,17 +36,43 @@ class Speed:
 def print_plan(plan: Plan, console: Console, jobs: int, speeds: dict[str, Speed] | None) -> None:
     """Print what a sweep runs, by preset and batch size, and the rule that scales rates."""
     table = Table(box=None, pad_edge=False)
-    titles = ("preset", "batch", "K", "b", "rate", "shift", "epochs", "steps", "gradients a run", "runs", "time")
+    titles = (
+        "preset",
+        "batch",
+        "K",
+        "b",
+        "rate",
+        "shift",
+        "epochs",
+        "steps",
+        "gradients a run",
+        "runs",
+        "time",
+    )
     for number, title in enumerate(titles if speeds else titles[:-1]):
         table.add_column(title, justify="right" if number else "left", no_wrap=True)
     for preset in plan.presets:
         for batch_size in plan.batch_sizes:
-            cells = [cell for cell in plan.cells if (cell.preset, cell.batch_size) == (preset, batch_size)]
+            cells = [
+                cell
+                for cell in plan.cells
+                if (cell.preset, cell.batch_size) == (preset, batch_size)
+            ]
             first = cells[0]
             rates = dict.fromkeys(f"{cell.learning_rate:.4g}" for cell in cells)
-            shifts = dict.fromkeys("–" if cell.length is None else f"{cell.length[1]:.3g}" for cell in cells)
-            row = [preset, f"{batch_size:,}", str(first.config.workers), str(first.config.worker_batch_size)]
-            row += [" ".join(rates), f"{first.length[0] if first.length else ''} {' '.join(shifts)}".strip()]
+            shifts = dict.fromkeys(
+                "–" if cell.length is None else f"{cell.length[1]:.3g}" for cell in cells
+            )
+            row = [
+                preset,
+                f"{batch_size:,}",
+                str(first.config.workers),
+                str(first.config.worker_batch_size),
+            ]
+            row += [
+                " ".join(rates),
+                f"{first.length[0] if first.length else ''} {' '.join(shifts)}".strip(),
+            ]
             row += [f"{first.steps / first.steps_per_epoch:.4g}", f"{first.steps:,}"]
             row += [f"{first.gradient_evaluations:,}", str(len(cells))]
             row += [duration(estimated_seconds(cells, speeds, 1))] if speeds else []
@@ -55,7 +83,10 @@ def print_plan(plan: Plan, console: Console, jobs: int, speeds: dict[str, Speed]
         console.print(note, soft_wrap=True)
     total = sum(cell.gradient_evaluations for cell in plan.cells)
     seconds = f", about {duration(estimated_seconds(plan.cells, speeds, jobs))}" if speeds else ""
-    console.print(f"{len(plan.cells)} runs, {jobs} at a time, {total:,} gradient evaluations{seconds}", soft_wrap=True)
+    console.print(
+        f"{len(plan.cells)} runs, {jobs} at a time, {total:,} gradient evaluations{seconds}",
+        soft_wrap=True,
+    )
 
 
 def print_standing(plan: Plan, folder: Folder, console: Console) -> None:
@@ -64,11 +95,16 @@ def print_standing(plan: Plan, folder: Folder, console: Console) -> None:
     done = len(plan.cells) - len(left)
     if done:
         gradients = sum(cell.gradient_evaluations for cell in left)
-        console.print(f"{done} of them are finished; {gradients:,} gradient evaluations are left", soft_wrap=True)
+        console.print(
+            f"{done} of them are finished; {gradients:,} gradient evaluations are left",
+            soft_wrap=True,
+        )
 
 
 def measured_speeds(plan: Plan, gpus: list[str], console: Console) -> dict[str, Speed] | None:
-    """Return how quickly each preset trains, from its first cell; None, said in a line, where one of them fails."""
+    """Return how quickly each preset trains, from its first cell; None, said in a line, where one
+    of them fails.
+    """
     speeds = {}
     warm_up()
     with tempfile.TemporaryDirectory(prefix="egtrain-") as scratch:
@@ -83,14 +119,18 @@ def measured_speeds(plan: Plan, gpus: list[str], console: Console) -> dict[str, 
 
 
 def measured_speed(cell: Cell, gpu: str | None, scratch: Path) -> Speed:
-    """Return how quickly a cell trains, from a throw-away run of a few steps, the first of which is left out.
+    """Return how quickly a cell trains, from a throw-away run of a few steps, the first of which is
+    left out.
 
     Raises:
         EgtrainError: the run failed.
     """
     directory = scratch / cell.name
     extra = [f"steps={MEASURED_STEPS}", "log.every=1", "log.tensorboard=false"]
-    arguments = [*cell.arguments(directory), *[part for setting in extra for part in ("--set", setting)]]
+    arguments = [
+        *cell.arguments(directory),
+        *[part for setting in extra for part in ("--set", setting)],
+    ]
     started = time.monotonic()
     log = scratch / f"{cell.name}.log"
     process = started_egtrain(arguments, gpu, log)
@@ -101,16 +141,25 @@ def measured_speed(cell: Cell, gpu: str | None, scratch: Path) -> Speed:
         process.join()
     code = process.exitcode
     if code:
-        raise EgtrainError(f"{cell.preset} failed within {MEASURED_STEPS} steps: {last_words(log, code)}")
+        raise EgtrainError(
+            f"{cell.preset} failed within {MEASURED_STEPS} steps: {last_words(log, code)}"
+        )
     whole = time.monotonic() - started
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
     clock = [line["wall"]["seconds"] for line in lines if line["split"] == "train"]
     held_out = [line["wall"]["seconds"] for line in lines if line["split"] != "train"]
     step = (clock[-1] - clock[0]) / (len(clock) - 1)
     evaluation = (held_out[-1] - clock[-1]) / len(held_out)
     start = whole - step * len(clock) - evaluation * len(held_out)
-    return Speed(max(start, 0.0), step * summary["steps"] / summary["gradient_evaluations"], max(evaluation, 0.0))
+    return Speed(
+        max(start, 0.0),
+        step * summary["steps"] / summary["gradient_evaluations"],
+        max(evaluation, 0.0),
+    )
 
 
 def estimated_seconds(cells: Sequence[Cell], speeds: dict[str, Speed], jobs: int) -> float:

@@ -21,7 +21,8 @@ from egtrain.sweep.text import mean_text, metric_text, target_text
 
 
 def write_results(results: Results, path: Path) -> None:
-    """Write results.json and results.csv into a folder; what depends on the clock is under `wall` or in wall_seconds.
+    """Write results.json and results.csv into a folder; what depends on the clock is under `wall`
+    or in wall_seconds.
 
     Raises:
         EgtrainError: they could not be written.
@@ -52,10 +53,16 @@ def as_json(results: Results) -> dict[str, Any]:
         "higher_is_better": plan.higher_is_better,
         "selected_on": "validation" if plan.has_grid else None,
         "notes": [plan.rule, *notes_on(results)],
-        "target": {"value": results.target, "split": results.curve_split, "given": results.target_given},
+        "target": {
+            "value": results.target,
+            "split": results.curve_split,
+            "given": results.target_given,
+        },
         "noise_scale": None
         if results.noise_scale is None
-        else dict(zip(("lower_quartile", "median", "upper_quartile"), results.noise_scale, strict=True)),
+        else dict(
+            zip(("lower_quartile", "median", "upper_quartile"), results.noise_scale, strict=True)
+        ),
         "within_percent": results.within_percent,
         "presets": [
             {
@@ -86,19 +93,28 @@ def print_results(results: Results, console: Console) -> None:
         columns.append(
             (
                 "shift",
-                lambda row: "–" if row.length is None else f"{row.length[1]:.3g}{_factor(row.length_factor)}",
+                lambda row: (
+                    "–"
+                    if row.length is None
+                    else f"{row.length[1]:.3g}{_factor(row.length_factor)}"
+                ),
             )
         )
     unit = " (points)" if name in FRACTIONS else ""
     columns += [
         (f"test {name}", lambda row: mean_text(name, row.mean, row.standard_deviation)),
-        (f"gap{unit}", lambda row: "" if row.gap is None else metric_text(name, row.gap, signed=True)),
+        (
+            f"gap{unit}",
+            lambda row: "" if row.gap is None else metric_text(name, row.gap, signed=True),
+        ),
         ("seeds", lambda row: str(row.seeds) + (f", {row.failed} failed" if row.failed else "")),
         ("gradients", lambda row: _count(row.gradient_evaluations)),
         ("steps", lambda row: _count(row.steps)),
     ]
     if results.target is not None:
-        columns.append((f"steps to {target_text(name, results.target)}", lambda row: _to_target(row)))
+        columns.append(
+            (f"steps to {target_text(name, results.target)}", lambda row: _to_target(row))
+        )
     table = Table(box=None, pad_edge=False)
     for number, (title, _) in enumerate(columns):
         table.add_column(title, justify="right" if number else "left", no_wrap=True)
@@ -111,14 +127,19 @@ def print_results(results: Results, console: Console) -> None:
         largest = results.largest_batch_within(preset)
         said = "no result" if largest is None else f"{largest:,}"
         console.print(
-            f"largest batch within {results.within_percent:g} % of the smallest batch's test {name}, {preset}: {said}",
+            f"largest batch within {results.within_percent:g} % of the smallest batch's test "
+            f"{name}, {preset}: {said}",
             soft_wrap=True,
         )
     for note in notes_on(results):
         console.print(note, soft_wrap=True)
     for result in results.cells:
         if result.status is not Status.done:
-            console.print(f"{result.cell.name}: {result.status}: {result.message}", soft_wrap=True, markup=False)
+            console.print(
+                f"{result.cell.name}: {result.status}: {result.message}",
+                soft_wrap=True,
+                markup=False,
+            )
 
 
 def notes_on(results: Results) -> list[str]:
@@ -135,7 +156,11 @@ def notes_on(results: Results) -> list[str]:
         notes.append(f"Gradients a sample: {factors}, all others 1.")
     if results.target is not None:
         what = target_text(plan.metric, results.target)
-        how = "" if results.target_given else ", the best that every run reaches (--target sets another)"
+        how = (
+            ""
+            if results.target_given
+            else ", the best that every run reaches (--target sets another)"
+        )
         notes.append(f"The target is a {results.curve_split} {plan.metric} of {what}{how}.")
     return notes
 
@@ -146,36 +171,50 @@ def _notes_on_selection(results: Results) -> list[str]:
     for what, option in (("rate_factor", "--lr-grid"), ("length_factor", "--ratio-grid")):
         ends = []
         for row in results.rows:
-            cells = [c for c in results.plan.cells if (c.preset, c.batch_size) == (row.preset, row.batch_size)]
+            cells = [
+                c
+                for c in results.plan.cells
+                if (c.preset, c.batch_size) == (row.preset, row.batch_size)
+            ]
             factors = {getattr(cell, what) for cell in cells}
             factor = getattr(row, what)
             if len(factors) > 1 and factor in (min(factors), max(factors)) and factor > 0:
                 ends.append(f"{row.preset} at {row.batch_size:,} (×{factor:g})")
         if ends:
             notes.append(
-                f"Selected at an end of {option}, beyond which there may be a better one: {', '.join(ends)}. "
+                f"Selected at an end of {option}, beyond which there may be a better one: "
+                f"{', '.join(ends)}. "
                 "The same command with further factors runs only those."
             )
     if failed := sum(result.status is Status.failed for result in results.cells):
-        notes.append(f"Failed runs ({failed}) took no part in the selection: --retry runs them again.")
+        notes.append(
+            f"Failed runs ({failed}) took no part in the selection: --retry runs them again."
+        )
     return notes
 
 
 def _differences(results: Results) -> list[str]:
-    """Return a line for each preset after the first: how much better or worse it is than that, by batch size."""
+    """Return a line for each preset after the first: how much better or worse it is than that, by
+    batch size.
+    """
     name = results.plan.metric
     lines = []
     for preset in results.plan.presets[1:]:
         parts = []
         for found in results.differences():
             if found.preset == preset:
-                error = "" if found.standard_error is None else f" ± {metric_text(name, found.standard_error)}"
+                error = (
+                    ""
+                    if found.standard_error is None
+                    else f" ± {metric_text(name, found.standard_error)}"
+                )
                 mean = metric_text(name, found.mean, signed=True)
                 parts.append(f"{mean}{error.removesuffix(' %')} at {found.batch_size:,}")
         if parts:
             unit = " in points" if name in FRACTIONS else ""
             lines.append(
-                f"{preset} less {results.plan.presets[0]}, test {name}{unit}, paired by seed, ± standard error: "
+                f"{preset} less {results.plan.presets[0]}, test {name}{unit}, paired by seed, ± "
+                "standard error: "
                 f"{', '.join(parts)}"
             )
     return lines
@@ -183,7 +222,11 @@ def _differences(results: Results) -> list[str]:
 
 def _cell_record(results: Results, result: CellResult) -> dict[str, Any]:
     cell, name = result.cell, results.plan.metric
-    steps = None if results.target is None else result.steps_to(results.target, results.plan.higher_is_better)
+    steps = (
+        None
+        if results.target is None
+        else result.steps_to(results.target, results.plan.higher_is_better)
+    )
     return {
         "cell": cell.name,
         "preset": cell.preset,

@@ -1,4 +1,5 @@
-"""What the user of a sweep asks for: presets, batch sizes, seeds and grids, checked to make one comparison.
+"""What the user of a sweep asks for: presets, batch sizes, seeds and grids, checked to make one
+comparison.
 
 Without torch, so that a wrong option is reported at once.
 """
@@ -8,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from egtrain.config import Config
-from egtrain.config_files import load_config
+from egtrain.config.files import load_config
+from egtrain.config.schema import Config
 from egtrain.errors import UsageError
 
 Scaling = Literal["linear", "sqrt", "none"]
@@ -37,7 +38,8 @@ class Request:
     scaling: Scaling | None = None
     """None: each preset's own."""
     validation: int | None = None
-    """None: a tenth of the number of training samples where there is a grid, else what the preset says."""
+    """None: a tenth of the number of training samples where there is a grid, else what the preset
+    says."""
     native_precision: str | None = None
     """What `auto` comes to on the device; a sweep that goes on elsewhere keeps to it."""
 
@@ -51,17 +53,27 @@ class Request:
             if not values:
                 raise UsageError(f"{option} has no values: give at least one")
             if len(set(values)) < len(values):
-                raise UsageError(f"{option} names {_first_repeated(values)} twice: leave one of them out")
+                raise UsageError(
+                    f"{option} names {_first_repeated(values)} twice: leave one of them out"
+                )
         if min(self.batch_sizes) < 1:
             raise UsageError(f"--batch-sizes must be at least 1, not {min(self.batch_sizes)}")
         if self.seeds < 1:
             raise UsageError(f"--seeds must be at least 1, not {self.seeds}")
         if not all(math.isfinite(factor) and factor > 0 for factor in self.rate_factors):
-            raise UsageError("--lr-grid takes positive factors of the learning rate, such as 0.5,1,2")
+            raise UsageError(
+                "--lr-grid takes positive factors of the learning rate, such as 0.5,1,2"
+            )
         if not all(math.isfinite(factor) and factor >= 0 for factor in self.length_factors):
-            raise UsageError("--ratio-grid takes factors of the extrapolation's length, such as 0.5,1,2")
-        if any(setting.partition("=")[0].strip() == "optimizer.lr_scaling" for setting in self.settings):
-            raise UsageError("--set optimizer.lr_scaling has no effect on a sweep: use --lr-scaling")
+            raise UsageError(
+                "--ratio-grid takes factors of the extrapolation's length, such as 0.5,1,2"
+            )
+        if any(
+            setting.partition("=")[0].strip() == "optimizer.lr_scaling" for setting in self.settings
+        ):
+            raise UsageError(
+                "--set optimizer.lr_scaling has no effect on a sweep: use --lr-scaling"
+            )
         if self.has_grid and self.validation == 0:
             raise UsageError("a grid is selected on a validation split: leave --validation 0 away")
 
@@ -105,29 +117,43 @@ def checked_presets(request: Request) -> list[Preset]:
     """Return the presets of a request, once they are found to make one comparison.
 
     Raises:
-        UsageError: an unknown preset or setting, another task or other data than the first, or a batch size that does
-            not divide.
+        UsageError: an unknown preset or setting, another task or other data than the first, or a
+            batch size that does not divide.
     """
     presets = []
     for source in request.presets:
         config = load_config(source, list(request.settings))
-        # Where a rate is for the preset's own batch, `none` says that it is used as it is, not that it never grows.
-        as_it_is = config.optimizer.base_batch_size is None and config.optimizer.lr_scaling == "none"
+        # Where a rate is for the preset's own batch, `none` says that it is used as it is, not that
+        # it never grows.
+        as_it_is = (
+            config.optimizer.base_batch_size is None and config.optimizer.lr_scaling == "none"
+        )
         presets.append(
-            Preset(source, config, request.scaling or ("linear" if as_it_is else config.optimizer.lr_scaling))
+            Preset(
+                source,
+                config,
+                request.scaling or ("linear" if as_it_is else config.optimizer.lr_scaling),
+            )
         )
     first = presets[0]
     for number, preset in enumerate(presets):
         if preset.name in [other.name for other in presets[:number]]:
-            raise UsageError(f"two presets are called {preset.name}: set `preset` in one of the files to another name")
+            raise UsageError(
+                f"two presets are called {preset.name}: set `preset` in one of the files to "
+                "another name"
+            )
         for key in ("task", "data", "device"):
             if getattr(preset.config, key) != getattr(first.config, key):
                 raise UsageError(
-                    f"{preset.name} has another {key} than {first.name}, and the presets of a sweep must share it: "
+                    f"{preset.name} has another {key} than {first.name}, and the presets of a "
+                    "sweep must share it: "
                     "leave one of them out, or set it for both"
                 )
         if (preset.config.steps is None) != (first.config.steps is None):
-            raise UsageError(f"one of {first.name} and {preset.name} counts steps, the other epochs: give --epochs")
+            raise UsageError(
+                f"one of {first.name} and {preset.name} counts steps, the other epochs: give "
+                "--epochs"
+            )
         for batch_size in request.batch_sizes:
             grown(request.grow, preset, batch_size)
     if len(request.length_factors) > 1 and not any(preset.length for preset in presets):
@@ -136,7 +162,8 @@ def checked_presets(request: Request) -> list[Preset]:
 
 
 def on_device(request: Request) -> tuple[Request, list[Preset]]:
-    """Return the request and its presets with device and precision settled, which numbers depend on; it needs torch.
+    """Return the request and its presets with device and precision settled, which numbers depend
+    on; it needs torch.
 
     Raises:
         UsageError: as `checked_presets`.
@@ -155,7 +182,9 @@ def on_device(request: Request) -> tuple[Request, list[Preset]]:
 
 def length_key(config: Config) -> str | None:
     """Return the key that says how far the extrapolation goes; None without extrapolation."""
-    return next((key for key in LENGTHS if getattr(config.extrapolation, key, None) is not None), None)
+    return next(
+        (key for key in LENGTHS if getattr(config.extrapolation, key, None) is not None), None
+    )
 
 
 def grown(grow: Growth, preset: Preset, batch_size: int) -> dict[str, int]:
@@ -169,10 +198,15 @@ def grown(grow: Growth, preset: Preset, batch_size: int) -> dict[str, int]:
         low = max(batch_size // fixed, 1) * fixed
         what = f"a worker's batch of {fixed}" if grow == "workers" else f"the {fixed} workers"
         raise UsageError(
-            f"--batch-sizes: {batch_size} is not a multiple of {what} in {preset.name}: use {low} or {low + fixed}"
+            f"--batch-sizes: {batch_size} is not a multiple of {what} in {preset.name}: use {low} "
+            f"or {low + fixed}"
         )
     return {"workers" if grow == "workers" else "worker_batch_size": batch_size // fixed}
 
 
 def _first_repeated(values: Sequence[Any]) -> str:
-    return next(f"{value:g}" if isinstance(value, float) else str(value) for value in values if values.count(value) > 1)
+    return next(
+        f"{value:g}" if isinstance(value, float) else str(value)
+        for value in values
+        if values.count(value) > 1
+    )

@@ -1,4 +1,6 @@
-"""What came of a sweep: each cell's numbers, the selected cells of each grid, and comparisons of them."""
+"""What came of a sweep: each cell's numbers, the selected cells of each grid, and comparisons of
+them.
+"""
 
 import json
 import math
@@ -28,15 +30,20 @@ class CellResult:
     noise_scale: float | None = None
     """Median over the second half of the run, in samples."""
     seconds: float | None = None
-    """On the clock of the run, which evaluations are part of and the start of the process is not."""
+    """On the clock of the run, which evaluations are part of and the start of the process is
+    not."""
 
     def metric(self, split: str, name: str) -> float | None:
         """Return a final metric; None where the cell has not ended well."""
         return None if self.final is None else self.final.get(split, {}).get(name)
 
     def steps_to(self, target: float, higher_is_better: bool) -> int | None:
-        """Return the step of the first evaluation that is as good as the target; None where none was."""
-        return next((s for s, v in self.curve if (v >= target if higher_is_better else v <= target)), None)
+        """Return the step of the first evaluation that is as good as the target; None where none
+        was.
+        """
+        return next(
+            (s for s, v in self.curve if (v >= target if higher_is_better else v <= target)), None
+        )
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Difference:
-    """A preset less the first one at a batch size, seed by seed, each at its selected point of the grid."""
+    """A preset less the first one at a batch size, seed by seed, each at its selected point of the
+    grid.
+    """
 
     preset: str
     batch_size: int
@@ -117,16 +126,22 @@ class Results:
         ]
 
     def largest_batch_within(self, preset: str) -> int | None:
-        """Return the largest batch whose mean is at most so many per cent worse than the smallest batch's.
+        """Return the largest batch whose mean is at most so many per cent worse than the smallest
+        batch's.
 
-        A batch that a seed did not survive is none of them; nor is anything, if it is the smallest one.
+        A batch that a seed did not survive is none of them; nor is anything, if it is the smallest
+        one.
         """
         rows = [row for row in self.rows_of(preset) if row.mean is not None and not row.failed]
         if not rows or rows[0].batch_size != self.plan.batch_sizes[0] or rows[0].mean is None:
             return None
         allowed = abs(rows[0].mean) * self.within_percent / 100
         sign = 1 if self.plan.higher_is_better else -1
-        good = [row for row in rows if row.mean is not None and sign * (row.mean - rows[0].mean) >= -allowed - 1e-12]
+        good = [
+            row
+            for row in rows
+            if row.mean is not None and sign * (row.mean - rows[0].mean) >= -allowed - 1e-12
+        ]
         return max(row.batch_size for row in good)
 
     def differences(self) -> list[Difference]:
@@ -145,30 +160,51 @@ class Results:
                 )
                 pairs = [other[seed] - one[seed] for seed in one if seed in other]
                 if pairs:
-                    error = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else None
-                    found.append(Difference(preset, batch_size, len(pairs), statistics.fmean(pairs), error))
+                    error = (
+                        statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else None
+                    )
+                    found.append(
+                        Difference(preset, batch_size, len(pairs), statistics.fmean(pairs), error)
+                    )
         return found
 
     def gradients_per_sample(self, preset: str) -> float | None:
-        """Return how many gradients a preset takes of a sample, a whole number or a fraction above one."""
-        done = [r for r in self.cells if r.cell.preset == preset and r.status is Status.done and r.samples]
+        """Return how many gradients a preset takes of a sample, a whole number or a fraction above
+        one.
+        """
+        done = [
+            r
+            for r in self.cells
+            if r.cell.preset == preset and r.status is Status.done and r.samples
+        ]
         return done[0].gradient_evaluations / done[0].samples if done else None
 
 
-def read_results(plan: Plan, folder: Folder, *, target: float | None, within_percent: float) -> Results:
+def read_results(
+    plan: Plan, folder: Folder, *, target: float | None, within_percent: float
+) -> Results:
     """Read what the runs of a sweep have left and select the best point of each grid."""
     cells = tuple(_read_cell(cell, folder, plan.metric) for cell in plan.cells)
     selected = frozenset(name for key in _row_keys(plan) for name in _selected(plan, cells, *key))
-    chosen = [result for result in cells if result.cell.name in selected and result.status is Status.done]
+    chosen = [
+        result for result in cells if result.cell.name in selected and result.status is Status.done
+    ]
     given = target is not None
     if target is None:
-        target = _shared_target([result for result in chosen if result.curve], plan.higher_is_better)
+        target = _shared_target(
+            [result for result in chosen if result.curve], plan.higher_is_better
+        )
     rows: list[Row] = []
     for preset, batch_size in _row_keys(plan):
         members = [
-            r for r in cells if r.cell.name in selected and (r.cell.preset, r.cell.batch_size) == (preset, batch_size)
+            r
+            for r in cells
+            if r.cell.name in selected
+            and (r.cell.preset, r.cell.batch_size) == (preset, batch_size)
         ]
-        smallest = next((r for r in rows if r.preset == preset and r.batch_size == plan.batch_sizes[0]), None)
+        smallest = next(
+            (r for r in rows if r.preset == preset and r.batch_size == plan.batch_sizes[0]), None
+        )
         rows.append(_row(plan, members, target, smallest))
     scales = [result.noise_scale for result in chosen if result.noise_scale is not None]
     return Results(
@@ -187,7 +223,9 @@ def read_results(plan: Plan, folder: Folder, *, target: float | None, within_per
 def _read_cell(cell: Cell, folder: Folder, metric: str) -> CellResult:
     status = folder.status(cell)
     if status is not Status.done:
-        message = "a final metric is not a number" if (folder.run(cell) / "summary.json").exists() else ""
+        message = (
+            "a final metric is not a number" if (folder.run(cell) / "summary.json").exists() else ""
+        )
         if folder.failure(cell).exists():
             message = folder.read_failure(cell)["message"]
         return CellResult(cell, status, message)
@@ -201,7 +239,11 @@ def _read_cell(cell: Cell, folder: Folder, metric: str) -> CellResult:
             seconds = line["wall"]["seconds"]
             if line["split"] == split and line.get(metric) is not None:
                 curve.append((line["step"], line[metric]))
-            elif line["split"] == "train" and 2 * line["step"] >= summary["steps"] and line.get("noise_scale"):
+            elif (
+                line["split"] == "train"
+                and 2 * line["step"] >= summary["steps"]
+                and line.get("noise_scale")
+            ):
                 scales.append(line["noise_scale"])
     return CellResult(
         cell=cell,
@@ -228,12 +270,15 @@ def _row_keys(plan: Plan) -> list[tuple[str, int]]:
 def _selected(plan: Plan, cells: Iterable[CellResult], preset: str, batch_size: int) -> list[str]:
     """Return the names of the cells at the best point of a grid.
 
-    The best has the most seeds that ended well, then the best mean over them on the validation split.
+    The best has the most seeds that ended well, then the best mean over them on the validation
+    split.
     """
     points: dict[tuple[float, float], list[CellResult]] = {}
     for result in cells:
         if (result.cell.preset, result.cell.batch_size) == (preset, batch_size):
-            points.setdefault((result.cell.rate_factor, result.cell.length_factor), []).append(result)
+            points.setdefault((result.cell.rate_factor, result.cell.length_factor), []).append(
+                result
+            )
 
     def merit(members: list[CellResult]) -> tuple[int, float]:
         values = [v for r in members if (v := r.metric("validation", plan.metric)) is not None]
@@ -244,7 +289,9 @@ def _selected(plan: Plan, cells: Iterable[CellResult], preset: str, batch_size: 
     return [result.cell.name for result in max(points.values(), key=merit)]
 
 
-def _row(plan: Plan, members: Sequence[CellResult], target: float | None, smallest: Row | None) -> Row:
+def _row(
+    plan: Plan, members: Sequence[CellResult], target: float | None, smallest: Row | None
+) -> Row:
     cell = members[0].cell
     done = [result for result in members if result.status is Status.done]
     values = [v for r in done if (v := r.metric("test", plan.metric)) is not None]
@@ -265,13 +312,19 @@ def _row(plan: Plan, members: Sequence[CellResult], target: float | None, smalle
         failed=sum(result.status in (Status.failed, Status.diverged) for result in members),
         mean=mean,
         standard_deviation=statistics.stdev(values) if len(values) > 1 else None,
-        gap=None if mean is None or smallest is None or smallest.mean is None else mean - smallest.mean,
+        gap=None
+        if mean is None or smallest is None or smallest.mean is None
+        else mean - smallest.mean,
         steps=statistics.fmean(r.steps for r in done) if done else None,
-        gradient_evaluations=statistics.fmean(r.gradient_evaluations for r in done) if done else None,
+        gradient_evaluations=statistics.fmean(r.gradient_evaluations for r in done)
+        if done
+        else None,
         reached=len(reached),
         steps_to_target=statistics.fmean(reached) if all_came else None,
         samples_to_target=statistics.fmean(reached) * cell.batch_size if all_came else None,
-        gradient_evaluations_to_target=statistics.fmean(map(cell.gradients_until, reached)) if all_came else None,
+        gradient_evaluations_to_target=statistics.fmean(map(cell.gradients_until, reached))
+        if all_came
+        else None,
     )
 
 

@@ -4,11 +4,17 @@ from egtrain.progress import FRACTIONS
 
 
 def metric_text(name: str, value: float | None, *, signed: bool = False) -> str:
-    """Return a value of a metric: fractions in percent, others with four significant digits; a dash for None."""
+    """Return a value of a metric: fractions in percent, others with four significant digits; a dash
+    for None.
+    """
     if value is None:
         return "–"
     sign = "+" if signed else ""
-    return f"{value * 100:{sign}.2f}" + " %" * (not signed) if name in FRACTIONS else f"{value:{sign}.4g}"
+    return (
+        f"{value * 100:{sign}.2f}" + " %" * (not signed)
+        if name in FRACTIONS
+        else f"{value:{sign}.4g}"
+    )
 
 
 def target_text(name: str, value: float) -> str:

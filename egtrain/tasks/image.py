@@ -26,22 +26,25 @@ def steps_in_epoch(samples: int, workers: int, worker_batch_size: int) -> int:
     steps = samples // (workers * worker_batch_size)
     if steps == 0:
         raise UsageError(
-            f"a batch of {workers} x {worker_batch_size} = {workers * worker_batch_size} is larger than the "
+            f"a batch of {workers} x {worker_batch_size} = {workers * worker_batch_size} is "
+            "larger than the "
             f"{samples} training samples: take fewer workers or a smaller batch"
         )
     return steps
 
 
 class ImageTask:
-    """Batches, loss and metric of an image classifier; every batch is a function of (seed, worker, step).
+    """Batches, loss and metric of an image classifier; every batch is a function of (seed, worker,
+    step).
 
     Args:
         data: the images; they are moved to the device once.
-        workers: K. An epoch is a fresh permutation of the training images, cut into ⌊N/(K·b)⌋ batches; worker k
-            takes slots [k·b, (k+1)·b) of each, and the rest is dropped.
+        workers: K. An epoch is a fresh permutation of the training images, cut into ⌊N/(K·b)⌋
+            batches; worker k takes slots [k·b, (k+1)·b) of each, and the rest is dropped.
         worker_batch_size: b.
         seed: the run's.
-        augment: random crop (padding of an eighth of the height, 4 pixels at 32) and horizontal flip.
+        augment: random crop (padding of an eighth of the height, 4 pixels at 32) and horizontal
+            flip.
 
     Raises:
         UsageError: a batch is larger than the training data.
@@ -84,13 +87,20 @@ class ImageTask:
         epoch, slot = divmod(step, self.steps_per_epoch)
         start = slot * self.batch_size + worker * self.worker_batch_size
         return self._augmented(
-            self._permutation(epoch)[start : start + self.worker_batch_size], "augment", worker, step
+            self._permutation(epoch)[start : start + self.worker_batch_size],
+            "augment",
+            worker,
+            step,
         )
 
     def extra_batch(self, worker: int, step: int) -> Batch:
-        """Return b further images of the training data, drawn independently, for a second gradient in the step."""
+        """Return b further images of the training data, drawn independently, for a second gradient
+        in the step.
+        """
         generator = generator_for(self.seed, "extra samples", worker, step, device=self.device)
-        chosen = torch.randint(self.samples, (self.worker_batch_size,), generator=generator, device=self.device)
+        chosen = torch.randint(
+            self.samples, (self.worker_batch_size,), generator=generator, device=self.device
+        )
         return self._augmented(chosen, "extra augment", worker, step)
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -100,24 +110,38 @@ class ImageTask:
         return F.cross_entropy(logits, labels), (logits.detach().argmax(1) == labels).float().mean()
 
     def frozen_batches(self, indices: Tensor) -> list[tuple[Batch, int]]:
-        """Return these training images [images], without augmentation, in batches with their sizes."""
+        """Return these training images [images], without augmentation, in batches with their
+        sizes.
+        """
         chosen = torch.split(indices.to(self.device), FROZEN_BATCH)
-        return [((self._normalised(self._train[0][part]), self._train[1][part]), len(part)) for part in chosen]
+        return [
+            ((self._normalised(self._train[0][part]), self._train[1][part]), len(part))
+            for part in chosen
+        ]
 
     def evaluation_size(self, split: Split) -> int:
         """Return the number of samples of a split."""
         return len(self._held_out[split][1])
 
     def evaluation_batches(self, split: Split) -> int:
-        """Return the number of batches that a split is evaluated in; it does not depend on workers or ranks."""
+        """Return the number of batches that a split is evaluated in; it does not depend on workers
+        or ranks.
+        """
         return -(-self.evaluation_size(split) // EVALUATION_BATCH)
 
     def evaluate_batch(self, model: nn.Module, split: Split, index: int) -> Tensor:
-        """Return the sums over one evaluation batch, [cross-entropy in nats, right answers], in float64."""
-        images, labels = (t[index * EVALUATION_BATCH : (index + 1) * EVALUATION_BATCH] for t in self._held_out[split])
+        """Return the sums over one evaluation batch, [cross-entropy in nats, right answers], in
+        float64.
+        """
+        images, labels = (
+            t[index * EVALUATION_BATCH : (index + 1) * EVALUATION_BATCH]
+            for t in self._held_out[split]
+        )
         logits = model(self._normalised(images)).float()
         right = (logits.argmax(1) == labels).sum()
-        return torch.stack([F.cross_entropy(logits, labels, reduction="none").double().sum(), right.double()])
+        return torch.stack(
+            [F.cross_entropy(logits, labels, reduction="none").double().sum(), right.double()]
+        )
 
     def metrics_of(self, sums: list[float], split: Split) -> dict[str, float]:
         """Return the mean cross-entropy in nats and the fraction of right answers."""
@@ -138,5 +162,8 @@ class ImageTask:
     def _permutation(self, epoch: int) -> Tensor:
         if self._order is None or self._order[0] != epoch:
             generator = generator_for(self.seed, "order", epoch, device=self.device)
-            self._order = (epoch, torch.randperm(self.samples, generator=generator, device=self.device))
+            self._order = (
+                epoch,
+                torch.randperm(self.samples, generator=generator, device=self.device),
+            )
         return self._order[1]

@@ -1,4 +1,6 @@
-"""Language modelling: cross-entropy and perplexity over words, by truncated back-propagation through time."""
+"""Language modelling: cross-entropy and perplexity over words, by truncated back-propagation
+through time.
+"""
 
 import math
 from typing import NamedTuple
@@ -29,12 +31,13 @@ class Window(NamedTuple):
     words: Tensor
     targets: Tensor
     carried: Tensor | None = None
-    """Whether the state is that which the worker's last window ended with (a scalar bool); else it is zero.
-    None: it is zero, and where this window ends nothing goes on."""
+    """Whether the state is that which the worker's last window ended with (a scalar bool); else it
+    is zero. None: it is zero, and where this window ends nothing goes on."""
 
 
 def columns_of(tokens: int, workers: int, worker_batch_size: int, bptt: int) -> tuple[int, int]:
-    """Return the length of each of the K·b columns that a stream is cut into, and the number of whole windows in it.
+    """Return the length of each of the K·b columns that a stream is cut into, and the number of
+    whole windows in it.
 
     Raises:
         UsageError: there is not one.
@@ -43,7 +46,8 @@ def columns_of(tokens: int, workers: int, worker_batch_size: int, bptt: int) -> 
     length = (tokens - 1) // columns
     if length < bptt:
         raise UsageError(
-            f"a batch of {workers} x {worker_batch_size} = {columns} columns leaves {length} of the {tokens} training "
+            f"a batch of {workers} x {worker_batch_size} = {columns} columns leaves {length} of "
+            f"the {tokens} training "
             f"words to each, less than a window of task.bptt = {bptt}: take "
             "fewer workers, a smaller batch or a smaller task.bptt"
         )
@@ -53,10 +57,10 @@ def columns_of(tokens: int, workers: int, worker_batch_size: int, bptt: int) -> 
 class LanguageTask:
     """Windows of a text, loss and metric; every batch is a function of (seed, worker, step).
 
-    The training text is cut into B = K·b columns of equal length, the rest is dropped. Worker k owns columns
-    [k·b, (k+1)·b) and goes through them window by window, carrying the LSTM's state along, which lives in the model's
-    buffer `hidden` and is therefore the worker's own. At the start of an epoch the state is zero. A sample is a window
-    of `bptt` words in one column.
+    The training text is cut into B = K·b columns of equal length, the rest is dropped. Worker k
+    owns columns [k·b, (k+1)·b) and goes through them window by window, carrying the LSTM's state
+    along, which lives in the model's buffer `hidden` and is therefore the worker's own. At the
+    start of an epoch the state is zero. A sample is a window of `bptt` words in one column.
 
     Args:
         data: the text; it is moved to the device once.
@@ -74,7 +78,14 @@ class LanguageTask:
     sums: tuple[str, ...] = ("nats", "words")
 
     def __init__(
-        self, data: TextData, *, workers: int, worker_batch_size: int, seed: int, bptt: int, device: torch.device
+        self,
+        data: TextData,
+        *,
+        workers: int,
+        worker_batch_size: int,
+        seed: int,
+        bptt: int,
+        device: torch.device,
     ) -> None:
         length, self.steps_per_epoch = columns_of(len(data.train), workers, worker_batch_size, bptt)
         self.samples = (len(data.train) - 1) // bptt
@@ -101,11 +112,16 @@ class LanguageTask:
         return Window(self._words[rows, own], self._targets[rows, own], self._carried[slot > 0])
 
     def extra_batch(self, worker: int, step: int) -> Window:
-        """Return b windows from anywhere in the training text, each from a state of zero, for a second gradient."""
+        """Return b windows from anywhere in the training text, each from a state of zero, for a
+        second gradient.
+        """
         device = self._train.device
         generator = generator_for(self.seed, "extra samples", worker, step, device=device)
         starts = torch.randint(
-            len(self._train) - self.bptt, (self.worker_batch_size,), generator=generator, device=device
+            len(self._train) - self.bptt,
+            (self.worker_batch_size,),
+            generator=generator,
+            device=device,
         )
         return self._windows(starts)
 
@@ -125,7 +141,8 @@ class LanguageTask:
         return loss, loss.detach().exp()
 
     def frozen_batches(self, indices: Tensor) -> list[tuple[Window, int]]:
-        """Return these windows [samples] of the training text, each from a state of zero, in batches with their sizes.
+        """Return these windows [samples] of the training text, each from a state of zero, in
+        batches with their sizes.
 
         Window i starts at word i·bptt.
         """
@@ -137,22 +154,32 @@ class LanguageTask:
         return len(self._held_out[split])
 
     def evaluation_batches(self, split: Split) -> int:
-        """Return the number of batches that a split is evaluated in; it does not depend on workers or ranks."""
+        """Return the number of batches that a split is evaluated in; it does not depend on workers
+        or ranks.
+        """
         return min(EVALUATION_BATCHES, self.evaluation_size(split))
 
     def evaluate_batch(self, model: nn.Module, split: Split, index: int) -> Tensor:
         """Return the sums over one group of columns, [cross-entropy in nats, words], in float64.
 
-        Each word of the split is predicted once, the first one from the end of a sentence. The state of each column is
-        zero at its beginning.
+        Each word of the split is predicted once, the first one from the end of a sentence. The
+        state of each column is zero at its beginning.
         """
-        words, targets = (t.tensor_split(self.evaluation_batches(split), dim=1)[index] for t in self._columns(split))
+        words, targets = (
+            t.tensor_split(self.evaluation_batches(split), dim=1)[index]
+            for t in self._columns(split)
+        )
         state = None
         nats = torch.zeros((), dtype=torch.float64, device=words.device)
-        for part, wanted in zip(*(torch.split(t, EVALUATION_WINDOW) for t in (words, targets)), strict=True):
+        for part, wanted in zip(
+            *(torch.split(t, EVALUATION_WINDOW) for t in (words, targets)), strict=True
+        ):
             logits, state = model(part, state)
             loss = F.cross_entropy(
-                logits.float().flatten(0, 1), wanted.flatten(), ignore_index=NOTHING, reduction="none"
+                logits.float().flatten(0, 1),
+                wanted.flatten(),
+                ignore_index=NOTHING,
+                reduction="none",
             )
             nats += loss.double().sum()
         return torch.stack([nats, (targets != NOTHING).sum().double()])
@@ -168,10 +195,15 @@ class LanguageTask:
         return Window(self._train[places], self._train[places + 1])
 
     def _columns(self, split: Split) -> tuple[Tensor, Tensor]:
-        """Return the words [length, columns] of a split, each after the one before it, and the targets."""
+        """Return the words [length, columns] of a split, each after the one before it, and the
+        targets.
+        """
         targets = self._held_out[split]
         columns = min(EVALUATION_COLUMNS, len(targets))
         length = -(-len(targets) // columns)
-        words = F.pad(torch.cat([targets.new_tensor([EOS]), targets[:-1]]), (0, columns * length - len(targets)))
+        words = F.pad(
+            torch.cat([targets.new_tensor([EOS]), targets[:-1]]),
+            (0, columns * length - len(targets)),
+        )
         targets = F.pad(targets, (0, columns * length - len(targets)), value=NOTHING)
         return words.view(columns, length).T, targets.view(columns, length).T

@@ -25,8 +25,8 @@ BLEU_SUMS = (
 
 
 class Pairs(NamedTuple):
-    """A mini-batch, filled up with `PAD`: source [b, source length], target [b, length] from its beginning on, and the
-    subwords that follow.
+    """A mini-batch, filled up with `PAD`: source [b, source length], target [b, length] from its
+    beginning on, and the subwords that follow.
     """
 
     source: Tensor
@@ -37,10 +37,10 @@ class Pairs(NamedTuple):
 class TranslationTask:
     """Pairs of sentences, loss and metric; every batch is a function of (seed, worker, step).
 
-    An epoch is a fresh permutation of the training pairs, cut into ⌊N/(K·b)⌋ batches of which worker k has slots
-    [k·b, (k+1)·b); the rest is dropped. Within its share of the epoch a worker sorts pools of sentences by length,
-    cuts them into mini-batches of similar ones and goes through these in an order drawn anew: a function of
-    (seed, epoch, worker).
+    An epoch is a fresh permutation of the training pairs, cut into ⌊N/(K·b)⌋ batches of which
+    worker k has slots [k·b, (k+1)·b); the rest is dropped. Within its share of the epoch a worker
+    sorts pools of sentences by length, cuts them into mini-batches of similar ones and goes through
+    these in an order drawn anew: a function of (seed, epoch, worker).
 
     Args:
         data: the sentences; they are moved to the device once.
@@ -81,7 +81,10 @@ class TranslationTask:
         self._target = _padded(data.train.target, device).int()
         # On the host, which decides with them how long a batch is.
         self._lengths = torch.tensor(
-            [[len(source), len(target)] for source, target in zip(data.train.source, data.train.target, strict=True)]
+            [
+                [len(source), len(target)]
+                for source, target in zip(data.train.source, data.train.target, strict=True)
+            ]
         )
         self._orders: dict[int, tuple[int, Tensor]] = {}
         self._permutation: tuple[int, Tensor] | None = None
@@ -94,15 +97,23 @@ class TranslationTask:
         return self._pairs(self._orders[worker][1][slot])
 
     def extra_batch(self, worker: int, step: int) -> Pairs:
-        """Return b further pairs of the training data, drawn independently, for a second gradient in the step."""
+        """Return b further pairs of the training data, drawn independently, for a second gradient
+        in the step.
+        """
         generator = generator_for(self.seed, "extra samples", worker, step)
-        return self._pairs(torch.randint(self.samples, (self.worker_batch_size,), generator=generator))
+        return self._pairs(
+            torch.randint(self.samples, (self.worker_batch_size,), generator=generator)
+        )
 
     def loss(self, model: nn.Module, batch: Pairs) -> tuple[Tensor, Tensor]:
-        """Return the mean smoothed cross-entropy in nats a subword, and the fraction of subwords that are likeliest."""
+        """Return the mean smoothed cross-entropy in nats a subword, and the fraction of subwords
+        that are likeliest.
+        """
         logits = model(batch.source, batch.target).float().flatten(0, 1)
         following = batch.following.flatten()
-        loss = F.cross_entropy(logits, following, ignore_index=PAD, label_smoothing=self.label_smoothing)
+        loss = F.cross_entropy(
+            logits, following, ignore_index=PAD, label_smoothing=self.label_smoothing
+        )
         counted = following != PAD
         return loss, ((logits.detach().argmax(1) == following) & counted).sum() / counted.sum()
 
@@ -112,7 +123,8 @@ class TranslationTask:
         The loss is a mean over subwords, so that is what a batch weighs.
         """
         return [
-            (self._pairs(part), int(self._lengths[part, 1].sum())) for part in torch.split(indices.cpu(), FROZEN_BATCH)
+            (self._pairs(part), int(self._lengths[part, 1].sum()))
+            for part in torch.split(indices.cpu(), FROZEN_BATCH)
         ]
 
     def sentences(self, split: Split) -> Sentences:
@@ -124,7 +136,9 @@ class TranslationTask:
         return len(self.sentences(split))
 
     def evaluation_batches(self, split: Split) -> int:
-        """Return the number of batches that a split is evaluated in; it does not depend on workers or ranks."""
+        """Return the number of batches that a split is evaluated in; it does not depend on workers
+        or ranks.
+        """
         return -(-self.evaluation_size(split) // EVALUATION_BATCH)
 
     def evaluate_batch(self, model: nn.Module, split: Split, index: int) -> Tensor:
@@ -141,10 +155,14 @@ class TranslationTask:
         hypotheses = self._translated(model, pairs.source, beam=1, length_penalty=1.0)
         score = _bleu().corpus_score(hypotheses, [[sentences.target_text[i] for i in chosen]])
         counts = [score.sys_len, score.ref_len, *score.counts, *score.totals]
-        return torch.tensor([float(nats), int((following != PAD).sum()), *counts], dtype=torch.float64)
+        return torch.tensor(
+            [float(nats), int((following != PAD).sum()), *counts], dtype=torch.float64
+        )
 
     def metrics_of(self, sums: list[float], split: Split) -> dict[str, float]:
-        """Return the mean cross-entropy in nats a subword, not smoothed, and sacreBLEU's BLEU, 0 to 100."""
+        """Return the mean cross-entropy in nats a subword, not smoothed, and sacreBLEU's BLEU, 0 to
+        100.
+        """
         from sacrebleu.metrics.bleu import BLEU
 
         nats, subwords, *counts = sums
@@ -152,7 +170,9 @@ class TranslationTask:
         score = BLEU.compute_bleu(ngrams[:4], ngrams[4:], system, reference, smooth_method="exp")
         return {"loss": nats / subwords, self.metric: score.score}
 
-    def translate(self, model: nn.Module, split: Split, *, beam: int, length_penalty: float) -> list[str]:
+    def translate(
+        self, model: nn.Module, split: Split, *, beam: int, length_penalty: float
+    ) -> list[str]:
         """Return the translations of a split's sentences, in their order."""
         translations = [""] * self.evaluation_size(split)
         training = model.training
@@ -160,7 +180,9 @@ class TranslationTask:
         with torch.inference_mode():
             for chosen in self._by_length(split):
                 source = _padded([self.sentences(split).source[i] for i in chosen], self.device)
-                translated = self._translated(model, source, beam=beam, length_penalty=length_penalty)
+                translated = self._translated(
+                    model, source, beam=beam, length_penalty=length_penalty
+                )
                 for place, text in zip(chosen, translated, strict=True):
                     translations[place] = text
         model.train(training)
@@ -172,18 +194,29 @@ class TranslationTask:
         score = bleu.corpus_score(list(hypotheses), [list(self.sentences(split).target_text)])
         return score.score, str(bleu.get_signature())
 
-    def _translated(self, model: nn.Module, source: Tensor, beam: int, length_penalty: float) -> list[str]:
+    def _translated(
+        self, model: nn.Module, source: Tensor, beam: int, length_penalty: float
+    ) -> list[str]:
         decodable: Decodable = model  # type: ignore[assignment]
         # Room for a translation of twice the length.
         limits = 2 * (source != PAD).sum(dim=1) + 10
         found = beam_search(
-            decodable, source, beam=beam, limits=limits, length_penalty=length_penalty, begin=BOS, end=EOS
+            decodable,
+            source,
+            beam=beam,
+            limits=limits,
+            length_penalty=length_penalty,
+            begin=BOS,
+            end=EOS,
         )
         return [self._data.subwords.decode(ids) for ids in found]
 
     def _by_length(self, split: Split) -> list[list[int]]:
         lengths = torch.tensor([len(sentence) for sentence in self.sentences(split).source])
-        return [part.tolist() for part in torch.split(torch.argsort(lengths, stable=True), EVALUATION_BATCH)]
+        return [
+            part.tolist()
+            for part in torch.split(torch.argsort(lengths, stable=True), EVALUATION_BATCH)
+        ]
 
     def _order(self, epoch: int, worker: int) -> Tensor:
         """Return the pairs of a worker's mini-batches in an epoch [steps, b]."""
@@ -191,7 +224,9 @@ class TranslationTask:
             order = torch.randperm(self.samples, generator=generator_for(self.seed, "order", epoch))
             self._permutation = (epoch, order)
         used = self.steps_per_epoch * self.batch_size
-        own = self._permutation[1][:used].view(self.steps_per_epoch, self.workers, self.worker_batch_size)[:, worker]
+        own = self._permutation[1][:used].view(
+            self.steps_per_epoch, self.workers, self.worker_batch_size
+        )[:, worker]
         batches = []
         for pool in torch.split(own.flatten(), POOL * self.worker_batch_size):
             lengths = self._lengths[pool]
@@ -204,8 +239,12 @@ class TranslationTask:
     def _pairs(self, chosen: Tensor) -> Pairs:
         source, target = self._lengths[chosen].max(dim=0).values.tolist()
         # From pinned memory, so that the host need not wait for the device.
-        rows = (chosen.pin_memory() if self.device.type == "cuda" else chosen).to(self.device, non_blocking=True)
-        return _with_beginning(self._source[rows, :source].long(), self._target[rows, :target].long())
+        rows = (chosen.pin_memory() if self.device.type == "cuda" else chosen).to(
+            self.device, non_blocking=True
+        )
+        return _with_beginning(
+            self._source[rows, :source].long(), self._target[rows, :target].long()
+        )
 
 
 def _padded(sentences: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -1,28 +1,36 @@
 """How presets, files and overrides become one configuration: inheritance, and `a.b=c` on top.
 
-A shipped preset is a file of its own, or a family and a variant composed by name: `resnet-eg` is `family/resnet` with
-`variant/eg` on top, because the key `variants` of `family/resnet` lists `eg`.
+A shipped preset is a file of its own, or a family and a variant composed by name: `resnet-eg` is
+`family/resnet` with `variant/eg` on top, because the key `variants` of `family/resnet` lists `eg`.
 """
 
 from functools import cache
 from pathlib import Path
 
-from egtrain.config import DEFAULT_NAMES, Config
-from egtrain.config_checks import DOTTED_KEYS, KNOWN_KEYS, unknown_key, validated
+from egtrain.config.checks import DOTTED_KEYS, KNOWN_KEYS, unknown_key, validated
+from egtrain.config.schema import DEFAULT_NAMES, Config
+from egtrain.config.yaml_text import (
+    Key,
+    Settings,
+    describe,
+    parse_settings,
+    parse_value,
+    read_settings,
+)
 from egtrain.errors import UsageError, did_you_mean
-from egtrain.yaml_reader import Key, Settings, describe, parse_settings, parse_value, read_settings
 
 _LENGTHS = ("ratio", "rate", "size")
 _MAX_INHERITANCE = 20
 
 
 def presets_dir() -> Path:
-    """Return the folder of the shipped presets: inside the installed package, or beside it in a checkout.
+    """Return the folder of the shipped presets: inside the installed package, or beside it in a
+    checkout.
 
     Raises:
         UsageError: there is none.
     """
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     for folder in (package / "presets", package.parent / "presets"):
         if (folder / "family").is_dir():
             return folder
@@ -35,7 +43,9 @@ def preset_names() -> list[str]:
 
 
 def preset_description(name: str) -> str:
-    """Return the leading comment line of a shipped preset; of a composed one, its family's and its variant's."""
+    """Return the leading comment line of a shipped preset; of a composed one, its family's and its
+    variant's.
+    """
     path = _shipped(name)
     files = [path] if path.is_file() else [_shipped(part) for part in _composed()[name]]
     first_lines = [file.read_text(encoding="utf-8").partition("\n")[0] for file in files]
@@ -43,7 +53,8 @@ def preset_description(name: str) -> str:
 
 
 def preset_families() -> dict[str, list[str]]:
-    """Return the shipped families, each with the variants that it is composed with, in the order of its file.
+    """Return the shipped families, each with the variants that it is composed with, in the order of
+    its file.
 
     Raises:
         UsageError: a family names a variant that does not exist.
@@ -52,7 +63,8 @@ def preset_families() -> dict[str, list[str]]:
 
 
 def load_config(presets: str | Path, overrides: list[str] | None = None) -> Config:
-    """Return the configuration of a shipped preset or a .yaml file, with overrides such as `optimizer.lr=0.2`.
+    """Return the configuration of a shipped preset or a .yaml file, with overrides such as
+    `optimizer.lr=0.2`.
 
     Raises:
         UsageError: a name, file, key or value is wrong; the message says where it was set.
@@ -79,12 +91,15 @@ def config_file_of(directory: Path) -> Path:
     """
     file = directory / "config.yaml"
     if not file.is_file():
-        raise UsageError(f"{directory} holds no run: there is no config.yaml; name a directory that `train` made")
+        raise UsageError(
+            f"{directory} holds no run: there is no config.yaml; name a directory that `train` made"
+        )
     return file
 
 
 def config_from_yaml_text(text: str, source: str) -> Config:
-    """Return the configuration of YAML text; `source` names it in messages, and `inherits` finds shipped presets.
+    """Return the configuration of YAML text; `source` names it in messages, and `inherits` finds
+    shipped presets.
 
     Raises:
         UsageError: a key or value is wrong; the message says in which line.
@@ -95,7 +110,9 @@ def config_from_yaml_text(text: str, source: str) -> Config:
 def _label(path: Path) -> str:
     """Return how a file is called in messages: a shipped preset by its place among the presets."""
     folder = presets_dir()
-    return str(Path("presets", path.relative_to(folder))) if path.is_relative_to(folder) else str(path)
+    return (
+        str(Path("presets", path.relative_to(folder))) if path.is_relative_to(folder) else str(path)
+    )
 
 
 def _is_file(path: Path) -> bool:
@@ -119,7 +136,9 @@ def _families(folder: Path) -> dict[str, list[str]]:
         settings = _inherited(read_settings(path, label), path, label, {}, {})
         variants = settings.values.get("variants", [])
         if not isinstance(variants, list):
-            raise UsageError(f"{settings.place(('variants',))}: variants must be a list, such as [sgd, eg]")
+            raise UsageError(
+                f"{settings.place(('variants',))}: variants must be a list, such as [sgd, eg]"
+            )
         for number, variant in enumerate(variants):
             if variant not in known:
                 place = settings.place(("variants", str(number)))
@@ -130,7 +149,9 @@ def _families(folder: Path) -> dict[str, list[str]]:
 
 
 def _composed() -> dict[str, tuple[str, str]]:
-    """Return the family's and the variant's file of each preset that is composed by name; the longest family wins."""
+    """Return the family's and the variant's file of each preset that is composed by name; the
+    longest family wins.
+    """
     families = preset_families()
     return {
         f"{family}-{variant}": (f"family/{family}", f"variant/{variant}")
@@ -154,7 +175,9 @@ def _shipped(name: str) -> Path:
 
 
 def _other_families(name: str) -> str:
-    """Return a hint at the families that have a variant, where a family without it was named; else nothing."""
+    """Return a hint at the families that have a variant, where a family without it was named; else
+    nothing.
+    """
     families = preset_families()
     for family in families:
         variant = name.removeprefix(f"{family}-")
@@ -165,15 +188,21 @@ def _other_families(name: str) -> str:
 
 
 def _read(path: Path, label: str) -> Settings:
-    """Read a settings file; that of a composed preset, which does not exist, would inherit its two parts."""
-    parts = _composed().get(path.stem) if path.parent == presets_dir() and not _is_file(path) else None
+    """Read a settings file; that of a composed preset, which does not exist, would inherit its two
+    parts.
+    """
+    parts = (
+        _composed().get(path.stem) if path.parent == presets_dir() and not _is_file(path) else None
+    )
     if parts is None:
         return read_settings(path, label)
     return Settings({"inherits": list(parts)}, {(): f"preset {path.stem}"})
 
 
 def _find_parent(name: str, child: Path | None, place: str) -> tuple[Path, str]:
-    """Return the file that `inherits` names, and what to call it: a shipped preset, else a file beside the child."""
+    """Return the file that `inherits` names, and what to call it: a shipped preset, else a file
+    beside the child.
+    """
     if not name.endswith((".yaml", ".yml")):
         try:
             path = _shipped(name)
@@ -185,20 +214,30 @@ def _find_parent(name: str, child: Path | None, place: str) -> tuple[Path, str]:
         return path, _label(path)
     path = Path(name) if child is None else child.parent / name
     if not _is_file(path):
-        raise UsageError(f"{place}: the inherited file '{path}' does not exist; paths are relative to this file")
+        raise UsageError(
+            f"{place}: the inherited file '{path}' does not exist; paths are relative to this file"
+        )
     return path, _label(path)
 
 
 def _inherited(
-    settings: Settings, path: Path | None, label: str, children: dict[Path, str], done: dict[Path, Settings]
+    settings: Settings,
+    path: Path | None,
+    label: str,
+    children: dict[Path, str],
+    done: dict[Path, Settings],
 ) -> Settings:
     """Return the settings on top of all that they inherit."""
     place = settings.place(("inherits",))
     parents = settings.values.pop("inherits", [])
     if isinstance(parents, str):
         parents = [parents]
-    if not isinstance(parents, list) or not all(isinstance(parent, str) and parent for parent in parents):
-        raise UsageError(f"{place}: inherits must be a list of presets, such as [family/resnet, variant/eg]")
+    if not isinstance(parents, list) or not all(
+        isinstance(parent, str) and parent for parent in parents
+    ):
+        raise UsageError(
+            f"{place}: inherits must be a list of presets, such as [family/resnet, variant/eg]"
+        )
     if path is not None:
         children = {**children, path.resolve(): label}
     result = Settings()
@@ -211,7 +250,9 @@ def _inherited(
             chain = " -> ".join([*(children[file] for file in circle), parent_label])
             raise UsageError(f"{place}: inherits goes in a circle ({chain}); remove one of them")
         if len(children) >= _MAX_INHERITANCE:
-            raise UsageError(f"{place}: inherits is more than {_MAX_INHERITANCE} files deep; shorten the chain")
+            raise UsageError(
+                f"{place}: inherits is more than {_MAX_INHERITANCE} files deep; shorten the chain"
+            )
         if resolved not in done:
             read = _read(parent_path, parent_label)
             done[resolved] = _inherited(read, parent_path, parent_label, children, done)
@@ -224,7 +265,9 @@ def _inherited(
 
 
 def _overrides(overrides: list[str]) -> Settings:
-    """Return KEY=VALUE overrides as one layer of settings, so that their order matters for equal keys only."""
+    """Return KEY=VALUE overrides as one layer of settings, so that their order matters for equal
+    keys only.
+    """
     settings = Settings()
     for override in overrides:
         source = "--set " + " ".join(override.split())[:200]
@@ -233,10 +276,14 @@ def _overrides(overrides: list[str]) -> Settings:
         if not equals or not dotted:
             raise UsageError(f"{source}: write KEY=VALUE, such as optimizer.lr=0.2")
         if dotted == "inherits":
-            raise UsageError(f"{source}: inherits belongs in a file; name the preset with --preset instead")
+            raise UsageError(
+                f"{source}: inherits belongs in a file; name the preset with --preset instead"
+            )
         if dotted in KNOWN_KEYS:
             example = f"{dotted}.{KNOWN_KEYS[dotted][0]}"
-            raise UsageError(f"{source}: '{dotted}' is a group; set one of its keys, such as {example}")
+            raise UsageError(
+                f"{source}: '{dotted}' is a group; set one of its keys, such as {example}"
+            )
         if dotted not in DOTTED_KEYS:
             raise UsageError(f"{source}: {unknown_key(dotted)}")
         key = tuple(dotted.split("."))
@@ -251,15 +298,18 @@ def _overrides(overrides: list[str]) -> Settings:
 def _merge(base: Settings, layer: Settings) -> None:
     """Lay settings over others: groups are merged, other values replaced.
 
-    A changed name of a model, optimizer or extrapolation drops what was set for the old one, and one of ratio, rate and
-    size drops the others, so that a variant can be laid over another without undoing it key by key.
+    A changed name of a model, optimizer or extrapolation drops what was set for the old one, and
+    one of ratio, rate and size drops the others, so that a variant can be laid over another without
+    undoing it key by key.
     """
     for section, default in DEFAULT_NAMES.items():
         old, new = base.values.get(section), layer.values.get(section)
         if isinstance(old, dict) and isinstance(new, dict):
             if "name" in new and new["name"] != old.get("name", default):
                 _drop(base, section, [key for key in old if key != "name"])
-            elif section == "extrapolation" and any(new.get(length) is not None for length in _LENGTHS):
+            elif section == "extrapolation" and any(
+                new.get(length) is not None for length in _LENGTHS
+            ):
                 _drop(base, section, [length for length in _LENGTHS if length in old])
     gone: set[Key] = set()
     for name, value in layer.values.items():
@@ -270,7 +320,9 @@ def _merge(base: Settings, layer: Settings) -> None:
         else:
             base.values[name] = dict(value) if isinstance(value, dict) else value
             gone.add((name,))
-    base.places = {key: at for key, at in base.places.items() if not gone & {key[:1], key[:2]}} | layer.places
+    base.places = {
+        key: at for key, at in base.places.items() if not gone & {key[:1], key[:2]}
+    } | layer.places
 
 
 def _drop(settings: Settings, section: str, keys: list[str]) -> None:

@@ -1,7 +1,8 @@
 """Read and write settings as YAML: plain data only, with the line where each value was set.
 
-Scalars follow the YAML 1.2 core schema (`1e-3` is a number, `no` and `on` are text). What a settings file never needs
-is refused with its line: duplicate keys, anchors and aliases, tags, several documents, not-a-number and infinity.
+Scalars follow the YAML 1.2 core schema (`1e-3` is a number, `no` and `on` are text). What a
+settings file never needs is refused with its line: duplicate keys, anchors and aliases, tags,
+several documents, not-a-number and infinity.
 """
 
 import math
@@ -25,7 +26,9 @@ _INTEGER = re.compile(r"[-+]?[0-9]+|0x[0-9a-fA-F]+|0o[0-7]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _NOT_FINITE = re.compile(r"[-+]?\.?(inf|infinity|nan)", re.IGNORECASE)
 _CONSTANTS = {"": None, "~": None, "null": None, "Null": None, "NULL": None} | {
-    word: value for name, value in (("true", True), ("false", False)) for word in (name, name.title(), name.upper())
+    word: value
+    for name, value in (("true", True), ("false", False))
+    for word in (name, name.title(), name.upper())
 }
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_./+-]*|1/K")
 _YAML_1_1_BOOLEANS = {"y", "n", "yes", "no", "on", "off"}
@@ -33,7 +36,9 @@ _YAML_1_1_BOOLEANS = {"y", "n", "yes", "no", "on", "off"}
 
 @dataclass
 class Settings:
-    """A tree of plain values and, for every key in it, where it was set: `file.yaml:7` or `--set optimizer.lr=1`."""
+    """A tree of plain values and, for every key in it, where it was set: `file.yaml:7` or `--set
+    optimizer.lr=1`.
+    """
 
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[Key, str] = field(default_factory=dict)
@@ -50,7 +55,8 @@ def read_settings(path: Path, label: str) -> Settings:
     """Read a YAML file; `label` names it in messages.
 
     Raises:
-        UsageError: the file cannot be read, is too large, is not UTF-8, or is refused by `parse_settings`.
+        UsageError: the file cannot be read, is too large, is not UTF-8, or is refused by
+            `parse_settings`.
     """
     try:
         if not path.is_file():
@@ -63,15 +69,22 @@ def read_settings(path: Path, label: str) -> Settings:
             raw = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise UsageError(f"{label}: cannot be read ({reason}); check the path and its permissions") from None
+        raise UsageError(
+            f"{label}: cannot be read ({reason}); check the path and its permissions"
+        ) from None
     if len(raw) > MAX_BYTES:
         line = raw.count(b"\n") + 1
-        raise UsageError(f"{label}:{line}: larger than {MAX_BYTES:,} bytes, which is no settings file; shorten it")
+        raise UsageError(
+            f"{label}:{line}: larger than {MAX_BYTES:,} bytes, which is no settings file; shorten "
+            "it"
+        )
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise UsageError(f"{label}:{line}: byte {raw[error.start]:#04x} is not UTF-8; save the file as UTF-8") from None
+        raise UsageError(
+            f"{label}:{line}: byte {raw[error.start]:#04x} is not UTF-8; save the file as UTF-8"
+        ) from None
     return parse_settings(text, label)
 
 
@@ -79,14 +92,20 @@ def parse_settings(text: str, label: str) -> Settings:
     """Parse YAML text whose top level is a mapping; `label` names it in messages.
 
     Raises:
-        UsageError: the text is empty, not YAML, not a mapping, or holds something that is refused (see the module).
+        UsageError: the text is empty, not YAML, not a mapping, or holds something that is refused
+            (see the module).
     """
     if len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
-        raise UsageError(f"{label}: larger than {MAX_BYTES:,} bytes, which is no settings file; shorten it")
+        raise UsageError(
+            f"{label}: larger than {MAX_BYTES:,} bytes, which is no settings file; shorten it"
+        )
     settings = Settings(places={(): f"{label}:1"})
     value = _Builder(text, label, settings.places).document()
     if value is None:
-        raise UsageError(f"{label}:1: the file holds no settings; write 'key: value' lines or 'inherits: [PRESET]'")
+        raise UsageError(
+            f"{label}:1: the file holds no settings; write 'key: value' lines or 'inherits: "
+            "[PRESET]'"
+        )
     if not isinstance(value, dict):
         line = settings.places[()]
         raise UsageError(f"{line}: the top level must be 'key: value' lines, not {describe(value)}")
@@ -104,7 +123,9 @@ def parse_value(text: str, label: str) -> Any:
     """
     text = text.strip()
     if not text:
-        raise UsageError(f"{label}: the value is missing; write null for none, or '' for empty text")
+        raise UsageError(
+            f"{label}: the value is missing; write null for none, or '' for empty text"
+        )
     if text.startswith("{"):
         raise UsageError(f"{label}: a mapping cannot be set; set its keys one by one")
     if text[0] in "[\"'":
@@ -126,7 +147,9 @@ def describe(value: object) -> str:
 
 
 def write_settings(values: dict[str, Any], indent: str = "") -> str:
-    """Return YAML text that `parse_settings` reads back as the same values; lists are written on one line."""
+    """Return YAML text that `parse_settings` reads back as the same values; lists are written on
+    one line.
+    """
     lines = []
     for key, value in values.items():
         if isinstance(value, dict):
@@ -186,9 +209,13 @@ def _resolve(text: str) -> Any:
 
 
 class _Builder:
-    """Builds values from parser events, so that nothing is constructed before it has been looked at."""
+    """Builds values from parser events, so that nothing is constructed before it has been looked
+    at.
+    """
 
-    def __init__(self, text: str, label: str, places: dict[Key, str], *, lines: bool = True) -> None:
+    def __init__(
+        self, text: str, label: str, places: dict[Key, str], *, lines: bool = True
+    ) -> None:
         self._text = text
         self._label = label
         self._places = places
@@ -215,23 +242,37 @@ class _Builder:
             place = self._label if mark is None else self._line(mark.line + 1)
             problem = (error.problem or "it cannot be parsed").rstrip(".")
             tab = r"'\t'" in problem
-            hint = "indent with spaces, not tabs" if tab else "check the indentation, quotes and brackets"
+            hint = (
+                "indent with spaces, not tabs"
+                if tab
+                else "check the indentation, quotes and brackets"
+            )
             raise UsageError(f"{place}: not valid YAML ({problem}); {hint}") from None
         except yaml.reader.ReaderError as error:
             place = self._line(self._text.count("\n", 0, error.position) + 1)
-            raise UsageError(f"{place}: character #x{error.character:04x} is not allowed; remove it") from None
+            raise UsageError(
+                f"{place}: character #x{error.character:04x} is not allowed; remove it"
+            ) from None
         except (ValueError, OverflowError):
             # PyYAML lets e.g. an escape beyond Unicode through to chr().
             raise UsageError(f"{self._label}: not valid YAML; check its quoted text") from None
 
     def _value(self, event: yaml.Event, key: Key) -> Any:
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
-            self._refuse(event, "anchors and aliases (&name, *name) are not allowed; write the value out, or quote it")
+            self._refuse(
+                event,
+                "anchors and aliases (&name, *name) are not allowed; write the value out, or "
+                "quote it",
+            )
         tag = getattr(event, "tag", None)
         if tag is not None:
-            self._refuse(event, f"the tag {describe(tag)} is not allowed; write a plain value, or quote it")
+            self._refuse(
+                event, f"the tag {describe(tag)} is not allowed; write a plain value, or quote it"
+            )
         if len(self._places) > _MAX_PLACES:
-            self._refuse(event, f"more than {_MAX_PLACES:,} values, which is no settings file; shorten it")
+            self._refuse(
+                event, f"more than {_MAX_PLACES:,} values, which is no settings file; shorten it"
+            )
         if len(key) > _MAX_DEPTH:
             self._refuse(event, f"nested more than {_MAX_DEPTH} levels deep; flatten it")
         if isinstance(event, yaml.MappingStartEvent):
@@ -255,13 +296,19 @@ class _Builder:
     def _mapping(self, key: Key) -> dict[str, Any]:
         values: dict[str, Any] = {}
         while not isinstance(event := next(self._events), yaml.MappingEndEvent):
-            if not isinstance(event, yaml.ScalarEvent) or event.anchor is not None or event.tag is not None:
+            if (
+                not isinstance(event, yaml.ScalarEvent)
+                or event.anchor is not None
+                or event.tag is not None
+            ):
                 self._refuse(event, "a key must be a plain word; write 'key: value'")
             name = str(event.value)
             if name in values:
                 first = self._places[(*key, name)].rpartition(":")[2]
                 dotted = describe(".".join((*key, name)))
-                self._refuse(event, f"duplicate key {dotted}, first set in line {first}; delete one of them")
+                self._refuse(
+                    event, f"duplicate key {dotted}, first set in line {first}; delete one of them"
+                )
             self._places[(*key, name)] = self._place(event)
             values[name] = self._value(next(self._events), (*key, name))
         return values

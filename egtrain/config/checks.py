@@ -1,16 +1,20 @@
-"""From settings to a configuration, with every complaint as one sentence that names the place and the fix."""
+"""From settings to a configuration, with every complaint as one sentence that names the place and
+the fix.
+"""
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from egtrain.config import DEFAULT_NAMES, UNIONS, Config
-from egtrain.config_sections import Section
+from egtrain.config.schema import DEFAULT_NAMES, UNIONS, Config
+from egtrain.config.sections import Section
+from egtrain.config.yaml_text import Key, Settings, describe
 from egtrain.errors import UsageError, did_you_mean
-from egtrain.yaml_reader import Key, Settings, describe
 
 
 def _known_keys() -> dict[str, list[str]]:
-    """Return every dotted key, those of all members of a union included; a section's keys stand under its name."""
+    """Return every dotted key, those of all members of a union included; a section's keys stand
+    under its name.
+    """
     known: dict[str, list[str]] = {"": []}
     for name, info in Config.model_fields.items():
         known[""].append(name)
@@ -24,11 +28,15 @@ def _known_keys() -> dict[str, list[str]]:
 
 KNOWN_KEYS = _known_keys()
 """The keys of each section; those of the top level stand under an empty name."""
-DOTTED_KEYS = [f"{section}.{key}" if section else key for section, keys in KNOWN_KEYS.items() for key in keys]
+DOTTED_KEYS = [
+    f"{section}.{key}" if section else key for section, keys in KNOWN_KEYS.items() for key in keys
+]
 
 
 def validated(settings: Settings) -> Config:
-    """Return the configuration, with every complaint as one sentence about the first wrong setting."""
+    """Return the configuration, with every complaint as one sentence about the first wrong
+    setting.
+    """
     _check_keys(settings)
     values = dict(settings.values)
     for section, default in DEFAULT_NAMES.items():
@@ -50,7 +58,8 @@ def _check_keys(settings: Settings) -> None:
             continue
         if not isinstance(value, dict):
             raise UsageError(
-                f"{at}: {name} must be a group of keys, such as {KNOWN_KEYS[name][0]}, not {describe(value)}"
+                f"{at}: {name} must be a group of keys, such as {KNOWN_KEYS[name][0]}, not "
+                f"{describe(value)}"
             )
         allowed, member, members = KNOWN_KEYS[name], "", UNIONS.get(name, {})
         if members:
@@ -63,7 +72,8 @@ def _check_keys(settings: Settings) -> None:
             if key in KNOWN_KEYS[name]:
                 owners = [other for other, model in members.items() if key in model.model_fields]
                 raise UsageError(
-                    f"{at}: {name} '{member}' has no key '{name}.{key}'; remove it, or set {name}.name to "
+                    f"{at}: {name} '{member}' has no key '{name}.{key}'; remove it, or set "
+                    f"{name}.name to "
                     f"{' or '.join(owners)}"
                 )
             raise UsageError(f"{at}: {unknown_key(f'{name}.{key}')}")
@@ -83,7 +93,10 @@ def unknown_key(dotted: str) -> str:
     """Return the complaint about a key that does not exist."""
     section, _, key = dotted.rpartition(".")
     if dotted in DOTTED_KEYS:
-        return f"'{dotted}' must be nested; write '{section}:' and, indented in the next line, '{key}:'"
+        return (
+            f"'{dotted}' must be nested; "
+            f"write '{section}:' and, indented in the next line, '{key}:'"
+        )
     namesakes = [known for known in DOTTED_KEYS if known.rpartition(".")[2] == key and "." in known]
     hint = did_you_mean(dotted, DOTTED_KEYS)
     if not section and namesakes:
@@ -104,7 +117,11 @@ def _translated(error: ValidationError, settings: Settings) -> str:
         problem = f"extrapolation '{name}' needs {'.'.join(key)}; set it, such as 0.05"
         return _placed(settings, ("extrapolation", "name"), problem)
     wishes = dict.fromkeys(_wish(e) for e in errors if _error_key(e) == key)
-    return _placed(settings, key, f"{'.'.join(key)} must be {' or '.join(wishes)}, not {describe(first['input'])}")
+    return _placed(
+        settings,
+        key,
+        f"{'.'.join(key)} must be {' or '.join(wishes)}, not {describe(first['input'])}",
+    )
 
 
 def _placed(settings: Settings, key: Key, problem: str) -> str:

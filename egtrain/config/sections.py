@@ -13,20 +13,27 @@ Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 NotNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Scaling = Literal["none", "layer", "filter"]
-LearningRate = Annotated[float, Field(gt=0, description="Learning rate at a batch of base_batch_size samples.")]
+LearningRate = Annotated[
+    float, Field(gt=0, description="Learning rate at a batch of base_batch_size samples.")
+]
 BaseBatchSize = Annotated[
-    Count | None, Field(description="Samples in the batch that lr was chosen for; null: lr is used as it is.")
+    Count | None,
+    Field(description="Samples in the batch that lr was chosen for; null: lr is used as it is."),
 ]
 RateScaling = Annotated[
     Literal["none", "sqrt", "linear"],
     Field(description="How the learning rate grows from base_batch_size to the batch of the run."),
 ]
 MomentumFactor = Annotated[float, Field(ge=0, lt=1)]
-WeightDecay = Annotated[float, Field(ge=0, description="Factor of the weights that is added to their gradient.")]
+WeightDecay = Annotated[
+    float, Field(ge=0, description="Factor of the weights that is added to their gradient.")
+]
 
 
 class Section(BaseModel):
-    """A part of the configuration: unknown keys, other types and numbers that are not finite are refused."""
+    """A part of the configuration: unknown keys, other types and numbers that are not finite are
+    refused.
+    """
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -35,7 +42,8 @@ class Section(BaseModel):
 
 def wrong(key: str, problem: str) -> PydanticCustomError:
     """Return the error of a dotted key."""
-    # A plain ValueError would not tell which key to point at, and braces in values would be taken for placeholders.
+    # A plain ValueError would not tell which key to point at, and braces in values would be taken
+    # for placeholders.
     return PydanticCustomError("setting", "{problem}", {"key": key, "problem": problem})
 
 
@@ -45,8 +53,9 @@ class DataConfig(Section):
     name: str = "cifar10"
     """synthetic (embedded, no download), or what the task reads.
 
-    image: cifar10, cifar100 or npz:FILE (x_train, y_train, x_test, y_test); language: wikitext2 or text:FOLDER
-    (train.txt, valid.txt, test.txt); translation: multi30k or pairs:FOLDER (train.en, train.de and so on)."""
+    image: cifar10, cifar100 or npz:FILE (x_train, y_train, x_test, y_test); language: wikitext2 or
+    text:FOLDER (train.txt, valid.txt, test.txt); translation: multi30k or pairs:FOLDER (train.en,
+    train.de and so on)."""
     dir: str | None = None
     """Folder that holds the data; null: $EGTRAIN_DATA, then the user cache, then a download."""
     offline: bool = False
@@ -54,7 +63,8 @@ class DataConfig(Section):
     train_samples: Count | None = None
     """Train on only so many samples (images, windows of text, pairs of sentences); null: all."""
     validation: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
-    """Number of training images that are held out for validation; texts have a validation part of their own."""
+    """Number of training images that are held out for validation; texts have a validation part of
+    their own."""
 
 
 class ImageSettings(Section):
@@ -67,12 +77,15 @@ class ImageSettings(Section):
 
 
 class LanguageSettings(Section):
-    """Language modelling over words: perplexity; a sample is a window of text in one of the batch's columns."""
+    """Language modelling over words: perplexity; a sample is a window of text in one of the batch's
+    columns.
+    """
 
     name: Literal["language"] = "language"
     """language: predict each word of a text from those before it."""
     bptt: Annotated[int, Field(ge=1, le=100_000)] = 30
-    """Words in a window, through which gradients flow back; the hidden state goes on to the next window."""
+    """Words in a window, through which gradients flow back; the hidden state goes on to the next
+    window."""
     max_vocabulary: Annotated[int, Field(ge=3, le=2**31 - 1)] | None = None
     """Most different words that the training text may have; null: any number."""
 
@@ -91,7 +104,8 @@ class TranslationSettings(Section):
     max_length: Annotated[int, Field(ge=2, le=100_000)] = 128
     """Most subwords that a sentence may have."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Part of the probability that the training loss spreads over all subwords (Szegedy et al. 2016)."""
+    """Part of the probability that the training loss spreads over all subwords (Szegedy et al.
+    2016)."""
     beam: Annotated[int, Field(ge=1, le=1000)] = 4
     """Hypotheses that `egtrain eval` keeps for a sentence; 1 is greedy, as during training."""
     length_penalty: NotNegative = 1.0
@@ -107,7 +121,11 @@ DATA: dict[str, tuple[list[str], str]] = {
 }
 """The data that a task reads: the names, and the form of one's own."""
 
-MODELS: dict[str, list[str]] = {"image": ["resnet", "vgg"], "language": ["lstm"], "translation": ["transformer"]}
+MODELS: dict[str, list[str]] = {
+    "image": ["resnet", "vgg"],
+    "language": ["lstm"],
+    "translation": ["transformer"],
+}
 """The models that a task trains."""
 
 
@@ -121,19 +139,25 @@ class ResnetModel(Section):
     width: Annotated[int, Field(ge=1, le=10_000)] = 16
     """Channels of the first stage; the second has twice and the third four times as many."""
     shortcut: Literal["identity", "projection"] = "identity"
-    """Shortcut where the shape changes: identity pads with zeros, projection is a 1x1 convolution."""
+    """Shortcut where the shape changes: identity pads with zeros, projection is a 1x1
+    convolution."""
 
     @field_validator("depth")
     @classmethod
     def _six_n_plus_two(cls, depth: int) -> int:
         if depth % 6 != 2:
             below = max(8, depth - (depth - 2) % 6)
-            raise wrong("model.depth", f"model.depth must be 6n + 2, such as {below} or {below + 6}, not {depth}")
+            raise wrong(
+                "model.depth",
+                f"model.depth must be 6n + 2, such as {below} or {below + 6}, not {depth}",
+            )
         return depth
 
 
 class VggModel(Section):
-    """VGG with BatchNorm, in its form for small images (Simonyan & Zisserman 2015, arXiv 1409.1556)."""
+    """VGG with BatchNorm, in its form for small images (Simonyan & Zisserman 2015, arXiv
+    1409.1556).
+    """
 
     name: Literal["vgg"] = "vgg"
     """vgg: plain convolutions and max-pooling."""
@@ -144,7 +168,9 @@ class VggModel(Section):
 
 
 class LstmModel(Section):
-    """An LSTM language model with tied embeddings (Zaremba et al. 2014, arXiv 1409.2329; Press & Wolf 2017)."""
+    """An LSTM language model with tied embeddings (Zaremba et al. 2014, arXiv 1409.2329; Press &
+    Wolf 2017).
+    """
 
     name: Literal["lstm"] = "lstm"
     """lstm: long short-term memory over words."""
@@ -178,7 +204,8 @@ class TransformerModel(Section):
             # Positions are sines and cosines in pairs.
             raise wrong(
                 "model.width",
-                f"model.width must be a multiple of twice model.heads, such as {2 * self.heads * 8}, not {self.width}",
+                "model.width must be a multiple of twice model.heads, such as "
+                f"{2 * self.heads * 8}, not {self.width}",
             )
         return self
 
@@ -203,7 +230,9 @@ class _Optimizer(Section):
 
 
 class SgdOptimizer(_Optimizer):
-    """torch.optim.SGD, its rate scaled linearly with the batch (Goyal et al. 2017, arXiv 1706.02677)."""
+    """torch.optim.SGD, its rate scaled linearly with the batch (Goyal et al. 2017, arXiv
+    1706.02677).
+    """
 
     name: Literal["sgd"] = "sgd"
     """sgd: torch.optim.SGD."""
@@ -223,8 +252,8 @@ class _TrustRatio(_Optimizer):
 class LarsOptimizer(_TrustRatio):
     """Layer-wise adaptive rates for SGD (You et al. 2017, arXiv 1708.03888).
 
-    As in the paper, lr is the global rate, and a layer's own is lr times its trust ratio. The default is SimCLR's, 0.3
-    for 256 samples with this trust coefficient (arXiv 2002.05709).
+    As in the paper, lr is the global rate, and a layer's own is lr times its trust ratio. The
+    default is SimCLR's, 0.3 for 256 samples with this trust coefficient (arXiv 2002.05709).
     """
 
     name: Literal["lars"] = "lars"
@@ -250,9 +279,11 @@ class _Moments(_Optimizer):
 
 
 class AdamOptimizer(_Moments):
-    """torch.optim.Adam (Kingma & Ba 2015, arXiv 1412.6980), whose experiments had a rate of 0.001 for 128 samples.
+    """torch.optim.Adam (Kingma & Ba 2015, arXiv 1412.6980), whose experiments had a rate of 0.001
+    for 128 samples.
 
-    The rate of an adaptive method grows with the root of the batch (Malladi et al. 2022, arXiv 2205.10287).
+    The rate of an adaptive method grows with the root of the batch (Malladi et al. 2022, arXiv
+    2205.10287).
     """
 
     name: Literal["adam"] = "adam"
@@ -261,7 +292,8 @@ class AdamOptimizer(_Moments):
 
 
 class AdamwOptimizer(_Moments):
-    """torch.optim.AdamW, with decay apart from the gradient (Loshchilov & Hutter 2019, arXiv 1711.05101).
+    """torch.optim.AdamW, with decay apart from the gradient (Loshchilov & Hutter 2019, arXiv
+    1711.05101).
 
     The rate is Adam's, the decay PyTorch's default.
     """
@@ -276,8 +308,8 @@ class AdamwOptimizer(_Moments):
 class LambOptimizer(_Moments, _TrustRatio):
     """Layer-wise adaptive rates for Adam (You et al. 2020, arXiv 1904.00962).
 
-    The default rate, 0.005 for 512 samples, is the paper's for ResNet-50, as is its growth with the root of the batch;
-    the decay is its BERT's.
+    The default rate, 0.005 for 512 samples, is the paper's for ResNet-50, as is its growth with the
+    root of the batch; the decay is its BERT's.
     """
 
     name: Literal["lamb"] = "lamb"
@@ -286,9 +318,9 @@ class LambOptimizer(_Moments, _TrustRatio):
     base_batch_size: BaseBatchSize = 512
     eps: Positive = 1e-6
     """Added to the root of the mean of squares."""
-    weight_decay: Annotated[float, Field(ge=0, description="Factor of the weights that is added to their update.")] = (
-        0.01
-    )
+    weight_decay: Annotated[
+        float, Field(ge=0, description="Factor of the weights that is added to their update.")
+    ] = 0.01
 
 
 Optimizer = SgdOptimizer | LarsOptimizer | LambOptimizer | AdamOptimizer | AdamwOptimizer
@@ -302,8 +334,8 @@ class ScheduleConfig(Section):
     warmup_from: NotNegative = 0.1
     """Learning rate at the first step; lowered to the peak where it lies above it."""
     decay: Literal["step", "cosine", "inverse-sqrt", "constant"] = "step"
-    """step: times factor at each milestone; cosine: a half cosine to zero; inverse-sqrt: by the root of the step, after
-    the warm-up; constant: none."""
+    """step: times factor at each milestone; cosine: a half cosine to zero; inverse-sqrt: by the
+    root of the step, after the warm-up; constant: none."""
     milestones: Annotated[tuple[float, ...], Field(strict=False)] = (0.5, 0.75)
     """Fractions of the run, increasing, each in (0, 1); used by step only."""
     factor: Annotated[float, Field(gt=0, le=1)] = 0.1
@@ -316,7 +348,8 @@ class ScheduleConfig(Section):
         if any(low >= high for low, high in pairs):
             raise wrong(
                 "schedule.milestones",
-                "schedule.milestones must be increasing fractions of the run between 0 and 1, such as [0.5, 0.75], "
+                "schedule.milestones must be increasing fractions of the run between 0 and 1, "
+                "such as [0.5, 0.75], "
                 f"not {list(milestones)}",
             )
         return milestones
@@ -331,22 +364,27 @@ class NoExtrapolation(Section):
 
 class _Until(Section):
     until: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Fraction of the run after which there is none; null: to the end, or to the start of the local phase."""
+    """Fraction of the run after which there is none; null: to the end, or to the start of the local
+    phase."""
 
 
 class _AlongGradient(_Until):
     """The shift follows a gradient; exactly one of ratio, rate and size says how far."""
 
     ratio: NotNegative | Literal["1/K"] | None = None
-    """Length as a ratio of the learning rate, or 1/K (K workers), which is also the default where scaling is none."""
+    """Length as a ratio of the learning rate, or 1/K (K workers), which is also the default where
+    scaling is none."""
     rate: NotNegative | None = None
     """Length as a learning rate of its own, instead of ratio."""
     size: NotNegative | None = None
-    """Length relative to the norm of the weights; required with scaling layer or filter, instead of ratio."""
+    """Length relative to the norm of the weights; required with scaling layer or filter, instead of
+    ratio."""
     scaling: Scaling = "none"
-    """Scale the shift to the norm of the weights: not at all, layer by layer, or filter by filter."""
+    """Scale the shift to the norm of the weights: not at all, layer by layer, or filter by
+    filter."""
     precondition: Literal["base", "none"] = "base"
-    """base: scale the gradient as lars, lamb, adam and adamw scale theirs; none: leave it as it is."""
+    """base: scale the gradient as lars, lamb, adam and adamw scale theirs; none: leave it as it
+    is."""
 
     @model_validator(mode="before")
     @classmethod
@@ -362,18 +400,27 @@ class _AlongGradient(_Until):
 
     @model_validator(mode="after")
     def _exactly_one_length(self) -> "_AlongGradient":
-        given = [length for length in ("ratio", "rate", "size") if getattr(self, length) is not None]
+        given = [
+            length for length in ("ratio", "rate", "size") if getattr(self, length) is not None
+        ]
         if self.scaling != "none" and given != ["size"]:
             surplus = next((length for length in given if length != "size"), None)
-            problem = f"needs extrapolation.size{f' and no extrapolation.{surplus}' if surplus else ''}; set"
-            raise wrong("extrapolation.scaling", f"extrapolation.scaling '{self.scaling}' {problem} it, such as 0.05")
+            without = f" and no extrapolation.{surplus}" if surplus else ""
+            problem = f"needs extrapolation.size{without}; set"
+            raise wrong(
+                "extrapolation.scaling",
+                f"extrapolation.scaling '{self.scaling}' {problem} it, such as 0.05",
+            )
         if len(given) > 1:
             both = " and ".join(f"extrapolation.{length}" for length in given)
-            raise wrong(f"extrapolation.{given[-1]}", f"{both} exclude each other; keep one of them")
+            raise wrong(
+                f"extrapolation.{given[-1]}", f"{both} exclude each other; keep one of them"
+            )
         if self.scaling == "none" and self.size is not None:
             raise wrong(
                 "extrapolation.size",
-                "extrapolation.size needs extrapolation.scaling layer or filter; set it, or use ratio or rate instead",
+                "extrapolation.size needs extrapolation.scaling layer or filter; set it, or use "
+                "ratio or rate instead",
             )
         return self
 
@@ -418,7 +465,8 @@ class _Noise(_Until):
     size: NotNegative
     """Size of the noise; relative to the norm of the weights unless scaling is none."""
     scaling: Scaling = "filter"
-    """Scale the noise to the norm of the weights: not at all, layer by layer, or filter by filter."""
+    """Scale the noise to the norm of the weights: not at all, layer by layer, or filter by
+    filter."""
     norm_and_bias: bool = False
     """Shift normalisation parameters and biases too."""
 
@@ -451,8 +499,8 @@ class SamExtrapolation(_Until):
 class MomentumExtrapolation(_Until):
     """MSAM (Becker et al. 2024, arXiv 2401.12033).
 
-    The default radius is that of the authors' MSAM class; their CIFAR-100 examples, networks of millions of weights,
-    take 3.
+    The default radius is that of the authors' MSAM class; their CIFAR-100 examples, networks of
+    millions of weights, take 3.
     """
 
     name: Literal["momentum"] = "momentum"
@@ -477,7 +525,9 @@ Extrapolation = (
 
 
 class PostLocalConfig(Section):
-    """Post-local SGD (Lin et al. 2020, arXiv 1808.07217): a second phase in which weights are averaged."""
+    """Post-local SGD (Lin et al. 2020, arXiv 1808.07217): a second phase in which weights are
+    averaged.
+    """
 
     period: Count | None = None
     """Updates H that a worker makes on its own between two averages of the weights; null: never."""

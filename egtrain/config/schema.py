@@ -1,4 +1,5 @@
-"""The configuration of a run: everything that it is a function of, as one strict, typed, frozen object.
+"""The configuration of a run: everything that it is a function of, as one strict, typed, frozen
+object.
 
 Nothing here imports torch, so that a wrong option is reported at once.
 """
@@ -8,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from egtrain.config_sections import (
+from egtrain.config.sections import (
     DATA,
     MODELS,
     CheckpointConfig,
@@ -29,8 +30,8 @@ from egtrain.config_sections import (
     Task,
     wrong,
 )
+from egtrain.config.yaml_text import describe, write_settings, write_value
 from egtrain.errors import did_you_mean
-from egtrain.yaml_reader import describe, write_settings, write_value
 
 
 class Config(Section):
@@ -49,7 +50,8 @@ class Config(Section):
     steps: Count | None = None
     """Length of the run in updates, instead of epochs."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """fp32, no TF32; bf16: mixed precision; auto: bf16 where the device computes in it natively, else fp32."""
+    """fp32, no TF32; bf16: mixed precision; auto: bf16 where the device computes in it natively,
+    else fp32."""
     channels_last: bool = True
     """Keep images channels-last in memory."""
     compile: bool = False
@@ -87,10 +89,16 @@ class Config(Section):
         return self.task.name != "image" or self.data.validation > 0
 
     def local_start_fraction(self) -> float | None:
-        """Return the fraction of the run at which the local phase begins, or None where there is none."""
+        """Return the fraction of the run at which the local phase begins, or None where there is
+        none.
+        """
         if self.post_local.period is None:
             return None
-        return self.schedule.milestones[0] if self.post_local.start == "first-decay" else self.post_local.start
+        return (
+            self.schedule.milestones[0]
+            if self.post_local.start == "first-decay"
+            else self.post_local.start
+        )
 
     @field_validator("preset")
     @classmethod
@@ -98,7 +106,9 @@ class Config(Section):
         # Run directories are named after it.
         if "/" in preset or not preset.isprintable() or len(preset) > 200:
             raise wrong(
-                "preset", f"preset must be a name of at most 200 characters without '/', not {describe(preset)}"
+                "preset",
+                "preset must be a name of at most 200 characters without '/', not "
+                f"{describe(preset)}",
             )
         return preset
 
@@ -109,25 +119,32 @@ class Config(Section):
             owner = next(other for other, models in MODELS.items() if self.model.name in models)
             raise wrong(
                 "model.name",
-                f"task '{task}' has no model '{self.model.name}'; set model.name to {' or '.join(MODELS[task])}, or "
+                f"task '{task}' has no model '{self.model.name}'; set model.name to "
+                f"{' or '.join(MODELS[task])}, or "
                 f"task.name to {owner}",
             )
         names, own = DATA[task]
         name, prefix = self.data.name, own.partition(":")[0] + ":"
         if name not in names and not (name.startswith(prefix) and name != prefix):
             hint = did_you_mean(name, names)
-            raise wrong("data.name", f"data.name must be {', '.join(names)} or {own}, not {name!r}{hint}")
+            raise wrong(
+                "data.name", f"data.name must be {', '.join(names)} or {own}, not {name!r}{hint}"
+            )
         if task != "image" and self.data.validation:
             raise wrong(
                 "data.validation",
-                "data.validation must be 0, because texts have a validation part of their own; remove it",
+                "data.validation must be 0, because texts have a validation part of their own; "
+                "remove it",
             )
         return self
 
     @model_validator(mode="after")
     def _finite_rate(self) -> "Config":
         if not math.isfinite(self.optimizer.scaled_lr(self.batch_size)):
-            raise wrong("optimizer.lr", f"optimizer.lr is too large for batches of {self.batch_size}; lower it")
+            raise wrong(
+                "optimizer.lr",
+                f"optimizer.lr is too large for batches of {self.batch_size}; lower it",
+            )
         return self
 
     @model_validator(mode="after")
@@ -139,12 +156,14 @@ class Config(Section):
         if getattr(base, key) == 0:
             raise wrong(
                 "extrapolation.name",
-                f"extrapolation 'momentum' needs a base with momentum; set optimizer.{key} above 0, such as 0.9",
+                f"extrapolation 'momentum' needs a base with momentum; set optimizer.{key} above "
+                "0, such as 0.9",
             )
         if base.name == "sgd" and base.nesterov:
             raise wrong(
                 "extrapolation.name",
-                "extrapolation 'momentum' needs a base without look-ahead; set optimizer.nesterov to false",
+                "extrapolation 'momentum' needs a base without look-ahead; set "
+                "optimizer.nesterov to false",
             )
         return self
 
@@ -152,10 +171,13 @@ class Config(Section):
     def _local_phase_is_defined(self) -> "Config":
         if self.post_local.period is None:
             return self
-        if self.post_local.start == "first-decay" and not (self.schedule.decay == "step" and self.schedule.milestones):
+        if self.post_local.start == "first-decay" and not (
+            self.schedule.decay == "step" and self.schedule.milestones
+        ):
             raise wrong(
                 "post_local.period",
-                "post_local.start 'first-decay' needs schedule.decay step with a milestone; set post_local.start to a "
+                "post_local.start 'first-decay' needs schedule.decay step with a milestone; set "
+                "post_local.start to a "
                 "fraction of the run, such as 0.5",
             )
         start = self.local_start_fraction()
@@ -163,13 +185,15 @@ class Config(Section):
         if start == 0 and self.extrapolation.name != "none":
             raise wrong(
                 "post_local.start",
-                "extrapolation is defined while gradients are averaged: set post_local.start above 0, or "
+                "extrapolation is defined while gradients are averaged: set post_local.start "
+                "above 0, or "
                 "extrapolation.name to none",
             )
         if start is not None and until is not None and until > start:
             raise wrong(
                 "extrapolation.until",
-                f"extrapolation is defined while gradients are averaged: set extrapolation.until to at most {start:g}",
+                "extrapolation is defined while gradients are averaged: set extrapolation.until "
+                f"to at most {start:g}",
             )
         return self
 
@@ -181,7 +205,9 @@ UNIONS: dict[str, dict[str, type[Section]]] = {
 }
 """What each section whose keys depend on its name can be, by name."""
 
-DEFAULT_NAMES: dict[str, str] = {section: Config.model_fields[section].default.name for section in UNIONS}
+DEFAULT_NAMES: dict[str, str] = {
+    section: Config.model_fields[section].default.name for section in UNIONS
+}
 """The name of such a section where none is given."""
 
 
@@ -191,9 +217,15 @@ def config_to_yaml(config: Config) -> str:
 
 
 def differences(a: Config, b: Config) -> list[str]:
-    """Return what changes from a to b, as `optimizer.lr: 0.1 -> 0.2`; the informational `preset` is left out."""
+    """Return what changes from a to b, as `optimizer.lr: 0.1 -> 0.2`; the informational `preset` is
+    left out.
+    """
     old, new = flat_settings(a), flat_settings(b)
-    keys = [key for key in dict.fromkeys([*old, *new]) if key != "preset" and old.get(key) != new.get(key)]
+    keys = [
+        key
+        for key in dict.fromkeys([*old, *new])
+        if key != "preset" and old.get(key) != new.get(key)
+    ]
     return [f"{key}: {old.get(key, '(not set)')} -> {new.get(key, '(not set)')}" for key in keys]
 
 
@@ -210,7 +242,8 @@ def json_schema() -> dict[str, Any]:
     schema["properties"] = {
         "inherits": {
             "anyOf": [{"type": "string"}, names],
-            "description": "Presets or .yaml files whose settings this file starts from; later ones win.",
+            "description": "Presets or .yaml files whose settings this file starts from; later "
+            "ones win.",
         },
         **schema["properties"],
     }
@@ -219,7 +252,9 @@ def json_schema() -> dict[str, Any]:
 
 def _plain(config: Config) -> dict[str, Any]:
     values = config.model_dump()
-    return values | {section: {"name": values[section].pop("name"), **values[section]} for section in UNIONS}
+    return values | {
+        section: {"name": values[section].pop("name"), **values[section]} for section in UNIONS
+    }
 
 
 def flat_settings(config: Config) -> dict[str, str]:

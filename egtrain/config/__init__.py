@@ -1,0 +1,1 @@
+"""A run's configuration: its schema, its files and their YAML. Nothing here imports torch."""
