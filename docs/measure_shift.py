@@ -13,8 +13,9 @@ from torch import Tensor
 
 from egtrain.build import build_run
 from egtrain.config.files import load_config
+from egtrain.run import Run
 from egtrain.sharpness.frozen_loss import weights_kept
-from egtrain.train import Run, take_step
+from egtrain.train import take_step
 from egtrain.workers import Ranks
 
 

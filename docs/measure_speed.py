@@ -18,7 +18,8 @@ from egtrain.build import build_run, load_data
 from egtrain.config.files import load_config
 from egtrain.config.schema import Config
 from egtrain.models.resnet import ResNet
-from egtrain.train import Run, take_step
+from egtrain.run import Run
+from egtrain.train import take_step
 from egtrain.workers import Ranks
 
 

@@ -21,7 +21,8 @@ from egtrain.config.files import load_config
 from egtrain.config.schema import Config
 from egtrain.errors import UsageError, did_you_mean
 from egtrain.launch import pick_device
-from egtrain.train import Run, take_step
+from egtrain.run import Run
+from egtrain.train import take_step
 from egtrain.workers import Ranks
 
 VARIANTS: dict[str, list[str]] = {

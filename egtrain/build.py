@@ -28,11 +28,11 @@ from egtrain.optim.noise import Noise
 from egtrain.optim.past_gradients import GlobalGradient, GradientNoise, LocalGradient
 from egtrain.optim.post_local import PostLocal
 from egtrain.optim.randomness import seed_for
+from egtrain.run import Run
 from egtrain.tasks import Task
 from egtrain.tasks.image import ImageTask
 from egtrain.tasks.language import LanguageTask
 from egtrain.tasks.translation import TranslationTask
-from egtrain.train import Run
 from egtrain.workers import Ranks, Workers
 
 Data = ImageData | TextData | PairData

@@ -7,11 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from egtrain.tasks import Split, Task
-from egtrain.workers import Ranks
+from egtrain.workers import Ranks, sum_over_ranks
 
 
 def evaluate(
@@ -31,11 +30,7 @@ def evaluate(
         for index in range(ranks.rank, len(sums), ranks.count):
             sums[index] = task.evaluate_batch(model, split, index).cpu()
     model.train(training)
-    if ranks.count > 1:
-        on_device = sums.to(ranks.device)
-        dist.all_reduce(on_device)
-        sums = on_device.cpu()
-    return task.metrics_of(sums.sum(dim=0).tolist(), split)
+    return task.metrics_of(sum_over_ranks(sums, ranks).sum(dim=0).tolist(), split)
 
 
 @contextmanager

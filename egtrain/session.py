@@ -25,9 +25,10 @@ from egtrain.checkpoint import LOCK, CheckpointStore, RunLock, write_atomically
 from egtrain.config.schema import Config, config_to_yaml, flat_settings
 from egtrain.errors import DataError, InterruptedRun, UsageError
 from egtrain.progress import Display, headline
+from egtrain.run import Run
 from egtrain.runlog import RunLog, finite, git_commit, hardware, versions, write_summary
 from egtrain.tasks import Split
-from egtrain.train import Run, train
+from egtrain.train import train
 from egtrain.workers import Ranks
 
 CONFIG, METRICS, SUMMARY, CHECKPOINTS = (

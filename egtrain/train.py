@@ -3,168 +3,18 @@
 import math
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from egtrain.errors import DivergedError, InterruptedRun
 from egtrain.evaluate import evaluate
-from egtrain.models.loading import load_weights
-from egtrain.optim.extrapolation import Extrapolation
-from egtrain.optim.noise_scale import NoiseScale
 from egtrain.optim.post_local import PostLocal
 from egtrain.optim.randomness import seed_for
-from egtrain.optim.schedules import Schedule
-from egtrain.tasks import Split, Task
-from egtrain.workers import STATISTICS, Workers
-
-
-@dataclass
-class Run:
-    """Everything that a run consists of; what changes in the course of it is in `state_dict`."""
-
-    task: Task
-    model: nn.Module
-    forward: nn.Module
-    """The model, or its compiled form."""
-    optimizer: torch.optim.Optimizer
-    extrapolation: Extrapolation | None
-    post_local: PostLocal | None
-    schedule: Schedule
-    workers: Workers
-    steps: int
-    extrapolated_steps: range
-    """Steps in which there is extrapolation; none of a local phase."""
-    new_samples: bool
-    """Whether a second gradient takes samples of its own."""
-    clip_norm: float | None
-    precision: str
-    seed: int
-    evaluate_every: int
-    """In steps."""
-    checkpoint_every: int
-    """In steps."""
-    unread_steps: int
-    """Steps that may be queued on the device before the host reads the first one's statistics: 1
-    keeps a GPU busy."""
-    data: str = ""
-    """A digest of the data."""
-    noise_scale: NoiseScale = field(default_factory=NoiseScale)
-    step: int = 0
-    """Completed updates."""
-    gradient_evaluations: int = 0
-    """Per-sample gradients taken so far, by all workers."""
-
-    def count_update(self) -> None:
-        """Count a completed update, and the gradients that it took."""
-        extrapolation = self.extrapolation if self.step in self.extrapolated_steps else None
-        twice = extrapolation is not None and "fresh" in extrapolation.direction.needs
-        self.gradient_evaluations += (2 if twice else 1) * self.task.batch_size
-        self.step += 1
-
-    def synchronisations(self, step: int) -> int:
-        """Return how many times gradients or weights were averaged over the workers in the first
-        `step` updates.
-        """
-        if self.post_local is None:
-            return step
-        return min(step, self.post_local.start) + self.post_local.averages(step)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint holds, keyed by worker where it is a worker's; a collective.
-
-        `model` has the mean of the workers' BatchNorm statistics and, in a local phase, weights,
-        ready for evaluation.
-        """
-        self.workers.average_for_evaluation()
-        state: dict[str, Any] = {
-            "step": self.step,
-            "gradient_evaluations": self.gradient_evaluations,
-            "data": self.data,
-            "model": {
-                name: t.detach().cpu().clone() for name, t in self.model.state_dict().items()
-            },
-            "optimizer": self.optimizer.state_dict(),
-            "workers": self.workers.state_dict(),
-            "noise_scale": self.noise_scale.state_dict(),
-            "extrapolation": None,
-            "post_local": None,
-        }
-        if self.extrapolation is not None:
-            extrapolation = self.extrapolation.state_dict()
-            extrapolation["own"] = [self.workers.gather(rows) for rows in extrapolation["own"]]
-            del extrapolation["workers"]
-            state["extrapolation"] = extrapolation
-        if self.post_local is not None and self.post_local.optimizers:
-            device = self.workers.ranks.device
-            rows = self.post_local.state_dict()
-            state["post_local"] = {
-                name: self.workers.gather(values.to(device)) for name, values in rows.items()
-            }
-        return state
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned, on any number of ranks; settings stay this run's.
-
-        Where the next step is no local one here, the workers go on from the mean of their weights.
-
-        Raises:
-            ValueError: the state belongs to other data, another base optimizer, extrapolation or
-                number of workers.
-        """
-        if state.get("data") != self.data:
-            raise ValueError("the data are not those that it was trained on")
-        if (state["extrapolation"] is None) != (self.extrapolation is None):
-            raise ValueError(
-                f"it was trained with{'out' if state['extrapolation'] is None else ''} "
-                "extrapolation"
-            )
-        self.step, self.gradient_evaluations = state["step"], state["gradient_evaluations"]
-        load_weights(self.model, state["model"])
-        load_optimizer_state(self.optimizer, state["optimizer"])
-        local = self.post_local is not None and self.post_local.is_local(self.step)
-        self.workers.load_state_dict(
-            state["workers"] if local else {**state["workers"], "parameters": None}
-        )
-        self.noise_scale = NoiseScale(**state["noise_scale"])
-        mine = slice(self.workers.mine.start, self.workers.mine.stop)
-        if self.extrapolation is not None:
-            extrapolation = dict(state["extrapolation"])
-            extrapolation["own"] = [rows[mine] for rows in extrapolation["own"]]
-            extrapolation["workers"] = list(self.workers.mine)
-            if self.clip_norm is None:
-                extrapolation["clip_factor"] = None
-            self.extrapolation.load_state_dict(extrapolation)
-        if self.post_local is not None and local and state["post_local"] is not None:
-            self.post_local.load_state_dict(
-                {name: rows[mine] for name, rows in state["post_local"].items()}
-            )
-
-
-def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Restore what an optimizer remembers of its steps; PyTorch would take its settings from the
-    state, too.
-
-    The learning rate is no setting here, but that of the last step.
-
-    Raises:
-        ValueError: the state belongs to another optimizer.
-    """
-    remembered = {"params", "lr"}
-    settings = [
-        {name: group[name] for name in group.keys() - remembered}
-        for group in optimizer.param_groups
-    ]
-    for saved, own in zip(state["param_groups"], settings, strict=True):
-        if unknown := saved.keys() - own.keys() - remembered:
-            raise ValueError(
-                f"the optimizer is another one: it has no {', '.join(sorted(unknown))}"
-            )
-    optimizer.load_state_dict(state)
-    for group, own in zip(optimizer.param_groups, settings, strict=True):
-        group.update(own)
+from egtrain.run import Run
+from egtrain.tasks import Split
+from egtrain.workers import STATISTICS
 
 
 class OnItsWay:

@@ -14,7 +14,8 @@ from egtrain.build import build_run
 from egtrain.config.files import load_config, preset_families, preset_names
 from egtrain.config.schema import Config
 from egtrain.errors import InterruptedRun
-from egtrain.train import Run, take_step
+from egtrain.run import Run
+from egtrain.train import take_step
 from egtrain.workers import Ranks
 
 FAMILY = "resnet"

@@ -13,7 +13,8 @@ from egtrain.config.files import load_config
 from egtrain.errors import InterruptedRun
 from egtrain.evaluate import evaluate
 from egtrain.models.lstm import LSTMLanguageModel
-from egtrain.train import Run, take_step
+from egtrain.run import Run
+from egtrain.train import take_step
 from egtrain.workers import Ranks
 
 pytestmark = [

@@ -18,7 +18,7 @@ LAYERS = [
     {"session", "saved_run"},
     {"build"},
     {"train"},
-    {"evaluate"},
+    {"run", "evaluate"},
     {"launch", "runlog", "figures"},
     {"workers", "checkpoint", "progress", "tasks"},
     {"models", "data", "optim"},
@@ -31,7 +31,7 @@ LAZY_UPWARD = {("__init__", "saved_run")}
 """`egtrain.load_run` is the one name that the package hands out, and it is imported when asked
 for."""
 
-TALKS_TO_RANKS = {"workers.py", "launch.py", "evaluate.py", "optim/ddp.py"}
+TALKS_TO_RANKS = {"workers.py", "launch.py", "optim/ddp.py"}
 """Files that may import torch.distributed: a worker is never a rank, and only these know ranks."""
 
 KNOWS_CONFIG = {

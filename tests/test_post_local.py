@@ -19,7 +19,8 @@ from egtrain.errors import DivergedError, InterruptedRun
 from egtrain.optim import Direction, LocalGradient
 from egtrain.optim.post_local import PostLocal
 from egtrain.optim.randomness import generator_for, seed_for
-from egtrain.train import Run, take_step
+from egtrain.run import Run
+from egtrain.train import take_step
 from egtrain.workers import Ranks
 
 pytestmark = pytest.mark.timeout(120)

@@ -25,8 +25,8 @@ from egtrain.build import build_run
 from egtrain.checkpoint import CheckpointStore, read_checkpoint
 from egtrain.config.schema import Config
 from egtrain.errors import DivergedError, UsageError
+from egtrain.run import Run
 from egtrain.tasks.image import ImageTask
-from egtrain.train import Run
 from egtrain.workers import Ranks
 
 pytestmark = pytest.mark.timeout(120)

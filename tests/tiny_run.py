@@ -10,8 +10,9 @@ from reference import Base
 from torch import Tensor, nn
 
 from egtrain.optim import LAMB, LARS, Direction, Extrapolation
+from egtrain.run import Run
 from egtrain.tasks import Split
-from egtrain.train import Run, train
+from egtrain.train import train
 from egtrain.workers import Ranks, Workers
 
 Batch = tuple[Tensor, Tensor]
