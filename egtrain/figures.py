@@ -1,14 +1,17 @@
-"""What the pictures share: colours that survive colour blindness and greyscale, and files that are
-written whole.
+"""What the pictures share: colours that survive colour blindness and greyscale, a title, and files
+that are written whole.
 """
 
 import io
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from egtrain.checkpoint import write_atomically
 
@@ -21,6 +24,7 @@ LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, 
 STYLE: dict[Any, Any] = {
     "font.size": 9.0,
     "axes.titlesize": 10.0,
+    "figure.titlesize": 10.0,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -28,7 +32,20 @@ STYLE: dict[Any, Any] = {
     "grid.linewidth": 0.6,
     "legend.frameon": False,
     "svg.hashsalt": "egtrain",
+    "pdf.fonttype": 42,  # TrueType; many journals refuse the default
 }
+DOTS_PER_INCH = 300
+"""Of a PNG."""
+WITHOUT_DATES: dict[str, dict[str, None]] = {
+    "png": {"Software": None},
+    "svg": {"Date": None, "Creator": None},
+    "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+}
+"""What is left out of each kind of file, so that the same figure gives the same bytes."""
+ENDINGS = tuple(WITHOUT_DATES)
+"""Of the files of a figure."""
+CHARACTERS_PER_INCH, LINE_HEIGHT = 12, 0.2
+"""Of a title; the height is in inches."""
 
 
 def new_figure(
@@ -43,15 +60,33 @@ def new_figure(
     return figure, list(axes.flat)
 
 
+def write_title(figure: Figure, *sentences: str) -> None:
+    """Write sentences above the panels, which keep their height; each begins a line."""
+    width, height = figure.get_size_inches()
+    lines = [
+        line
+        for sentence in sentences
+        for line in textwrap.wrap(sentence, int(width * CHARACTERS_PER_INCH))
+    ]
+    figure.set_size_inches(width, height + LINE_HEIGHT * len(lines))
+    with mpl.rc_context(STYLE):
+        figure.suptitle("\n".join(lines))
+
+
+def show_percent(axis: Axis) -> None:
+    """Write the ticks of an axis of fractions in percent, with as many decimals as they have."""
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.6g}%"))
+
+
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG and SVG, `path` with either ending; the same figure gives the same
+    """Write a figure as PNG, SVG and PDF, `path` with each ending; the same figure gives the same
     bytes.
 
     Raises:
         EgtrainError: the files could not be written.
     """
-    for ending, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
+    for ending, metadata in WITHOUT_DATES.items():
         content = io.BytesIO()
         with mpl.rc_context(STYLE):
-            figure.savefig(content, format=ending, dpi=150, metadata=metadata)
+            figure.savefig(content, format=ending, dpi=DOTS_PER_INCH, metadata=metadata)
         write_atomically(path.with_suffix(f".{ending}"), content.getvalue())

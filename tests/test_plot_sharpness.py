@@ -23,7 +23,7 @@ from matplotlib.text import Text
 import egtrain
 from egtrain.config.files import load_config
 from egtrain.errors import UsageError
-from egtrain.figures import new_figure
+from egtrain.figures import ENDINGS, new_figure
 from egtrain.optim.randomness import generator_for
 from egtrain.sharpness import comparison, measure, picture, subjects
 from egtrain.sharpness.frozen_loss import FrozenLoss
@@ -67,7 +67,7 @@ def make_small() -> None:
 
 
 def write_dots(figure: Figure | None, path: Path) -> None:
-    for ending in ("png", "svg"):
+    for ending in ENDINGS:
         path.with_suffix(f".{ending}").write_bytes(bytes(24))
 
 
@@ -160,6 +160,7 @@ def test_every_metric_of_two_runs_is_in_every_output(
     for name in ("sharpness", "sharpness-paths"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
         assert (tmp_path / f"{name}.svg").is_file()
+        assert (tmp_path / f"{name}.pdf").is_file()
     assert not (tmp_path / "sharpness-training.png").exists()
 
     after = files_in(runs)

@@ -926,7 +926,10 @@ def test_a_killed_sweep_goes_on_and_its_cells_are_undisturbed_runs(
     result = egtrain_command(*command)
     assert (result.code, result.stderr) == (0, "")
     assert "2 runs, 1 at a time" in result.stdout
-    assert "results.csv, results.json, sweep.png and sweep.svg are in sweep" in result.stdout
+    assert (
+        "results.csv, results.json, sweep.png, sweep.svg and sweep.pdf are in sweep"
+        in result.stdout
+    )
     assert (first / "summary.json").stat().st_mtime_ns == finished
     for cell in (first, second):
         alone = run_here(tmp_path / "alone" / cell.name, load_config(cell / "config.yaml"))

@@ -196,7 +196,7 @@ def sweep_batch(
             print(json.dumps(results_as_json(results)))
         else:
             print_results(results, console)
-            files = "results.csv, results.json, sweep.png and sweep.svg"
+            files = "results.csv, results.json, sweep.png, sweep.svg and sweep.pdf"
             console.print(
                 f"{files} are in {folder.path}; tensorboard --logdir {folder.path / 'cells'}",
                 soft_wrap=True,

@@ -15,7 +15,7 @@ from egtrain import launch
 from egtrain.build import threads_of_a_rank
 from egtrain.checkpoint import RunLock
 from egtrain.errors import EgtrainError, InterruptedRun, UsageError
-from egtrain.figures import save_figure
+from egtrain.figures import ENDINGS, save_figure
 from egtrain.progress import FRACTIONS
 from egtrain.runlog import finite
 from egtrain.sharpness.measure import (
@@ -130,7 +130,7 @@ def write(comparison: Comparison, subjects: Sequence[Subject], output: Path) -> 
         if figure is not None:
             save_figure(figure, output / name)
             continue
-        for ending in ("png", "svg"):  # of an earlier comparison
+        for ending in ENDINGS:  # of an earlier comparison
             (output / f"{name}.{ending}").unlink(missing_ok=True)
     images = {NAME: (output / f"{NAME}.png").read_bytes()}
     runs_in: dict[Path, list[MeasuredRun]] = {}
@@ -166,7 +166,9 @@ def print_comparison(comparison: Comparison, output: Path, json_wanted: bool) ->
     console.print(table)
     for text in [*(f"warning: {warning}" for warning in comparison.warnings), *CAVEATS]:
         console.print(Text(text), soft_wrap=True)
-    console.print(Text(f"see {output / NAME}.png, .svg, .json, .csv and .npz"), soft_wrap=True)
+    console.print(
+        Text(f"see {output / NAME}.png, .svg, .pdf, .json, .csv and .npz"), soft_wrap=True
+    )
 
 
 def _column(run: MeasuredRun) -> dict[str, str]:

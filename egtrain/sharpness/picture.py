@@ -13,9 +13,9 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from egtrain.figures import COLOURS, LINES, MARKERS, STYLE, new_figure
+from egtrain.figures import COLOURS, LINES, MARKERS, STYLE, new_figure, show_percent
 from egtrain.progress import FRACTIONS
 from egtrain.sharpness.results import MeasuredRun, Record
 from egtrain.sharpness.spectrum import Density, density_on
@@ -300,8 +300,7 @@ def _test_panel(axes: Axes, runs: Sequence[MeasuredRun]) -> None:
     axes.margins(0.15)
     _write_numbers(axes, points)
     if metric in FRACTIONS:
-        spread = max(y for _, y in points) - min(y for _, y in points)
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if spread > 0.05 else 1))
+        show_percent(axes.yaxis)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set_title(f"{split.capitalize()} {metric.replace('_', ' ')} over {LAMBDA_MAX}")
     axes.set_xlabel(LAMBDA_MAX)

@@ -32,7 +32,7 @@ FAR = 4.0
 
 
 def draw(results: Results, path: Path) -> None:
-    """Write the picture as PNG and SVG, `path` with either ending.
+    """Write the picture as PNG, SVG and PDF, `path` with each ending.
 
     Raises:
         EgtrainError: the files could not be written.
