@@ -28,13 +28,13 @@ from egtrain.workers import Ranks
 VARIANTS: dict[str, list[str]] = {
     "none": [],
     "local": [],
-    "global": [],
+    "optimistic": [],
     "gradient-noise": [],
     "gaussian": ["extrapolation.size=0.05"],
-    "uniform": ["extrapolation.size=0.05"],
-    "momentum": ["extrapolation.after_warmup=false"],
-    "fresh": [],
-    "fresh every 4": ["extrapolation.every=4"],
+    "smoothout": ["extrapolation.size=0.05"],
+    "msam": ["extrapolation.after_warmup=false"],
+    "extragradient": [],
+    "extragradient every 4": ["extrapolation.every=4"],
     "sam": [],
     "sam every 4": ["extrapolation.every=4"],
 }
@@ -160,7 +160,7 @@ def config_of(preset: str, variant: str, overrides: Sequence[str]) -> Config:
         *VARIANTS[variant],
         "post_local.period=null",
     ]
-    if variant == "momentum" and load_config(preset, list(overrides)).optimizer.name == "sgd":
+    if variant == "msam" and load_config(preset, list(overrides)).optimizer.name == "sgd":
         # Its base is heavy-ball momentum, which takes as long as Nesterov's.
         settings.append("optimizer.nesterov=false")
     return load_config(preset, [*settings, "steps=1000000", *overrides])

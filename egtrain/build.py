@@ -19,13 +19,17 @@ from egtrain.models.resnet import ResNet
 from egtrain.models.transformer import Transformer
 from egtrain.models.vgg import VGG
 from egtrain.optim import schedules
-from egtrain.optim.extra_gradients import FreshGradient, SharpnessAware
+from egtrain.optim.directions.extragradient import Extragradient
+from egtrain.optim.directions.gaussian import GaussianNoise
+from egtrain.optim.directions.gradient_noise import GradientNoise
+from egtrain.optim.directions.local import LocalGradient
+from egtrain.optim.directions.msam import MSAM
+from egtrain.optim.directions.optimistic import OptimisticGradient
+from egtrain.optim.directions.sam import SAM
+from egtrain.optim.directions.smoothout import SmoothOut
 from egtrain.optim.extrapolation import Direction, Extrapolation
 from egtrain.optim.lamb import LAMB
 from egtrain.optim.lars import LARS
-from egtrain.optim.momentum import Momentum
-from egtrain.optim.noise import Noise
-from egtrain.optim.past_gradients import GlobalGradient, GradientNoise, LocalGradient
 from egtrain.optim.post_local import PostLocal
 from egtrain.optim.randomness import seed_for
 from egtrain.run import Run
@@ -68,11 +72,9 @@ def build_plan(config: Config, steps_per_epoch: int) -> Plan:
     extrapolation = config.extrapolation
     extrapolated_steps = range(0)
     if extrapolation.name != "none":
-        first = (
-            warmup_steps if extrapolation.name == "momentum" and extrapolation.after_warmup else 0
-        )
+        first = warmup_steps if extrapolation.name == "msam" and extrapolation.after_warmup else 0
         until = min(end for end in (1.0, extrapolation.until, local_start) if end is not None)
-        every = extrapolation.every if extrapolation.name in ("fresh", "sam") else 1
+        every = extrapolation.every if extrapolation.name in ("extragradient", "sam") else 1
         extrapolated_steps = range(first, round(until * steps), every)
     return Plan(
         steps_per_epoch=steps_per_epoch,
@@ -272,22 +274,22 @@ def build_direction(config: Config) -> Direction | None:
     match extrapolation.name:
         case "none":
             return None
-        case "gaussian" | "uniform":
-            return Noise(
+        case "gaussian" | "smoothout":
+            noise = GaussianNoise if extrapolation.name == "gaussian" else SmoothOut
+            return noise(
                 size=extrapolation.size,
-                distribution=extrapolation.name,
                 scaling=extrapolation.scaling,
                 norm_and_bias=extrapolation.norm_and_bias,
             )
         case "sam":
-            return SharpnessAware(radius=extrapolation.radius)
-        case "momentum":
-            return Momentum(radius=extrapolation.radius)
-    rows: dict[str, type[LocalGradient | GlobalGradient | GradientNoise | FreshGradient]] = {
+            return SAM(radius=extrapolation.radius)
+        case "msam":
+            return MSAM(radius=extrapolation.radius)
+    rows: dict[str, type[LocalGradient | OptimisticGradient | GradientNoise | Extragradient]] = {
         "local": LocalGradient,
-        "global": GlobalGradient,
+        "optimistic": OptimisticGradient,
         "gradient-noise": GradientNoise,
-        "fresh": FreshGradient,
+        "extragradient": Extragradient,
     }
     return rows[extrapolation.name](
         ratio=extrapolation.resolved_ratio(config.workers),

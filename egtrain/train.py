@@ -120,7 +120,7 @@ def take_step(
     if run.clip_norm is not None:
         factor = run.workers.clip(run.clip_norm)
         if run.extrapolation is not None:
-            run.extrapolation.clip_past_gradients(factor)
+            run.extrapolation.note_clipping(factor)
     run.optimizer.step()
     run.workers.undo_unless_finite()
     run.count_update()

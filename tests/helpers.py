@@ -43,12 +43,12 @@ STEPS = 12
 EXTRAPOLATIONS = {
     "none": [],
     "local": [],
-    "global": [],
+    "optimistic": [],
     "gradient-noise": [],
-    "fresh": ["extrapolation.samples=new"],
+    "extragradient": ["extrapolation.samples=new"],
     "sam": [],
     "gaussian": ["extrapolation.size=0.05"],
-    "uniform": ["extrapolation.size=0.05"],
+    "smoothout": ["extrapolation.size=0.05"],
 }
 """Every choice of ζ with the settings that it needs."""
 

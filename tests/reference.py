@@ -261,26 +261,26 @@ class Reference:
         own = [self.past_factor * g for g in self.past_own[worker]]
         if not zeta.acts_in(self.steps):
             return [torch.zeros_like(x) for x in self.weights]
-        if zeta.name in ("gaussian", "uniform"):
+        if zeta.name in ("gaussian", "smoothout"):
             return self.noise(self.generator(worker, self.steps))
         if zeta.name == "sam":
             assert zeta.size is not None
             gradient = self.fresh_gradient(worker, self.batch(worker, self.steps))
             norm = math.sqrt(squared_norm(gradient))
             return [-zeta.size * g / norm if norm > 0 else torch.zeros_like(g) for g in gradient]
-        if zeta.name == "momentum":
+        if zeta.name == "msam":
             assert zeta.size is not None
             velocity = self.velocity or [torch.zeros_like(x) for x in self.weights]
             norm = math.sqrt(squared_norm(velocity))
             return [zeta.size * v / norm if norm > 0 else v for v in velocity]
         if zeta.name == "local":
             direction = own
-        elif zeta.name == "global":
+        elif zeta.name == "optimistic":
             direction = self.past_mean
         elif zeta.name == "gradient-noise":
             direction = [g - m for g, m in zip(own, self.past_mean, strict=True)]
         else:
-            assert zeta.name == "fresh"
+            assert zeta.name == "extragradient"
             source = self.extra_batch if zeta.samples == "new" else self.batch
             direction = self.fresh_gradient(worker, source(worker, self.steps))
         direction = self.preconditioned(direction)
@@ -290,7 +290,7 @@ class Reference:
         return [length * g for g in direction]
 
     def noise(self, generator: torch.Generator) -> list[Tensor]:
-        """Return the shift of `gaussian` or `uniform`."""
+        """Return the shift of `gaussian` or `smoothout`."""
         zeta = []
         for x in self.weights:
             if x.ndim < 2 and not self.zeta.norm_and_bias:

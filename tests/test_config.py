@@ -31,7 +31,7 @@ from egtrain.config.schema import UNIONS, Config, config_to_yaml, differences, j
 from egtrain.config.sections import SgdOptimizer
 from egtrain.config.yaml_text import parse_settings, parse_value, write_settings
 from egtrain.errors import UsageError
-from egtrain.optim import Momentum
+from egtrain.optim import MSAM
 
 
 def complaint(text: str, source: str = "x.yaml") -> str:
@@ -558,7 +558,7 @@ def test_overrides_are_applied_and_the_last_of_equal_keys_wins() -> None:
             "extrapolation.ratio and extrapolation.rate exclude each other",
         ),
         (
-            "{name: fresh, rate: 0.1, size: 0.1}",
+            "{name: extragradient, rate: 0.1, size: 0.1}",
             "extrapolation.rate and extrapolation.size exclude each other",
         ),
         (
@@ -566,16 +566,16 @@ def test_overrides_are_applied_and_the_last_of_equal_keys_wins() -> None:
             "extrapolation.size needs extrapolation.scaling layer or filter",
         ),
         (
-            "{name: global, scaling: layer}",
+            "{name: optimistic, scaling: layer}",
             "extrapolation.scaling 'layer' needs extrapolation.size; set it, such as 0.05",
         ),
         (
-            "{name: global, scaling: filter, ratio: 1/K}",
+            "{name: optimistic, scaling: filter, ratio: 1/K}",
             "extrapolation.scaling 'filter' needs extrapolation.size and no extrapolation.ratio; "
             "set it",
         ),
         (
-            "{name: global, scaling: layer, ratio: 0.1, size: 0.1}",
+            "{name: optimistic, scaling: layer, ratio: 0.1, size: 0.1}",
             "extrapolation.scaling 'layer' needs",
         ),
         (
@@ -586,7 +586,7 @@ def test_overrides_are_applied_and_the_last_of_equal_keys_wins() -> None:
             "{name: gaussian, size: 0.1, ratio: 0.1}",
             "extrapolation 'gaussian' has no key 'extrapolation.ratio'; remove it, or set "
             "extrapolation.name to local "
-            "or global or fresh or gradient-noise",
+            "or optimistic or extragradient or gradient-noise",
         ),
         (
             "{until: 0.5}",
@@ -595,9 +595,8 @@ def test_overrides_are_applied_and_the_last_of_equal_keys_wins() -> None:
         ),
         (
             "{name: locl}",
-            "extrapolation.name must be one of none, local, global, fresh, gaussian, uniform, "
-            "gradient-noise, sam, "
-            "momentum, not 'locl'; did you mean 'local'?",
+            "extrapolation.name must be one of none, local, optimistic, extragradient, gaussian, "
+            "smoothout, gradient-noise, sam, msam, not 'locl'; did you mean 'local'?",
         ),
         ("{name: null}", "extrapolation.name must be one of none, local"),
         ("{name: [a]}", "extrapolation.name must be one of none, local"),
@@ -608,7 +607,7 @@ def test_an_impossible_extrapolation_is_refused(keys: str, message: str) -> None
     assert complaint(f"seed: 1\nextrapolation: {keys}\n").startswith(f"x.yaml:2: {message}")
 
 
-@pytest.mark.parametrize("name", ["local", "global", "gradient-noise", "fresh"])
+@pytest.mark.parametrize("name", ["local", "optimistic", "gradient-noise", "extragradient"])
 def test_the_length_along_a_gradient_is_one_of_three(name: str) -> None:
     for keys in ("", ", ratio: 0.5", ", ratio: 1/K", ", rate: 0", ", size: 0.1, scaling: layer"):
         config = config_from_yaml_text(f"extrapolation: {{name: {name}{keys}}}\n", "x.yaml")
@@ -655,9 +654,9 @@ def test_a_length_replaces_the_inherited_one() -> None:
 
 
 def test_a_missing_size_points_at_the_new_name_and_not_at_the_preset() -> None:
-    assert set_complaint("extrapolation.name=uniform") == (
-        "--set extrapolation.name=uniform: extrapolation 'uniform' needs extrapolation.size; set "
-        "it, such as 0.05"
+    assert set_complaint("extrapolation.name=smoothout") == (
+        "--set extrapolation.name=smoothout: extrapolation 'smoothout' needs "
+        "extrapolation.size; set it, such as 0.05"
     )
 
 
@@ -688,18 +687,16 @@ def test_two_lengths_in_one_command_are_refused_in_either_order() -> None:
     ],
 )
 def test_a_shift_along_the_momentum_needs_one(base: str, message: str) -> None:
-    text = f"optimizer: {base}\nextrapolation:\n  radius: 1\n  name: momentum\n"
-    assert complaint(text) == f"x.yaml:4: extrapolation 'momentum' {message}"
+    text = f"optimizer: {base}\nextrapolation:\n  radius: 1\n  name: msam\n"
+    assert complaint(text) == f"x.yaml:4: extrapolation 'msam' {message}"
 
 
 @pytest.mark.parametrize(
     "base", ["{nesterov: false}", "{name: lars}", "{name: lamb}", "{name: adam}"]
 )
 def test_a_shift_along_the_momentum_goes_with_every_base_that_has_one(base: str) -> None:
-    config = config_from_yaml_text(
-        f"optimizer: {base}\nextrapolation: {{name: momentum}}\n", "x.yaml"
-    )
-    assert config.extrapolation.name == "momentum"
+    config = config_from_yaml_text(f"optimizer: {base}\nextrapolation: {{name: msam}}\n", "x.yaml")
+    assert config.extrapolation.name == "msam"
 
 
 # The local phase
@@ -805,11 +802,14 @@ def test_a_local_phase_that_never_comes_asks_for_nothing() -> None:
             "optimizer: {name: lamb, clip_norm: 0}",
             "optimizer.clip_norm must be greater than 0, not 0",
         ),
-        ("extrapolation: {name: fresh, every: 0}", "extrapolation.every must be at least 1, not 0"),
+        (
+            "extrapolation: {name: extragradient, every: 0}",
+            "extrapolation.every must be at least 1, not 0",
+        ),
         (
             "extrapolation: {name: local, every: 2}",
             "extrapolation 'local' has no key 'extrapolation.every'; remove it, or set "
-            "extrapolation.name to fresh or "
+            "extrapolation.name to extragradient or "
             "sam",
         ),
         (
@@ -817,7 +817,7 @@ def test_a_local_phase_that_never_comes_asks_for_nothing() -> None:
             "extrapolation.precondition must be base or none, not 'yes'",
         ),
         (
-            "extrapolation: {name: momentum, radius: -1}",
+            "extrapolation: {name: msam, radius: -1}",
             "extrapolation.radius must be at least 0, not -1",
         ),
     ],
@@ -837,9 +837,9 @@ TEXTS = {
     ("section", "name"), [(section, name) for section in UNIONS for name in UNIONS[section]]
 )
 def test_every_member_survives_the_round_trip(section: str, name: str) -> None:
-    further = {"gaussian": {"size": 0.1}, "uniform": {"size": 0.1}}.get(name, {})
+    further = {"gaussian": {"size": 0.1}, "smoothout": {"size": 0.1}}.get(name, {})
     base: dict[str, Any] = {
-        "momentum": {"optimizer": {"nesterov": False}},
+        "msam": {"optimizer": {"nesterov": False}},
         **dict.fromkeys(("language", "lstm"), TEXTS["language"]),
         **dict.fromkeys(("translation", "transformer"), TEXTS["translation"]),
     }.get(name, {})
@@ -932,15 +932,15 @@ def test_the_same_name_and_a_name_left_out_keep_what_was_inherited(tmp_path: Pat
         (["extrapolation.until=0.25"], range(25)),
         (["post_local.period=4"], range(50)),
         (["post_local.period=4", "post_local.start=0.3", "extrapolation.until=0.2"], range(20)),
-        (["extrapolation.name=fresh", "extrapolation.every=3"], range(0, 100, 3)),
+        (["extrapolation.name=extragradient", "extrapolation.every=3"], range(0, 100, 3)),
         (
             ["extrapolation.name=sam", "extrapolation.every=4", "post_local.period=2"],
             range(0, 50, 4),
         ),
-        (["extrapolation.name=momentum", "optimizer.nesterov=false"], range(20, 100)),
+        (["extrapolation.name=msam", "optimizer.nesterov=false"], range(20, 100)),
         (
             [
-                "extrapolation.name=momentum",
+                "extrapolation.name=msam",
                 "extrapolation.after_warmup=false",
                 "optimizer.nesterov=false",
             ],
@@ -998,7 +998,7 @@ def test_the_optimizer_is_built_as_it_is_set(
     assert {key: optimizer.defaults[key] for key in expected} == expected
 
 
-@pytest.mark.parametrize("name", ["local", "global", "gradient-noise", "fresh"])
+@pytest.mark.parametrize("name", ["local", "optimistic", "gradient-noise", "extragradient"])
 @pytest.mark.parametrize("precondition", ["base", "none"])
 def test_a_direction_is_preconditioned_as_it_is_set(name: str, precondition: str) -> None:
     overrides = [f"extrapolation.name={name}", f"extrapolation.precondition={precondition}"]
@@ -1010,11 +1010,11 @@ def test_a_direction_is_preconditioned_as_it_is_set(name: str, precondition: str
 
 def test_the_direction_along_the_momentum_is_built_as_it_is_set() -> None:
     overrides = [
-        "extrapolation.name=momentum",
+        "extrapolation.name=msam",
         "extrapolation.radius=0.7",
         "optimizer.nesterov=false",
     ]
-    assert build_direction(load_config("resnet-eg", overrides)) == Momentum(radius=0.7)
+    assert build_direction(load_config("resnet-eg", overrides)) == MSAM(radius=0.7)
 
 
 @pytest.mark.parametrize(

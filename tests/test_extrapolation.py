@@ -16,15 +16,16 @@ from tiny_run import RATES, TinyTask, tiny_net, tiny_run, train_watched
 from torch import Tensor, nn
 
 from egtrain.optim import (
+    MSAM,
+    SAM,
     Direction,
+    Extragradient,
     Extrapolation,
-    FreshGradient,
-    GlobalGradient,
+    GaussianNoise,
     GradientNoise,
     LocalGradient,
-    Momentum,
-    Noise,
-    SharpnessAware,
+    OptimisticGradient,
+    SmoothOut,
 )
 from egtrain.optim.extrapolation import Need, Point
 from egtrain.optim.lengths import scaled_to_weights
@@ -39,10 +40,11 @@ HEAVY_BALL = Base(nesterov=False, clip_norm=2.5)
 OTHER_BASES = [Base(name=name, clip_norm=3.5) for name in ("lars", "lamb", "adam", "adamw")]
 GRADIENT_ROWS: dict[str, Any] = {
     "local": LocalGradient,
-    "global": GlobalGradient,
+    "optimistic": OptimisticGradient,
     "gradient-noise": GradientNoise,
-    "fresh": FreshGradient,
+    "extragradient": Extragradient,
 }
+NOISE_ROWS: dict[str, Any] = {"gaussian": GaussianNoise, "smoothout": SmoothOut}
 ROWS: list[tuple[Zeta, Direction | None, Base]] = [
     (Zeta(), None, NESTEROV),
     (Zeta(), None, PLAIN),
@@ -61,17 +63,17 @@ ROWS: list[tuple[Zeta, Direction | None, Base]] = [
         NESTEROV,
     ),
     (Zeta("local", ratio=0.25, until=4), LocalGradient(ratio=0.25), NESTEROV),
-    (Zeta("global", ratio=0.5), GlobalGradient(ratio=0.5), NESTEROV),
-    (Zeta("global", ratio=1.0), GlobalGradient(ratio=1.0), PLAIN),
-    (Zeta("global", rate=0.03), GlobalGradient(rate=0.03), NESTEROV),
+    (Zeta("optimistic", ratio=0.5), OptimisticGradient(ratio=0.5), NESTEROV),
+    (Zeta("optimistic", ratio=1.0), OptimisticGradient(ratio=1.0), PLAIN),
+    (Zeta("optimistic", rate=0.03), OptimisticGradient(rate=0.03), NESTEROV),
     (
-        Zeta("global", size=0.05, scaling="layer"),
-        GlobalGradient(size=0.05, scaling="layer"),
+        Zeta("optimistic", size=0.05, scaling="layer"),
+        OptimisticGradient(size=0.05, scaling="layer"),
         NESTEROV,
     ),
     (
-        Zeta("global", size=0.05, scaling="filter"),
-        GlobalGradient(size=0.05, scaling="filter"),
+        Zeta("optimistic", size=0.05, scaling="filter"),
+        OptimisticGradient(size=0.05, scaling="filter"),
         NESTEROV,
     ),
     (Zeta("gradient-noise", ratio=0.5), GradientNoise(ratio=0.5), NESTEROV),
@@ -87,40 +89,41 @@ ROWS: list[tuple[Zeta, Direction | None, Base]] = [
         GradientNoise(size=0.05, scaling="filter"),
         NESTEROV,
     ),
-    (Zeta("fresh", ratio=0.5), FreshGradient(ratio=0.5), NESTEROV),
-    (Zeta("fresh", ratio=1.0), FreshGradient(ratio=1.0), PLAIN),
-    (Zeta("fresh", ratio=0.5, samples="new"), FreshGradient(ratio=0.5), NESTEROV),
-    (Zeta("fresh", rate=0.03, samples="new", until=4), FreshGradient(rate=0.03), NESTEROV),
+    (Zeta("extragradient", ratio=0.5), Extragradient(ratio=0.5), NESTEROV),
+    (Zeta("extragradient", ratio=1.0), Extragradient(ratio=1.0), PLAIN),
+    (Zeta("extragradient", ratio=0.5, samples="new"), Extragradient(ratio=0.5), NESTEROV),
+    (Zeta("extragradient", rate=0.03, samples="new", until=4), Extragradient(rate=0.03), NESTEROV),
     (
-        Zeta("fresh", size=0.05, scaling="layer"),
-        FreshGradient(size=0.05, scaling="layer"),
+        Zeta("extragradient", size=0.05, scaling="layer"),
+        Extragradient(size=0.05, scaling="layer"),
         NESTEROV,
     ),
     (
-        Zeta("fresh", size=0.05, scaling="filter"),
-        FreshGradient(size=0.05, scaling="filter"),
+        Zeta("extragradient", size=0.05, scaling="filter"),
+        Extragradient(size=0.05, scaling="filter"),
         NESTEROV,
     ),
-    (Zeta("sam", size=0.1), SharpnessAware(radius=0.1), NESTEROV),
-    (Zeta("sam", size=0.1), SharpnessAware(radius=0.1), PLAIN),
+    (Zeta("sam", size=0.1), SAM(radius=0.1), NESTEROV),
+    (Zeta("sam", size=0.1), SAM(radius=0.1), PLAIN),
     *(
         (
             Zeta(name, size=0.05, scaling=scaling, norm_and_bias=norm_and_bias),
-            Noise(size=0.05, distribution=name, scaling=scaling, norm_and_bias=norm_and_bias),
+            NOISE_ROWS[name](size=0.05, scaling=scaling, norm_and_bias=norm_and_bias),
             NESTEROV,
         )
-        for name in ("gaussian", "uniform")
+        for name in NOISE_ROWS
         for scaling in ("none", "layer", "filter")
         for norm_and_bias in (False, True)
     ),
-    *(
-        (Zeta("momentum", size=0.1), Momentum(radius=0.1), base)
-        for base in (HEAVY_BALL, *OTHER_BASES)
+    *((Zeta("msam", size=0.1), MSAM(radius=0.1), base) for base in (HEAVY_BALL, *OTHER_BASES)),
+    (Zeta("msam", size=0.1, until=5, every=3), MSAM(radius=0.1), HEAVY_BALL),
+    (Zeta("extragradient", ratio=0.5, every=2), Extragradient(ratio=0.5), NESTEROV),
+    (
+        Zeta("extragradient", ratio=0.5, samples="new", until=5, every=3),
+        Extragradient(ratio=0.5),
+        NESTEROV,
     ),
-    (Zeta("momentum", size=0.1, until=5, every=3), Momentum(radius=0.1), HEAVY_BALL),
-    (Zeta("fresh", ratio=0.5, every=2), FreshGradient(ratio=0.5), NESTEROV),
-    (Zeta("fresh", ratio=0.5, samples="new", until=5, every=3), FreshGradient(ratio=0.5), NESTEROV),
-    (Zeta("sam", size=0.1, every=2), SharpnessAware(radius=0.1), NESTEROV),
+    (Zeta("sam", size=0.1, every=2), SAM(radius=0.1), NESTEROV),
     *(
         (Zeta(name, **settings), direction(**settings), base)
         for base in OTHER_BASES
@@ -128,7 +131,11 @@ ROWS: list[tuple[Zeta, Direction | None, Base]] = [
         for settings in [
             {"ratio": 0.25},
             *([{"rate": 0.03}, {"size": 0.05, "scaling": "layer"}] if name == "local" else []),
-            *([{"ratio": 0.25, "precondition": "none"}] if name in ("local", "fresh") else []),
+            *(
+                [{"ratio": 0.25, "precondition": "none"}]
+                if name in ("local", "extragradient")
+                else []
+            ),
         ]
     ),
     (
@@ -137,10 +144,10 @@ ROWS: list[tuple[Zeta, Direction | None, Base]] = [
         NESTEROV,
     ),
     *(
-        (Zeta("gaussian", size=0.05, scaling="filter"), Noise(size=0.05), base)
+        (Zeta("gaussian", size=0.05, scaling="filter"), GaussianNoise(size=0.05), base)
         for base in OTHER_BASES
     ),
-    *((Zeta("sam", size=0.1), SharpnessAware(radius=0.1), base) for base in OTHER_BASES),
+    *((Zeta("sam", size=0.1), SAM(radius=0.1), base) for base in OTHER_BASES),
     *((Zeta(), None, base) for base in OTHER_BASES),
 ]
 
@@ -265,17 +272,17 @@ DIRECTIONS: dict[str, Direction] = {
     "local-rate": LocalGradient(rate=0.1),
     "local-layer": LocalGradient(size=0.1, scaling="layer"),
     "local-filter": LocalGradient(size=0.1, scaling="filter"),
-    "global-ratio": GlobalGradient(ratio=0.5),
-    "global-filter": GlobalGradient(size=0.1, scaling="filter"),
+    "optimistic-ratio": OptimisticGradient(ratio=0.5),
+    "optimistic-filter": OptimisticGradient(size=0.1, scaling="filter"),
     "gradient-noise-ratio": GradientNoise(ratio=0.5),
     "gradient-noise-layer": GradientNoise(size=0.1, scaling="layer"),
-    "fresh-ratio": FreshGradient(ratio=0.5),
-    "fresh-filter": FreshGradient(size=0.1, scaling="filter"),
-    "sam": SharpnessAware(radius=0.1),
-    "momentum": Momentum(radius=0.1),
-    "gaussian-none": Noise(size=0.1, scaling="none", norm_and_bias=True),
-    "gaussian-filter": Noise(size=0.1, norm_and_bias=True),
-    "uniform-layer": Noise(size=0.1, distribution="uniform", scaling="layer", norm_and_bias=True),
+    "extragradient-ratio": Extragradient(ratio=0.5),
+    "extragradient-filter": Extragradient(size=0.1, scaling="filter"),
+    "sam": SAM(radius=0.1),
+    "msam": MSAM(radius=0.1),
+    "gaussian-none": GaussianNoise(size=0.1, scaling="none", norm_and_bias=True),
+    "gaussian-filter": GaussianNoise(size=0.1, norm_and_bias=True),
+    "smoothout-layer": SmoothOut(size=0.1, scaling="layer", norm_and_bias=True),
 }
 every_direction = pytest.mark.parametrize("direction", DIRECTIONS.values(), ids=DIRECTIONS.keys())
 every_dtype = pytest.mark.parametrize(
@@ -355,7 +362,7 @@ class UserLoop:
             p.grad = torch.stack(parts).mean(dim=0)
         if clip is not None:
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), clip)
-            self.extrapolation.clip_past_gradients(torch.clamp(clip / (norm + 1e-6), max=1.0))
+            self.extrapolation.note_clipping(torch.clamp(clip / (norm + 1e-6), max=1.0))
         self.optimizer.step()
         self.step_number += 1
 
@@ -513,7 +520,7 @@ def test_a_clipped_past_gradient_is_scaled_in_every_group_at_its_own_rate(
     length: dict[str, Any],
 ) -> None:
     plain, clipped = UserLoop(LocalGradient(**length)), UserLoop(LocalGradient(**length))
-    clipped.extrapolation.clip_past_gradients(0.25)
+    clipped.extrapolation.note_clipping(0.25)
     for loop in (plain, clipped):
         loop.step()
     # Where a size sets the length, how long the gradient is makes no difference.
@@ -527,10 +534,10 @@ def test_a_clipping_factor_is_that_of_one_step(row: Any) -> None:
     """A loop may tell it only where it clips."""
     told_once, told_always = UserLoop(row(ratio=0.5)), UserLoop(row(ratio=0.5))
     for loop in (told_once, told_always):
-        loop.extrapolation.clip_past_gradients(torch.tensor(0.25))
+        loop.extrapolation.note_clipping(torch.tensor(0.25))
         loop.step()
         if loop is told_always:
-            loop.extrapolation.clip_past_gradients(torch.tensor([1.0]))
+            loop.extrapolation.note_clipping(torch.tensor([1.0]))
         loop.step()
         loop.step()
     assert same(told_once.weights(), told_always.weights())
@@ -546,7 +553,7 @@ def test_a_forgotten_gradient_is_as_none_before() -> None:
     assert loop.shift(0)["matrix"].any()
     loop.extrapolation.forget()
     assert not loop.shift(0)["matrix"].any()
-    UserLoop(Noise(size=0.1)).extrapolation.forget()
+    UserLoop(GaussianNoise(size=0.1)).extrapolation.forget()
 
 
 @every_direction
@@ -584,7 +591,7 @@ def test_a_state_is_a_copy(direction: Direction) -> None:
     [
         row
         for row in ROWS
-        if row[0].until > 100 and (row[2] == NESTEROV or row[0].name in ("none", "momentum"))
+        if row[0].until > 100 and (row[2] == NESTEROV or row[0].name in ("none", "msam"))
     ],
     ids=row_name,
 )
@@ -629,9 +636,13 @@ def test_a_run_resumes_bit_for_bit(zeta: Zeta, direction: Direction | None, base
 @pytest.mark.parametrize(
     ("other", "workers", "what"),
     [
-        (GlobalGradient(ratio=0.5), 3, "belongs to other parameters, workers or another direction"),
+        (
+            OptimisticGradient(ratio=0.5),
+            3,
+            "belongs to other parameters, workers or another direction",
+        ),
         (GradientNoise(ratio=0.5), 3, "belongs to other parameters, workers or another direction"),
-        (Noise(size=0.1), 3, "belongs to other parameters, workers or another direction"),
+        (GaussianNoise(size=0.1), 3, "belongs to other parameters, workers or another direction"),
         (
             LocalGradient(ratio=0.5),
             2,
@@ -724,7 +735,7 @@ def test_frozen_and_unused_parameters_stay_out_of_it(direction: Direction) -> No
         shift = loop.shift(worker)
         assert not shift["frozen"].any()
         # Without a gradient there is no direction; noise needs none.
-        assert bool(shift["unused"].any()) == isinstance(direction, Noise)
+        assert bool(shift["unused"].any()) == isinstance(direction, GaussianNoise | SmoothOut)
         assert all(shift[name].any() for name in ("matrix", "kernel", "vector", "scalar"))
     assert loop.model.unused.grad is None
     assert loop.model.frozen.grad is None
@@ -797,12 +808,10 @@ def test_a_parameter_that_got_no_gradient_has_no_past() -> None:
 # Workers, seeds and streams
 
 
-@pytest.mark.parametrize("distribution", ["gaussian", "uniform"])
-def test_noise_is_a_function_of_seed_worker_and_step_alone(distribution: Any) -> None:
-    noise = Noise(size=0.1, distribution=distribution)
-
+@pytest.mark.parametrize("noise", NOISE_ROWS.values())
+def test_noise_is_a_function_of_seed_worker_and_step_alone(noise: Any) -> None:
     def shifts(workers: int | range) -> dict[int, Tensor]:
-        loop = UserLoop(noise, workers=workers)
+        loop = UserLoop(noise(size=0.1), workers=workers)
         loop.extrapolation.steps = 4
         torch.rand(len(loop.extrapolation.workers))
         return {k: loop.shift(k)["matrix"] for k in reversed(loop.extrapolation.workers)}
@@ -816,24 +825,24 @@ def test_noise_leaves_the_global_stream_alone() -> None:
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
-    UserLoop(Noise(size=0.1)).shift()
+    UserLoop(GaussianNoise(size=0.1)).shift()
     assert torch.equal(torch.rand(3), expected)
 
 
 def test_noise_changes_with_every_step_and_seed() -> None:
-    loop = UserLoop(Noise(size=0.1))
+    loop = UserLoop(GaussianNoise(size=0.1))
     first = loop.shift()["matrix"]
     assert torch.equal(loop.shift()["matrix"], first)
     loop.optimizer.zero_grad()
     loop.optimizer.step()  # Without gradients: the weights stay, the step is the next.
     assert not torch.equal(loop.shift()["matrix"], first)
-    other = UserLoop(Noise(size=0.1))
+    other = UserLoop(GaussianNoise(size=0.1))
     other.extrapolation.seed = 6
     assert not torch.equal(other.shift()["matrix"], first)
 
 
-@pytest.mark.parametrize("distribution", ["gaussian", "uniform"])
-def test_noise_is_drawn_in_one_go_in_whatever_order_the_weights_lie(distribution: Any) -> None:
+@pytest.mark.parametrize("noise", NOISE_ROWS.values())
+def test_noise_is_drawn_in_one_go_in_whatever_order_the_weights_lie(noise: Any) -> None:
     """Drawn number by number, as torch does into channels-last weights, Gaussian noise costs 4 % of
     a step.
     """
@@ -843,8 +852,8 @@ def test_noise_is_drawn_in_one_go_in_whatever_order_the_weights_lie(distribution
         torch.zeros(6, 5, 3, 3).to(memory_format=torch.channels_last),
     ):
         weights = nn.Parameter(like)
-        noise = Noise(size=1.0, distribution=distribution, scaling="none", norm_and_bias=True)
-        extrapolation = Extrapolation(torch.optim.SGD([weights], lr=0.1), noise)
+        direction = noise(size=1.0, scaling="none", norm_and_bias=True)
+        extrapolation = Extrapolation(torch.optim.SGD([weights], lr=0.1), direction)
         with extrapolation.shifted():
             drawn.append(weights.detach().clone().as_strided((6 * 5 * 9,), (1,)))
             weights.grad = torch.zeros_like(weights)
@@ -852,23 +861,23 @@ def test_noise_is_drawn_in_one_go_in_whatever_order_the_weights_lie(distribution
 
 
 @pytest.mark.parametrize("scaling", ["layer", "filter"])
-@pytest.mark.parametrize("distribution", ["gaussian", "uniform"])
-def test_noise_leaves_out_norms_and_biases_unless_asked(distribution: Any, scaling: Any) -> None:
-    shift = UserLoop(Noise(size=0.1, distribution=distribution, scaling=scaling)).shift()
+@pytest.mark.parametrize("noise", NOISE_ROWS.values())
+def test_noise_leaves_out_norms_and_biases_unless_asked(noise: Any, scaling: Any) -> None:
+    shift = UserLoop(noise(size=0.1, scaling=scaling)).shift()
     assert shift["matrix"].any()
     assert not shift["vector"].any()
     assert not shift["scalar"].any()
 
 
-@pytest.mark.parametrize("distribution", ["gaussian", "uniform"])
-def test_noise_has_the_distribution_that_it_names(distribution: Any) -> None:
+@pytest.mark.parametrize("noise", NOISE_ROWS.values())
+def test_noise_has_the_distribution_of_its_name(noise: Any) -> None:
     weights = nn.Parameter(torch.zeros(400, 500, dtype=torch.float64))
-    noise = Noise(size=2.0, distribution=distribution, scaling="none")
-    extrapolation = Extrapolation(torch.optim.SGD([weights], lr=0.1), noise)
+    direction = noise(size=2.0, scaling="none")
+    extrapolation = Extrapolation(torch.optim.SGD([weights], lr=0.1), direction)
     with extrapolation.shifted():
         drawn = weights.detach() / 2.0
         weights.grad = torch.zeros_like(weights)
-    variance, fourth = {"gaussian": (1.0, 3.0), "uniform": (1 / 3, 1 / 5)}[distribution]
+    variance, fourth = {GaussianNoise: (1.0, 3.0), SmoothOut: (1 / 3, 1 / 5)}[noise]
     assert float(drawn.mean()) == pytest.approx(0, abs=0.01)
     assert float(drawn.square().mean()) == pytest.approx(variance, rel=0.02)
     assert float(drawn.pow(4).mean()) == pytest.approx(fourth, rel=0.04)
@@ -879,11 +888,11 @@ def test_noise_has_the_distribution_that_it_names(distribution: Any) -> None:
     "direction",
     [
         LocalGradient,
-        GlobalGradient,
-        FreshGradient,
-        lambda **size: Noise(norm_and_bias=True, **size),
+        OptimisticGradient,
+        Extragradient,
+        lambda **size: GaussianNoise(norm_and_bias=True, **size),
     ],
-    ids=["local", "global", "fresh", "noise"],
+    ids=["local", "optimistic", "extragradient", "noise"],
 )
 def test_size_is_relative_to_the_weights(direction: Callable[..., Direction], scaling: str) -> None:
     loop = UserLoop(direction(size=0.2, scaling=scaling))
@@ -1013,7 +1022,7 @@ def test_sparse_gradients_are_refused_where_they_would_be_needed(direction: Dire
 
 
 @pytest.mark.parametrize(
-    "direction", [FreshGradient(ratio=1), SharpnessAware(radius=0.1)], ids=["fresh", "sam"]
+    "direction", [Extragradient(ratio=1), SAM(radius=0.1)], ids=["extragradient", "sam"]
 )
 def test_a_second_gradient_needs_a_function(direction: Direction) -> None:
     loop = UserLoop(direction)
@@ -1027,7 +1036,7 @@ def test_a_second_gradient_needs_a_function(direction: Direction) -> None:
 
 
 @pytest.mark.parametrize(
-    "direction", [FreshGradient(ratio=1), SharpnessAware(radius=0.1)], ids=["fresh", "sam"]
+    "direction", [Extragradient(ratio=1), SAM(radius=0.1)], ids=["extragradient", "sam"]
 )
 def test_the_second_gradient_is_not_added_to_the_first(direction: Direction) -> None:
     loop = UserLoop(direction)
@@ -1038,7 +1047,9 @@ def test_the_second_gradient_is_not_added_to_the_first(direction: Direction) -> 
         assert same(found, list(torch.autograd.grad(loop.model(0.3), loop.model.used())))
 
 
-@pytest.mark.parametrize("direction", [LocalGradient, GlobalGradient, GradientNoise, FreshGradient])
+@pytest.mark.parametrize(
+    "direction", [LocalGradient, OptimisticGradient, GradientNoise, Extragradient]
+)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -1070,16 +1081,16 @@ def test_lengths_that_do_not_go_together_are_refused(
         direction(**settings)
 
 
-@pytest.mark.parametrize("settings", [{"distribution": "normal"}, {"scaling": "Layer"}])
-def test_noise_of_an_unknown_kind_is_refused(settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize("noise", NOISE_ROWS.values())
+def test_noise_of_an_unknown_scaling_is_refused(noise: Any) -> None:
     with pytest.raises(ValueError, match="must be one of"):
-        Noise(size=0.1, **settings)
+        noise(size=0.1, scaling="Layer")
 
 
 @pytest.mark.parametrize(
     "make",
-    [lambda x: Noise(size=x), lambda x: SharpnessAware(radius=x), lambda x: Momentum(radius=x)],
-    ids=["noise", "sam", "momentum"],
+    [lambda x: GaussianNoise(size=x), lambda x: SAM(radius=x), lambda x: MSAM(radius=x)],
+    ids=["noise", "sam", "msam"],
 )
 @pytest.mark.parametrize("size", [-0.1, float("nan"), float("inf")])
 def test_sizes_that_are_not_sizes_are_refused(
@@ -1097,14 +1108,23 @@ def test_sizes_that_are_not_sizes_are_refused(
     [
         (LocalGradient(ratio=0.5), WORKERS + 1),
         (LocalGradient(size=0.1, scaling="filter"), WORKERS + 1),
-        (GlobalGradient(ratio=0.5), 2),
+        (OptimisticGradient(ratio=0.5), 2),
         (GradientNoise(ratio=0.5), WORKERS + 2),
-        (FreshGradient(ratio=0.5), 1),
-        (SharpnessAware(radius=0.1), 1),
-        (Momentum(radius=0.1), 1),
-        (Noise(size=0.1), 1),
+        (Extragradient(ratio=0.5), 1),
+        (SAM(radius=0.1), 1),
+        (MSAM(radius=0.1), 1),
+        (GaussianNoise(size=0.1), 1),
     ],
-    ids=["local", "local-filter", "global", "gradient-noise", "fresh", "sam", "momentum", "noise"],
+    ids=[
+        "local",
+        "local-filter",
+        "optimistic",
+        "gradient-noise",
+        "extragradient",
+        "sam",
+        "msam",
+        "noise",
+    ],
 )
 def test_it_keeps_one_buffer_a_worker_and_one_for_the_return(
     direction: Direction, buffers: int

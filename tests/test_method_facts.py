@@ -17,15 +17,16 @@ from torch import Tensor, nn
 
 from egtrain.config.schema import UNIONS
 from egtrain.optim import (
+    MSAM,
+    SAM,
     Direction,
+    Extragradient,
     Extrapolation,
-    FreshGradient,
-    GlobalGradient,
+    GaussianNoise,
     GradientNoise,
     LocalGradient,
-    Momentum,
-    Noise,
-    SharpnessAware,
+    OptimisticGradient,
+    SmoothOut,
 )
 from egtrain.optim.randomness import generator_for
 
@@ -70,25 +71,25 @@ ROWS = {
         is_linear=True,
         bounded_at=(0.25, 0.5),
     ),
-    "global": Row(
-        direction=lambda ratio: GlobalGradient(ratio=ratio),
+    "optimistic": Row(
+        direction=lambda ratio: OptimisticGradient(ratio=ratio),
         bilinear=0.021,
         order=2,
         is_linear=True,
         bounded_at=(0.5,),
     ),
-    "fresh": Row(direction=lambda ratio: FreshGradient(ratio=ratio), bilinear=0.028, order=3),
+    "extragradient": Row(
+        direction=lambda ratio: Extragradient(ratio=ratio), bilinear=0.028, order=3
+    ),
     "gaussian": Row(
-        direction=lambda size: Noise(size=size, scaling="none", norm_and_bias=True),
+        direction=lambda size: GaussianNoise(size=size, scaling="none", norm_and_bias=True),
         is_linear=True,
         bounded_at=(0.3,),
         is_one_worker=False,
         has_zero_past=False,
     ),
-    "uniform": Row(
-        direction=lambda size: Noise(
-            size=size, distribution="uniform", scaling="none", norm_and_bias=True
-        ),
+    "smoothout": Row(
+        direction=lambda size: SmoothOut(size=size, scaling="none", norm_and_bias=True),
         is_linear=True,
         bounded_at=(0.5,),
         is_one_worker=False,
@@ -102,8 +103,8 @@ ROWS = {
         is_linear=True,
         bounded_at=(0.5,),
     ),
-    "sam": Row(direction=lambda radius: SharpnessAware(radius=radius)),
-    "momentum": Row(direction=lambda radius: Momentum(radius=radius), base=HEAVY_BALL),
+    "sam": Row(direction=lambda radius: SAM(radius=radius)),
+    "msam": Row(direction=lambda radius: MSAM(radius=radius), base=HEAVY_BALL),
 }
 OTHER_BASES = {name: Base(name=name, clip_norm=2.5) for name in ("lars", "lamb", "adam", "adamw")}
 
@@ -199,7 +200,7 @@ def test_a_fresh_step_is_the_implicit_step_up_to_third_order(name: str) -> None:
 
 @pytest.mark.parametrize("ratio", [0.0, 0.5])
 def test_a_fresh_step_of_another_length_is_not(ratio: float) -> None:
-    assert order_of_the_error(FreshGradient(ratio=ratio)) == pytest.approx(2, abs=0.07)
+    assert order_of_the_error(Extragradient(ratio=ratio)) == pytest.approx(2, abs=0.07)
 
 
 def order_of_the_error(direction: Direction | None) -> float:
@@ -236,10 +237,10 @@ def quadratic_recursion(
     zeta = {
         "none": 0 * past,
         "local": ratio * rate * past,
-        "global": 0 * past + ratio * rate * mean,
+        "optimistic": 0 * past + ratio * rate * mean,
         "gradient-noise": ratio * rate * (past - mean),
         "gaussian": ratio * noise,
-        "uniform": ratio * noise,
+        "smoothout": ratio * noise,
     }[row]
     gradients = [
         a @ (x - z) - np.outer(b, one) for a, b, z in zip(matrices, offsets, zeta, strict=True)
@@ -258,7 +259,7 @@ def noise_of(row: str, worker: int, step: int, d: int) -> Vector:
     )
     if row == "gaussian":
         drawn.normal_(generator=generator)
-    elif row == "uniform":
+    elif row == "smoothout":
         drawn.uniform_(-1, 1, generator=generator)
     return drawn.numpy()
 
@@ -384,9 +385,9 @@ SCALED: dict[str, Callable[[float], Direction]] = {
     "local-rate": lambda rate: LocalGradient(rate=rate),
     "local-layer": lambda size: LocalGradient(size=size, scaling="layer"),
     "local-filter": lambda size: LocalGradient(size=size, scaling="filter"),
-    "fresh-filter": lambda size: FreshGradient(size=size, scaling="filter"),
-    "gaussian-filter": lambda size: Noise(size=size, norm_and_bias=True),
-    "uniform-layer": lambda size: Noise(size=size, distribution="uniform", scaling="layer"),
+    "extragradient-filter": lambda size: Extragradient(size=size, scaling="filter"),
+    "gaussian-filter": lambda size: GaussianNoise(size=size, norm_and_bias=True),
+    "smoothout-layer": lambda size: SmoothOut(size=size, scaling="layer"),
 }
 
 
@@ -429,8 +430,8 @@ def test_size_zero_is_plain_training_in_double_precision(name: str) -> None:
 
 
 def test_size_zero_is_plain_training_with_new_samples_and_now_and_then() -> None:
-    assert is_plain(FreshGradient(ratio=0.0), BASE, torch.float32, new_samples=True)
-    assert is_plain(SharpnessAware(radius=0.0), BASE, torch.float32, every=2)
+    assert is_plain(Extragradient(ratio=0.0), BASE, torch.float32, new_samples=True)
+    assert is_plain(SAM(radius=0.0), BASE, torch.float32, every=2)
 
 
 @pytest.mark.parametrize("base", ["its own", *OTHER_BASES])
@@ -501,9 +502,9 @@ NEEDS_A_GRADIENT: dict[str, Direction] = {
         f"{name}-{scaling}": make(size=0.5, scaling=scaling)
         for name, make in {
             "local": LocalGradient,
-            "global": GlobalGradient,
+            "optimistic": OptimisticGradient,
             "gradient-noise": GradientNoise,
-            "fresh": FreshGradient,
+            "extragradient": Extragradient,
         }.items()
         for scaling in ("layer", "filter")
     },
@@ -519,8 +520,8 @@ SCALED_TO_WEIGHTS = {
         for name, direction in NEEDS_A_GRADIENT.items()
         if name.endswith(("layer", "filter"))
     },
-    "gaussian-layer": Noise(size=0.5, scaling="layer", norm_and_bias=True),
-    "uniform-filter": Noise(size=0.5, distribution="uniform", norm_and_bias=True),
+    "gaussian-layer": GaussianNoise(size=0.5, scaling="layer", norm_and_bias=True),
+    "smoothout-filter": SmoothOut(size=0.5, norm_and_bias=True),
 }
 NO_DECAY = Base(nesterov=False, weight_decay=0.0)
 every_dtype = pytest.mark.parametrize(
@@ -586,7 +587,7 @@ def test_zero_weights_are_not_shifted_in_proportion_to_themselves(
 
 
 @every_dtype
-@pytest.mark.parametrize("kind", [LocalGradient, FreshGradient])
+@pytest.mark.parametrize("kind", [LocalGradient, Extragradient])
 def test_a_filter_without_a_gradient_stays_and_the_others_move(
     kind: Any, dtype: torch.dtype
 ) -> None:
@@ -611,7 +612,7 @@ def test_sharpness_aware_steps_have_the_length_of_the_radius_and_go_uphill(
         torch.tensor([[2.0, 0.0], [1.0, 0.0]], dtype=dtype),
         torch.tensor([2.0], dtype=dtype),
     ]
-    inside = shifted_weights(SharpnessAware(radius=0.3), weights, lambda _: gradients)
+    inside = shifted_weights(SAM(radius=0.3), weights, lambda _: gradients)
     for found, gradient in zip(inside, gradients, strict=True):
         torch.testing.assert_close(
             found, 0.1 * gradient, rtol=2e-2 if dtype == torch.bfloat16 else 1e-6, atol=0

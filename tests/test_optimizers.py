@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from egtrain.optim import (
     LAMB,
     LARS,
+    MSAM,
+    Extragradient,
     Extrapolation,
-    FreshGradient,
-    GlobalGradient,
     LocalGradient,
-    Momentum,
+    OptimisticGradient,
 )
 from egtrain.optim.extrapolation import Direction
 
@@ -486,7 +486,7 @@ def test_along_the_mean_gradient_there_is_no_closure() -> None:
     used.step(closure)
     assert extrapolation.steps == 1
     used = torch.optim.SGD([weights], lr=0.1)
-    extrapolation = Extrapolation(used, GlobalGradient(ratio=0.5))
+    extrapolation = Extrapolation(used, OptimisticGradient(ratio=0.5))
     for arguments, named in (((closure,), {}), ((), {"closure": closure})):
         with pytest.raises(RuntimeError, match="has to see it before the update: call step"):
             used.step(*arguments, **named)
@@ -497,7 +497,7 @@ def test_along_the_mean_gradient_there_is_no_closure() -> None:
 def test_before_there_is_a_second_moment_there_is_no_shift(name: str) -> None:
     weights = nn.Parameter(torch.ones(3, 2))
     used = base(name, [weights])
-    extrapolation = Extrapolation(used, FreshGradient(rate=1.0))
+    extrapolation = Extrapolation(used, Extragradient(rate=1.0))
 
     def backward() -> None:
         weights.grad = torch.full_like(weights, 0.5)
@@ -514,7 +514,7 @@ def test_before_there_is_a_second_moment_there_is_no_shift(name: str) -> None:
 
 def test_before_the_first_update_the_trust_ratio_is_one() -> None:
     weights = nn.Parameter(torch.ones(3, 2))
-    extrapolation = Extrapolation(LARS([weights], lr=0.5), FreshGradient(ratio=0.5))
+    extrapolation = Extrapolation(LARS([weights], lr=0.5), Extragradient(ratio=0.5))
 
     def backward() -> None:
         weights.grad = torch.ones_like(weights)
@@ -543,7 +543,7 @@ def test_the_shift_along_the_momentum_has_the_length_of_the_radius(name: str) ->
     params = parameters()[:4]
     unused = nn.Parameter(torch.ones(2))
     used = base(name, [*params, unused])
-    extrapolation = Extrapolation(used, Momentum(radius=0.3), 2)
+    extrapolation = Extrapolation(used, MSAM(radius=0.3), 2)
     for step in range(3):
         before = [p.detach().clone() for p in params]
         for worker in range(2):
@@ -583,12 +583,12 @@ def test_a_base_without_heavy_ball_momentum_is_refused(
     optimizer: Callable[[Any], Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        Extrapolation(optimizer([nn.Parameter(torch.ones(2))]), Momentum(radius=0.1))
+        Extrapolation(optimizer([nn.Parameter(torch.ones(2))]), MSAM(radius=0.1))
 
 
 @pytest.mark.parametrize("name", ["lars", "lamb", "adam", "adamw"])
 @pytest.mark.parametrize(
-    "direction", [LocalGradient(ratio=0.5), Momentum(radius=0.1)], ids=["local", "momentum"]
+    "direction", [LocalGradient(ratio=0.5), MSAM(radius=0.1)], ids=["local", "msam"]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_extrapolation_over_it_resumes_bit_for_bit(

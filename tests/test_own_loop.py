@@ -24,14 +24,14 @@ from egtrain.build import build_direction, build_model, build_run, load_data
 from egtrain.config.files import load_config
 from egtrain.data.images import ImageData
 from egtrain.optim import (
+    SAM,
     Direction,
+    Extragradient,
     Extrapolation,
-    FreshGradient,
-    GlobalGradient,
+    GaussianNoise,
     GradientNoise,
     LocalGradient,
-    Noise,
-    SharpnessAware,
+    OptimisticGradient,
     ddp,
     remember_local_gradients,
 )
@@ -44,11 +44,11 @@ Trajectory = list[Tensor]
 
 DIRECTIONS: dict[str, Direction] = {
     "local": LocalGradient(ratio=0.5),
-    "global": GlobalGradient(ratio=0.5),
+    "optimistic": OptimisticGradient(ratio=0.5),
     "gradient-noise": GradientNoise(ratio=0.5),
-    "fresh": FreshGradient(ratio=0.5),
-    "sam": SharpnessAware(radius=0.05),
-    "gaussian": Noise(size=0.05),
+    "extragradient": Extragradient(ratio=0.5),
+    "sam": SAM(radius=0.05),
+    "gaussian": GaussianNoise(size=0.05),
 }
 
 
@@ -149,7 +149,7 @@ def train_alone(
 def clip_gradients(network: nn.Module, extrapolation: Extrapolation, clip: float | None) -> None:
     if clip is not None:
         norm = nn.utils.clip_grad_norm_(network.parameters(), clip)
-        extrapolation.clip_past_gradients(torch.clamp(clip / (norm + 1e-6), max=1.0))
+        extrapolation.note_clipping(torch.clamp(clip / (norm + 1e-6), max=1.0))
 
 
 def train_with_ddp(
@@ -220,7 +220,7 @@ ZETAS = {
     "local": ["extrapolation.ratio=1/K"],
     "gradient-noise": ["extrapolation.ratio=1/K"],
     "gaussian": ["extrapolation.size=0.05"],
-    "fresh": ["extrapolation.ratio=1/K"],
+    "extragradient": ["extrapolation.ratio=1/K"],
 }
 
 
@@ -294,7 +294,7 @@ def steps_of_the_readme(name: str) -> tuple[Trajectory, list[float]]:
     program, given = re.subn(r"^(network|batches) = .*\n", "", DDP, flags=re.MULTILINE)
     program, directions = re.subn(r"LocalGradient\(ratio=1 / world\)", "direction", program)
     assert (given, directions) == (2, 1)
-    if name == "fresh":
+    if name == "extragradient":
         program = SECOND_GRADIENT + program.replace(
             "shifted()", "shifted(gradient=second_gradient)"
         )
@@ -570,7 +570,7 @@ def wrong_loops() -> dict[str, Any]:
         torch.autograd.backward(loss)
 
     def second_gradient_averaged() -> None:
-        model, _, extrapolation = loop(FreshGradient(ratio=1))
+        model, _, extrapolation = loop(Extragradient(ratio=1))
         with extrapolation.shifted(gradient=lambda: backward(model)):
             backward(model)
 

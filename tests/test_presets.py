@@ -36,13 +36,13 @@ FAMILIES = {
 VARIANTS = {
     "sgd": ("none", "sgd", None),
     "eg": ("local", "sgd", None),
-    "optimistic": ("global", "sgd", None),
+    "optimistic": ("optimistic", "sgd", None),
     "gradient-noise": ("gradient-noise", "sgd", None),
-    "extragradient": ("fresh", "sgd", None),
+    "extragradient": ("extragradient", "sgd", None),
     "gaussian": ("gaussian", "sgd", None),
-    "smoothout": ("uniform", "sgd", None),
+    "smoothout": ("smoothout", "sgd", None),
     "sam": ("sam", "sgd", None),
-    "msam": ("momentum", "sgd", None),
+    "msam": ("msam", "sgd", None),
     "lars": ("none", "lars", None),
     "eg-lars": ("local", "lars", None),
     "lamb": ("none", "lamb", None),
@@ -53,7 +53,7 @@ VARIANTS = {
     "eg-postlocal": ("local", "sgd", 16),
 }
 """Extrapolation, optimizer and period of the local phase."""
-TWO_GRADIENTS = {"fresh", "sam"}
+TWO_GRADIENTS = {"extragradient", "sam"}
 REFERENCE_FAMILIES = [family for family in FAMILIES if family != "resnet8"]
 shipped = cache(load_config)
 

@@ -162,7 +162,7 @@ def test_variants_of_the_table_have_presets_of_that_kind() -> None:
     for preset, name, gradients in rows:
         shown = egtrain(f"presets {preset}")
         assert re.search(rf"^extrapolation:\n  name: {name}$", shown, flags=re.MULTILINE), preset
-        assert gradients == ("2" if name in ("fresh", "sam") else "1")
+        assert gradients == ("2" if name in ("extragradient", "sam") else "1")
 
 
 def test_every_variant_stands_in_a_table() -> None:

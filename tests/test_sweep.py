@@ -51,7 +51,7 @@ def facts_of(config: Config) -> Facts:
     steps_per_epoch = samples // config.batch_size
     steps = config.steps or config.epochs * steps_per_epoch
     second = range(0)
-    if config.extrapolation.name in ("fresh", "sam"):
+    if config.extrapolation.name in ("extragradient", "sam"):
         second = range(
             0, round((config.extrapolation.until or 1) * steps), config.extrapolation.every
         )

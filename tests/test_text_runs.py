@@ -155,7 +155,7 @@ def test_a_second_gradient_on_the_same_words_starts_from_the_same_state(
     """With shifts too small to change a weight, two gradients a step make the same run as one."""
     one, two = (
         undisturbed("lstm-eg", f"extrapolation.name={name}", "extrapolation.ratio=1e-30")
-        for name in ("local", "fresh")
+        for name in ("local", "extragradient")
     )
     parts = [name for name in two if name.startswith(("state.model", "state.workers.buffers"))]
     assert len(parts) > 3

@@ -90,12 +90,12 @@ def test_a_second_gradient_is_counted(extrapolation: str, images: Path, tmp_path
     )
     summary = summary_of(directory)
     assert summary["gradient_evaluations"] == 2 * 32 * (
-        2 if extrapolation in ("fresh", "sam") else 1
+        2 if extrapolation in ("extragradient", "sam") else 1
     )
     assert (summary["samples"], summary["steps"], summary["batch_size"]) == (64, 2, 32)
 
 
-@pytest.mark.parametrize("extrapolation", ["fresh", "sam"])
+@pytest.mark.parametrize("extrapolation", ["extragradient", "sam"])
 def test_a_second_gradient_is_taken_and_counted_until_extrapolation_ends(
     extrapolation: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,9 +244,9 @@ NAN = "the loss of worker 2 became nan at step 3"
         ("local", 1, times(math.inf), "the loss of worker 2 became inf at step 3"),
         ("local", 1, with_a_bad_gradient, "the gradient of worker 2 became nan at step 3"),
         ("sam", 2, times(math.nan), NAN),
-        ("fresh", 2, times(math.nan), NAN),
+        ("extragradient", 2, times(math.nan), NAN),
         ("sam", 1, times(math.nan), NAN),
-        ("fresh", 1, times(math.nan), NAN),
+        ("extragradient", 1, times(math.nan), NAN),
     ],
 )
 def test_a_worker_whose_loss_is_not_finite_stops_the_run_before_the_update(

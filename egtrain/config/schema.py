@@ -149,20 +149,20 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _momentum_to_follow(self) -> "Config":
-        if self.extrapolation.name != "momentum":
+        if self.extrapolation.name != "msam":
             return self
         base = self.optimizer
         key = "momentum" if base.name in ("sgd", "lars") else "beta1"
         if getattr(base, key) == 0:
             raise wrong(
                 "extrapolation.name",
-                f"extrapolation 'momentum' needs a base with momentum; set optimizer.{key} above "
+                f"extrapolation 'msam' needs a base with momentum; set optimizer.{key} above "
                 "0, such as 0.9",
             )
         if base.name == "sgd" and base.nesterov:
             raise wrong(
                 "extrapolation.name",
-                "extrapolation 'momentum' needs a base without look-ahead; set "
+                "extrapolation 'msam' needs a base without look-ahead; set "
                 "optimizer.nesterov to false",
             )
         return self

@@ -436,11 +436,11 @@ class LocalExtrapolation(_AlongGradient):
     """local: along the worker's own previous gradient."""
 
 
-class GlobalExtrapolation(_AlongGradient):
+class OptimisticExtrapolation(_AlongGradient):
     """Extrapolation from the past (Popov 1980)."""
 
-    name: Literal["global"] = "global"
-    """global: along the previous mean gradient."""
+    name: Literal["optimistic"] = "optimistic"
+    """optimistic: along the previous mean gradient."""
 
 
 class GradientNoiseExtrapolation(_AlongGradient):
@@ -450,11 +450,11 @@ class GradientNoiseExtrapolation(_AlongGradient):
     """gradient-noise: along the worker's own previous gradient less the mean one."""
 
 
-class FreshExtrapolation(_AlongGradient):
+class ExtragradientExtrapolation(_AlongGradient):
     """Stochastic extragradient (Korpelevich 1976)."""
 
-    name: Literal["fresh"] = "fresh"
-    """fresh: along a second gradient at the unshifted weights."""
+    name: Literal["extragradient"] = "extragradient"
+    """extragradient: along a second gradient at the unshifted weights."""
     samples: Literal["same", "new"] = "same"
     """Whether the second gradient is taken on the same samples or on new ones."""
     every: Count = 1
@@ -478,11 +478,11 @@ class GaussianExtrapolation(_Noise):
     """gaussian: normal noise."""
 
 
-class UniformExtrapolation(_Noise):
+class SmoothOutExtrapolation(_Noise):
     """SmoothOut (Wen et al. 2018, arXiv 1805.07898)."""
 
-    name: Literal["uniform"] = "uniform"
-    """uniform: uniform noise."""
+    name: Literal["smoothout"] = "smoothout"
+    """smoothout: uniform noise."""
 
 
 class SamExtrapolation(_Until):
@@ -496,15 +496,15 @@ class SamExtrapolation(_Until):
     """Shift on every so-many-th step only; the others are plain steps."""
 
 
-class MomentumExtrapolation(_Until):
+class MsamExtrapolation(_Until):
     """MSAM (Becker et al. 2024, arXiv 2401.12033).
 
     The default radius is that of the authors' MSAM class; their CIFAR-100 examples, networks of
     millions of weights, take 3.
     """
 
-    name: Literal["momentum"] = "momentum"
-    """momentum: along the normalised momentum of the base optimizer."""
+    name: Literal["msam"] = "msam"
+    """msam: along the normalised momentum of the base optimizer."""
     radius: NotNegative = 0.3
     """Length of the shift."""
     after_warmup: bool = True
@@ -514,13 +514,13 @@ class MomentumExtrapolation(_Until):
 Extrapolation = (
     NoExtrapolation
     | LocalExtrapolation
-    | GlobalExtrapolation
-    | FreshExtrapolation
+    | OptimisticExtrapolation
+    | ExtragradientExtrapolation
     | GaussianExtrapolation
-    | UniformExtrapolation
+    | SmoothOutExtrapolation
     | GradientNoiseExtrapolation
     | SamExtrapolation
-    | MomentumExtrapolation
+    | MsamExtrapolation
 )
 
 

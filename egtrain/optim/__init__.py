@@ -9,28 +9,33 @@
 """
 
 from egtrain.optim.ddp import remember_local_gradients
-from egtrain.optim.extra_gradients import FreshGradient, SharpnessAware
+from egtrain.optim.directions.extragradient import Extragradient
+from egtrain.optim.directions.gaussian import GaussianNoise
+from egtrain.optim.directions.gradient_noise import GradientNoise
+from egtrain.optim.directions.local import LocalGradient
+from egtrain.optim.directions.msam import MSAM
+from egtrain.optim.directions.optimistic import OptimisticGradient
+from egtrain.optim.directions.sam import SAM
+from egtrain.optim.directions.smoothout import SmoothOut
 from egtrain.optim.extrapolation import Direction, Extrapolation, Point
 from egtrain.optim.lamb import LAMB
 from egtrain.optim.lars import LARS
-from egtrain.optim.momentum import Momentum
-from egtrain.optim.noise import Noise
 from egtrain.optim.noise_scale import NoiseScale
-from egtrain.optim.past_gradients import GlobalGradient, GradientNoise, LocalGradient
 
 __all__ = [
     "LAMB",
     "LARS",
+    "MSAM",
+    "SAM",
     "Direction",
+    "Extragradient",
     "Extrapolation",
-    "FreshGradient",
-    "GlobalGradient",
+    "GaussianNoise",
     "GradientNoise",
     "LocalGradient",
-    "Momentum",
-    "Noise",
     "NoiseScale",
+    "OptimisticGradient",
     "Point",
-    "SharpnessAware",
+    "SmoothOut",
     "remember_local_gradients",
 ]

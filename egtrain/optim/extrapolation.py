@@ -212,7 +212,7 @@ class Extrapolation:
         if self._inside and self._own:
             self._copy_gradients(self._own[self.workers[0]], numbers)
 
-    def clip_past_gradients(self, factor: Tensor | float) -> None:
+    def note_clipping(self, factor: Tensor | float) -> None:
         """Tell by which factor (a scalar) the mean gradient of this step was clipped.
 
         Past gradients are kept unclipped; ζ takes the factor of the step that they came from. Call

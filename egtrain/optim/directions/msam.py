@@ -1,4 +1,4 @@
-"""The direction that takes no gradient at all: along the base optimizer's momentum."""
+"""MSAM: along the normalised momentum of the base optimizer."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,7 +11,7 @@ from egtrain.optim.lengths import require_sizes
 
 
 @dataclass(frozen=True, kw_only=True)
-class Momentum:
+class MSAM:
     """MSAM: ζ_t = radius·v_t/‖v_t‖, the norm over the whole vector (arXiv 2401.12033).
 
     As in the paper's Algorithm 1, the gradient is taken at x_t − ζ_t, ahead of x_t on the way that

@@ -1,4 +1,4 @@
-"""Directions that take a second gradient in the same step: two gradients a step."""
+"""Sharpness-aware minimisation: against the normalised gradient at x."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -7,26 +7,11 @@ import torch
 from torch import Tensor
 
 from egtrain.optim.extrapolation import Need, Point
-from egtrain.optim.lengths import Length, require_sizes
+from egtrain.optim.lengths import require_sizes
 
 
 @dataclass(frozen=True, kw_only=True)
-class FreshGradient(Length):
-    """The stochastic extragradient method: ζ^k_t = γ̂_t·∇f^k(x_t; ξ') (Korpelevich 1976).
-
-    Whether ξ' are the samples of the step or new ones is for the function that computes the
-    gradient to choose.
-    """
-
-    needs: ClassVar[frozenset[Need]] = frozenset({"fresh"})
-
-    def zeta(self, at: Point) -> list[Tensor]:
-        """Return ζ along the gradient at the unshifted weights."""
-        return self.along(at.fresh, at)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SharpnessAware:
+class SAM:
     """Sharpness-aware minimisation, per worker: ζ^k_t = −radius·∇f^k(x_t)/‖∇f^k(x_t)‖ (arXiv
     2010.01412).
 

@@ -1,0 +1,1 @@
+"""The choices of ζ: one small file each."""
