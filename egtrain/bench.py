@@ -126,15 +126,16 @@ def compare_costs(
 
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
-    for turn in range(rounds):
-        start = turn % len(names)
-        for index, name in enumerate([*names[start:], *names[:start]]):
+    for number in range(rounds):
+        # Another variant begins each round, so that none is always timed first.
+        first = number % len(names)
+        for name in [*names[first:], *names[:first]]:
             # Whole cycles, because only one step in so many takes a second gradient.
             cycle = runs[name].extrapolated_steps.step
             seconds[name].append(
                 seconds_taken(partial(take_steps, runs[name], cycle), ranks) / cycle
             )
-            progress(turn * len(names) + index + 1, rounds * len(names))
+            progress(sum(map(len, seconds.values())), rounds * len(names))
 
     return Comparison(
         step_seconds=statistics.median(seconds["none"]),

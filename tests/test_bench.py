@@ -94,6 +94,21 @@ def test_a_variant_that_the_base_does_not_allow_is_left_out_with_the_reason_or_r
         compare_costs("quickstart", plain, rounds=2, wanted=["msam"])
 
 
+def test_each_round_begins_with_another_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[object] = []
+
+    def seconds(action: Any, ranks: Ranks) -> float:
+        timed.append(action.args[0])
+        return 1.0
+
+    monkeypatch.setattr(bench, "seconds_taken", seconds)
+    compare_costs("quickstart", SMALL, rounds=4, wanted=["local", "gaussian"])
+    rounds = [timed[start : start + 3] for start in range(0, 12, 3)]
+    assert all(len(set(map(id, measured))) == 3 for measured in rounds)
+    plain, local, gaussian = rounds[0]
+    assert [measured[0] for measured in rounds] == [plain, local, gaussian, plain]
+
+
 def test_the_interval_holds_the_median() -> None:
     median, low, high = median_interval([1.0, 1.1, 0.9, 1.0, 5.0])
     assert low <= median == 1.0 <= high

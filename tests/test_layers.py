@@ -20,7 +20,7 @@ LAYERS = [
     {"train"},
     {"run", "evaluate"},
     {"launch", "runlog", "figures"},
-    {"workers", "checkpoint", "progress", "tasks"},
+    {"workers", "checkpoint", "progress", "tables", "tasks"},
     {"models", "data", "optim"},
     {"config"},
     {"errors", "__init__"},

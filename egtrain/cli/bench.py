@@ -65,31 +65,32 @@ def bench(
     if as_json:
         print(json.dumps({"preset": preset, **asdict(comparison)}))
     else:
-        print_table(preset, comparison)
+        print_costs(preset, comparison)
 
 
-def print_table(preset: str, comparison: "Comparison") -> None:
+def print_costs(preset: str, comparison: "Comparison") -> None:
     """Print the costs for people."""
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(
-        title=f"{preset}: a plain step takes {comparison.step_seconds * 1000:.4g} ms",
-        title_justify="left",
-    )
-    table.add_column("variant", no_wrap=True)
-    for column in ("step time", "95 % interval", "gradients", "peak MiB", "sent MiB"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for name, cost in comparison.variants.items():
-        table.add_row(
-            name,
-            f"{cost.ratio:.3f}",
-            f"{cost.low:.3f}-{cost.high:.3f}",
-            f"{cost.gradients_per_step:g}",
-            f"{cost.peak_bytes / 2**20:,.1f}",
-            f"{cost.communicated_bytes / 2**20:,.2f}",
-        )
+    from egtrain.tables import Column, print_line, print_table
+
     console = Console(highlight=False)
-    console.print(table)
+    print_line(f"{preset}: a plain step takes {comparison.step_seconds * 1000:.4g} ms", console)
+    costs = comparison.variants.values()
+    print_table(
+        [
+            Column("variant", list(comparison.variants), left=True),
+            Column("times a plain step", [f"{cost.ratio:.3f}" for cost in costs]),
+            Column("95 % interval", [f"{cost.low:.3f}-{cost.high:.3f}" for cost in costs]),
+            Column("gradients a step", [f"{cost.gradients_per_step:g}" for cost in costs]),
+            Column("peak MiB", [f"{cost.peak_bytes / 2**20:,.1f}" for cost in costs], leave_out=1),
+            Column(
+                "sent MiB",
+                [f"{cost.communicated_bytes / 2**20:,.2f}" for cost in costs],
+                leave_out=2,
+            ),
+        ],
+        console,
+    )
     for name, reason in comparison.left_out.items():
-        console.print(f"{name} is left out: {reason}", soft_wrap=True)
+        print_line(f"{name} is left out: {reason}", console)
