@@ -14,6 +14,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from egtrain.formatting import duration as duration
+
 REFRESHES_PER_SECOND = 4
 FRACTIONS = {"accuracy", "token_accuracy"}
 """Metrics that are shown in percent."""
@@ -206,10 +208,3 @@ def headline(metrics: Mapping[str, float | None]) -> str:
             else f"{name} {number:.{4 if name == 'loss' else 2}f}"
         )
     return ", ".join(parts)
-
-
-def duration(seconds: float) -> str:
-    """Return a time span as hours, minutes and seconds, such as `0:02:05`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}"

@@ -112,7 +112,7 @@ def load_run(
     )
     config = load_config(file, overrides)
     store = CheckpointStore(
-        directory / "checkpoints", higher_is_better=TASKS[config.task.name].higher_is_better
+        directory / "checkpoints", higher_is_better=TASKS[config.task.name].metric.higher_is_better
     )
     if checkpoint == "last":
         newest = store.load_newest()

@@ -81,7 +81,7 @@ def _train_until(
             store = CheckpointStore(
                 directory / CHECKPOINTS,
                 keep=config.checkpoint.keep,
-                higher_is_better=run.task.higher_is_better,
+                higher_is_better=run.task.metric.higher_is_better,
                 warn=None if first else lambda message: None,
             )
             newest = launch.first_rank_first(ranks, store.load_newest) if going_on else None
@@ -228,7 +228,7 @@ class Recorder:
                 epochs=run.steps / run.task.steps_per_epoch,
                 steps=run.steps,
                 start_step=run.step,
-                shown=("loss", run.task.training_metric),
+                shown=("loss", run.task.training_metric.name),
                 stream=sys.stderr if as_json else None,
             )
         )
@@ -254,7 +254,7 @@ class Recorder:
     def save(self, run: Run, state: dict[str, Any], validation: dict[str, float] | None) -> None:
         """Write a checkpoint, after everything that was logged up to it."""
         self._log.flush()
-        metric = None if validation is None else validation[run.task.metric]
+        metric = None if validation is None else validation[run.task.metric.name]
         final = run.step == run.steps
         launch.only_first_rank(
             self._ranks, lambda: self._store.save(state, run.step, metric=metric, final=final)
@@ -271,7 +271,7 @@ class Recorder:
             "final": final,
             "best": None
             if best is None
-            else {"step": best[0], "validation": {run.task.metric: best[1]}},
+            else {"step": best[0], "validation": {run.task.metric.name: best[1]}},
             "steps": run.step,
             "epochs": self._epoch(run, run.step),
             "samples": run.step * run.task.batch_size,

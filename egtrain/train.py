@@ -215,7 +215,7 @@ def report(
     mean_squared_norm = sum(squared_norms) / len(squared_norms)
     values = {
         "loss": sum(losses) / len(losses),
-        run.task.training_metric: sum(metrics) / len(metrics),
+        run.task.training_metric.name: sum(metrics) / len(metrics),
         "learning_rate": learning_rate,
         "local_gradient_norm": mean_squared_norm**0.5,
         "gradient_alignment": alignments[0],

@@ -607,7 +607,7 @@ def test_runs_that_smooth_their_labels_differently_are_not_compared() -> None:
 
 def test_a_perplexity_is_that_of_the_mean_loss() -> None:
     loss = SimpleNamespace(value=lambda: (2.0, 99.0))
-    task = SimpleNamespace(training_metric="perplexity")
+    task = SimpleNamespace(training_metric=SimpleNamespace(name="perplexity"))
     bench = measure._Bench(loss, task, None, [], None)  # type: ignore[arg-type]
     assert bench.measure("level", {})[0] == {"train": {"loss": 2.0, "perplexity": math.exp(2.0)}}
 

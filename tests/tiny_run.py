@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from egtrain.optim import LAMB, LARS, Direction, Extrapolation
 from egtrain.run import Run
-from egtrain.tasks import Split
+from egtrain.tasks import Metric, Split
 from egtrain.train import train
 from egtrain.workers import Ranks, Workers
 
@@ -46,8 +46,8 @@ class TinyNet(nn.Module):
 class TinyTask:
     """Regression onto random targets; every batch is a function of (worker, step)."""
 
-    metric = training_metric = "error"
-    higher_is_better = False
+    metric = training_metric = Metric("error", "", higher_is_better=False)
+    best_possible: float | None = None
     sums: tuple[str, ...] = ("loss", "error")
     samples = 64
     steps_per_epoch = 4

@@ -97,7 +97,7 @@ def plot(
                 works, models, task, sample, precisions, store, ranks, show, stop
             )
             described = {"metrics": settings, "thorough": thorough, "checkpoints": checkpoints}
-            comparison = compare(subjects, works, measured, described, sample, task.metric)
+            comparison = compare(subjects, works, measured, described, sample, task.metric.name)
             closing.close()
             if ranks.rank == 0:
                 write(comparison, subjects, output)

@@ -337,9 +337,9 @@ class _Bench:
         match metric:
             case "level":
                 value, score = loss.value()
-                if self._task.training_metric == "perplexity":
+                if self._task.training_metric.name == "perplexity":
                     score = math.exp(value)  # which the mean over batches is not
-                train = {"loss": value, self._task.training_metric: score}
+                train = {"loss": value, self._task.training_metric.name: score}
                 return {"train": train, **({"test": self._tested} if self._tested else {})}, {}
             case "eigenvalues":
                 found = eigenvalues(loss, count=p["count"], steps=p["steps"], seed=SEED)

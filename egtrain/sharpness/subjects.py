@@ -138,7 +138,7 @@ def _subject(path: Path, label: str, which: str) -> Subject:
         raise DataError(f"there is no checkpoint file {path}")
     config = load_config(config_file_of(path))
     store = CheckpointStore(
-        path / "checkpoints", higher_is_better=TASKS[config.task.name].higher_is_better
+        path / "checkpoints", higher_is_better=TASKS[config.task.name].metric.higher_is_better
     )
     # Loaded to know the newest or best one that is intact.
     step, _ = store.load("best" if which == "best" else "last")
@@ -175,7 +175,7 @@ def load_subjects(
         sample = frozen_sample(run.task, samples, subject.label)
         properties = {
             "training data": sample.description["data_sha256"],
-            "metrics": run.task.metric,
+            "metrics": run.task.metric.name,
         }
         if first is None:
             first = run.task, sample, properties

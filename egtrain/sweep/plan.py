@@ -221,8 +221,8 @@ def facts_from_data(offline: bool = False) -> Callable[[Config], Facts]:
             steps_per_epoch=plan.steps_per_epoch,
             steps=plan.steps,
             second_gradients=plan.extrapolated_steps if twice else range(0),
-            metric=task.metric,
-            higher_is_better=task.higher_is_better,
+            metric=task.metric.name,
+            higher_is_better=task.metric.higher_is_better,
             data=loaded[key].digest,
         )
 

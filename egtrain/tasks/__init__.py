@@ -1,10 +1,34 @@
 """A task binds data, loss and metric; the training loop knows no more of it than this protocol."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
+from egtrain.formatting import FRACTION, short_value_text, value_text
+
 Split = Literal["validation", "test"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a task measures; values stand in files in `unit`."""
+
+    name: str
+    """In files, for example `token_accuracy`."""
+    unit: str
+    """`FRACTION` is shown in percent."""
+    higher_is_better: bool
+
+    @property
+    def label(self) -> str:
+        """The name, for people."""
+        return self.name.replace("_", " ")
+
+
+LOSS = Metric("loss", "nats", higher_is_better=False)
+ACCURACY = Metric("accuracy", FRACTION, higher_is_better=True)
 
 
 class Task(Protocol):
@@ -12,13 +36,13 @@ class Task(Protocol):
     worker, step).
     """
 
-    metric: str
-    """Name of the metric of held-out data, for example `accuracy`."""
-    training_metric: str
-    """Name of the metric of mini-batches; another one where `metric` is too dear to take in every
-    step."""
-    higher_is_better: bool
-    """Of `metric`."""
+    metric: Metric
+    """Of held-out data."""
+    training_metric: Metric
+    """Of mini-batches; another one where `metric` is too dear to take in every step."""
+    best_possible: float | None
+    """The best value of `metric` to be expected of any model on the test split, where it is
+    known."""
     sums: tuple[str, ...]
     """Names of what `evaluate_batch` adds up."""
     samples: int
@@ -60,3 +84,26 @@ class Task(Protocol):
         """Return the mean loss in nats, as `loss`, and the metric from the sums over a whole
         split.
         """
+
+
+def metrics_text(
+    values: Mapping[str, float | None],
+    metrics: Sequence[Metric],
+    best_possible: float | None = None,
+) -> str:
+    """Return those of the values that are metrics, in words: `accuracy 71.20 %, loss 0.8912`.
+
+    Args:
+        values: by the name of the metric.
+        metrics: in the order in which they are told.
+        best_possible: of the first of them.
+    """
+    parts = []
+    for metric in metrics:
+        if metric.name not in values:
+            continue
+        text = f"{metric.label} {value_text(values[metric.name], metric.unit)}"
+        if metric is metrics[0] and best_possible is not None:
+            text += f" of at best {short_value_text(best_possible, metric.unit)}"
+        parts.append(text)
+    return ", ".join(parts)

@@ -8,7 +8,7 @@ from egtrain.data.augment import normalise, random_crop_flip
 from egtrain.data.images import ImageData
 from egtrain.errors import UsageError
 from egtrain.optim.randomness import generator_for
-from egtrain.tasks import Split
+from egtrain.tasks import ACCURACY, Split
 
 Batch = tuple[Tensor, Tensor]
 
@@ -50,8 +50,7 @@ class ImageTask:
         UsageError: a batch is larger than the training data.
     """
 
-    metric = training_metric = "accuracy"
-    higher_is_better = True
+    metric = training_metric = ACCURACY
     sums: tuple[str, ...] = ("nats", "right answers")
 
     def __init__(
@@ -73,7 +72,7 @@ class ImageTask:
         self.device = device
         self.channels_last = channels_last
         self.mean, self.std = data.mean, data.std
-        self.ceiling = data.ceiling
+        self.best_possible = data.ceiling
         self.padding = data.x_train.shape[1] // 8 if augment else 0
         self._train = (data.x_train.to(device), data.y_train.to(device))
         self._held_out: dict[Split, Batch] = {
@@ -147,7 +146,7 @@ class ImageTask:
         """Return the mean cross-entropy in nats and the fraction of right answers."""
         nats, right = sums
         images = self.evaluation_size(split)
-        return {"loss": nats / images, self.metric: right / images}
+        return {"loss": nats / images, self.metric.name: right / images}
 
     def _normalised(self, images: Tensor) -> Tensor:
         return normalise(images, self.mean, self.std, self.channels_last)

@@ -13,7 +13,7 @@ from egtrain.data.text import EOS, TextData
 from egtrain.errors import UsageError
 from egtrain.models.lstm import LSTMLanguageModel
 from egtrain.optim.randomness import generator_for
-from egtrain.tasks import Split
+from egtrain.tasks import Metric, Split
 
 EVALUATION_COLUMNS = 32
 EVALUATION_BATCHES = 4
@@ -73,8 +73,7 @@ class LanguageTask:
         UsageError: the columns are shorter than a window.
     """
 
-    metric = training_metric = "perplexity"
-    higher_is_better = False
+    metric = training_metric = Metric("perplexity", "", higher_is_better=False)
     sums: tuple[str, ...] = ("nats", "words")
 
     def __init__(
@@ -93,7 +92,7 @@ class LanguageTask:
         self.batch_size = workers * worker_batch_size
         self.seed = seed
         self.bptt = bptt
-        self.floor = data.floor
+        self.best_possible = data.floor
         self._train = data.train.to(device)
         used = self.batch_size * length
         self._words = self._train[:used].view(self.batch_size, length).T
@@ -188,7 +187,7 @@ class LanguageTask:
         """Return the mean cross-entropy in nats a word and its exponential, the perplexity."""
         nats, words = sums
         loss = nats / words
-        return {"loss": loss, self.metric: math.exp(loss) if loss < 700 else math.inf}
+        return {"loss": loss, self.metric.name: math.exp(loss) if loss < 700 else math.inf}
 
     def _windows(self, starts: Tensor) -> Window:
         places = starts + torch.arange(self.bptt, device=starts.device)[:, None]

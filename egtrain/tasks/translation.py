@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from egtrain.data.pairs import BOS, EOS, PAD, PairData, Sentences
+from egtrain.formatting import FRACTION
 from egtrain.models.decoding import Decodable, beam_search
 from egtrain.optim.randomness import generator_for
-from egtrain.tasks import Split
+from egtrain.tasks import Metric, Split
 from egtrain.tasks.image import steps_in_epoch
 
 EVALUATION_BATCH = 100
@@ -53,9 +54,9 @@ class TranslationTask:
         UsageError: a batch is larger than the training data.
     """
 
-    metric = "bleu"
-    training_metric = "token_accuracy"
-    higher_is_better = True
+    metric = Metric("bleu", "BLEU", higher_is_better=True)
+    training_metric = Metric("token_accuracy", FRACTION, higher_is_better=True)
+    best_possible: float | None = None
     sums: tuple[str, ...] = ("nats", "subwords", *BLEU_SUMS)
 
     def __init__(
@@ -168,7 +169,7 @@ class TranslationTask:
         nats, subwords, *counts = sums
         system, reference, *ngrams = (round(count) for count in counts)
         score = BLEU.compute_bleu(ngrams[:4], ngrams[4:], system, reference, smooth_method="exp")
-        return {"loss": nats / subwords, self.metric: score.score}
+        return {"loss": nats / subwords, self.metric.name: score.score}
 
     def translate(
         self, model: nn.Module, split: Split, *, beam: int, length_penalty: float
