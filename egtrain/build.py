@@ -1,7 +1,6 @@
 """The only place where a configuration becomes objects; below it nothing sees a configuration."""
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from egtrain.models.lstm import LSTMLanguageModel
 from egtrain.models.resnet import ResNet
 from egtrain.models.transformer import Transformer
 from egtrain.models.vgg import VGG
-from egtrain.optim import schedules
 from egtrain.optim.directions.extragradient import Extragradient
 from egtrain.optim.directions.gaussian import GaussianNoise
 from egtrain.optim.directions.gradient_noise import GradientNoise
@@ -32,6 +30,7 @@ from egtrain.optim.lamb import LAMB
 from egtrain.optim.lars import LARS
 from egtrain.optim.post_local import PostLocal
 from egtrain.optim.randomness import seed_for
+from egtrain.plan import build_plan, build_schedule, with_fitting_warmup
 from egtrain.run import Run
 from egtrain.tasks import Task
 from egtrain.tasks.image import ImageTask
@@ -47,59 +46,6 @@ TASKS: dict[str, type[ImageTask | LanguageTask | TranslationTask]] = {
     "translation": TranslationTask,
 }
 """The tasks by name."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a configuration comes to on given data, in steps and rates."""
-
-    steps_per_epoch: int
-    steps: int
-    warmup_steps: int
-    milestones: tuple[int, ...]
-    peak_rate: float
-    local_start: int | None
-    """Updates before the local phase; None where there is none."""
-    extrapolated_steps: range
-    """The steps that shift the weights; empty without extrapolation."""
-
-
-def build_plan(config: Config, steps_per_epoch: int) -> Plan:
-    """Return the numbers of steps and rates where an epoch has so many updates."""
-    steps = config.steps if config.steps is not None else config.epochs * steps_per_epoch
-    warmup_steps = round(config.schedule.warmup_epochs * steps_per_epoch)
-    local_start = config.local_start_fraction()
-    extrapolation = config.extrapolation
-    extrapolated_steps = range(0)
-    if extrapolation.name != "none":
-        first = warmup_steps if extrapolation.name == "msam" and extrapolation.after_warmup else 0
-        until = min(end for end in (1.0, extrapolation.until, local_start) if end is not None)
-        every = extrapolation.every if extrapolation.name in ("extragradient", "sam") else 1
-        extrapolated_steps = range(first, round(until * steps), every)
-    return Plan(
-        steps_per_epoch=steps_per_epoch,
-        steps=steps,
-        warmup_steps=warmup_steps,
-        milestones=tuple(round(m * steps) for m in config.schedule.milestones)
-        if config.schedule.decay == "step"
-        else (),
-        peak_rate=config.optimizer.scaled_lr(config.batch_size),
-        local_start=None if local_start is None else round(local_start * steps),
-        extrapolated_steps=extrapolated_steps,
-    )
-
-
-def build_schedule(config: Config, plan: Plan) -> schedules.Schedule:
-    """Return the learning rate as a function of the step."""
-    if config.schedule.decay == "step":
-        schedule = schedules.step_decay(plan.peak_rate, plan.milestones, config.schedule.factor)
-    elif config.schedule.decay == "cosine":
-        schedule = schedules.cosine_decay(plan.peak_rate, plan.warmup_steps, plan.steps)
-    elif config.schedule.decay == "inverse-sqrt":
-        schedule = schedules.inverse_sqrt(plan.peak_rate, plan.warmup_steps)
-    else:
-        schedule = schedules.constant(plan.peak_rate)
-    return schedules.with_warmup(schedule, plan.warmup_steps, config.schedule.warmup_from)
 
 
 def load_data(config: Config, offline: bool = False) -> Data:
@@ -322,7 +268,8 @@ def build_run(config: Config, ranks: Ranks, data: Data | None = None) -> Run:
 
     Raises:
         DataError: the data are missing or damaged.
-        UsageError: the batch is larger than the data, or the ranks do not divide the workers.
+        UsageError: the batch is larger than the data, the warm-up does not fit the run, or the
+            ranks do not divide the workers.
     """
     config = config.model_copy(
         update={"precision": native_precision(config.precision, ranks.device)}
@@ -331,6 +278,7 @@ def build_run(config: Config, ranks: Ranks, data: Data | None = None) -> Run:
     if data is None:
         data = first_rank_first(ranks, lambda: load_data(config))
     task = build_task(config, data, ranks.device)
+    config = with_fitting_warmup(config, task.steps_per_epoch)
     plan = build_plan(config, task.steps_per_epoch)
     model = build_model(config, outputs_of(data), ranks.device)
     optimizer = build_optimizer(config.optimizer, model)

@@ -11,9 +11,7 @@ import torch
 
 from egtrain import launch
 from egtrain.build import (
-    build_plan,
     build_run,
-    build_schedule,
     build_task,
     load_data,
     locate_data,
@@ -24,6 +22,7 @@ from egtrain.build import (
 from egtrain.checkpoint import LOCK, CheckpointStore, RunLock, write_atomically
 from egtrain.config.schema import Config, config_to_yaml, flat_settings
 from egtrain.errors import DataError, InterruptedRun, UsageError
+from egtrain.plan import build_plan, build_schedule, with_fitting_warmup
 from egtrain.progress import Display, headline
 from egtrain.run import Run
 from egtrain.runlog import RunLog, finite, git_commit, hardware, versions, write_summary
@@ -78,6 +77,7 @@ def _train_until(
         launch.only_first_rank(ranks, begin)
         try:
             run = build_run(config, ranks)
+            config = _written_with_fitting_warmup(config, run, directory, first)
             store = CheckpointStore(
                 directory / CHECKPOINTS,
                 keep=config.checkpoint.keep,
@@ -116,6 +116,14 @@ def _train_until(
             summary = recorders[0].finish(run, final)
             closing.close()
             print_result(summary, directory, as_json)
+
+
+def _written_with_fitting_warmup(config: Config, run: Run, directory: Path, first: bool) -> Config:
+    """Return the configuration that is trained, once it stands in the run directory too."""
+    fitting = with_fitting_warmup(config, run.task.steps_per_epoch)
+    if first and fitting != config:
+        write_atomically(directory / CONFIG, config_to_yaml(fitting).encode())
+    return fitting
 
 
 def prepare(directory: Path, config: Config, resume: bool) -> bytes | None:
@@ -344,6 +352,7 @@ def print_plan(config: Config, directory: Path, nproc: int | None, as_json: bool
     }
     if data is not None:
         task = build_task(config, data, torch.device("cpu"))
+        config = with_fitting_warmup(config, task.steps_per_epoch)
         steps = build_plan(config, task.steps_per_epoch)
         schedule = build_schedule(config, steps)
         phases = {0, steps.warmup_steps, *steps.milestones, steps.steps // 2, steps.steps - 1}

@@ -83,6 +83,7 @@ def settings(data: Path, *further: str, deterministic: bool = True) -> list[str]
         "epochs=3",
         "evaluate_every=1",
         "schedule.warmup_epochs=1",
+        "schedule.shorten_warmup=true",
         "schedule.warmup_from=0.1",
         "schedule.decay=cosine",
         "optimizer.lr=0.1",

@@ -300,6 +300,33 @@ def test_resume_with_the_same_settings_needs_no_leave(
     )
 
 
+def test_the_warm_up_that_was_trained_is_written_down_and_resumed(
+    egtrain_command: Run, images: Path, tmp_path: Path
+) -> None:
+    short = ["--set", "steps=4", "--output", "run"]
+    assert egtrain_command(*arguments(images), *short).code == 0
+    assert "  warmup_epochs: 0.5\n" in (tmp_path / "run/config.yaml").read_text()
+    rates = [line["learning_rate"] for line in outcome(tmp_path / "run")["metrics"][:3]]
+    assert rates == pytest.approx([0.1, 0.1, 0.1])
+    before = outcome(tmp_path / "run")
+    assert egtrain_command("train", "--resume", "run").code == 0
+    assert outcome(tmp_path / "run") == before
+
+
+def test_a_warm_up_that_was_set_and_does_not_fit_is_refused_and_leaves_nothing(
+    egtrain_command: Run, images: Path, tmp_path: Path
+) -> None:
+    mine = arguments(images, "schedule.shorten_warmup=false", "steps=4")
+    for further in ([], ["--dry-run"]):
+        result = egtrain_command(*mine, "--output", "run", *further)
+        assert result.code == 2
+        assert result.line == (
+            "schedule.warmup_epochs 1 takes 4 steps, and the learning rate ends at step 4 of 4: "
+            "set it below 1, or train longer"
+        )
+        assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"{", b"seed: many", b"sed: 1"])
 def test_a_damaged_configuration_is_refused_in_a_line(
     content: bytes, egtrain_command: Run, tmp_path: Path

@@ -23,7 +23,6 @@ from egtrain.build import (
     build_direction,
     build_model,
     build_optimizer,
-    build_plan,
     worker_state_bytes,
 )
 from egtrain.config.files import config_from_yaml_text, load_config
@@ -922,39 +921,6 @@ def test_the_same_name_and_a_name_left_out_keep_what_was_inherited(tmp_path: Pat
 
 
 # What becomes of it
-
-
-@pytest.mark.parametrize(
-    ("overrides", "steps"),
-    [
-        (["extrapolation.name=none"], range(0)),
-        ([], range(100)),
-        (["extrapolation.until=0.25"], range(25)),
-        (["post_local.period=4"], range(50)),
-        (["post_local.period=4", "post_local.start=0.3", "extrapolation.until=0.2"], range(20)),
-        (["extrapolation.name=extragradient", "extrapolation.every=3"], range(0, 100, 3)),
-        (
-            ["extrapolation.name=sam", "extrapolation.every=4", "post_local.period=2"],
-            range(0, 50, 4),
-        ),
-        (["extrapolation.name=msam", "optimizer.nesterov=false"], range(20, 100)),
-        (
-            [
-                "extrapolation.name=msam",
-                "extrapolation.after_warmup=false",
-                "optimizer.nesterov=false",
-            ],
-            range(100),
-        ),
-    ],
-)
-def test_the_plan_says_which_steps_shift_the_weights(overrides: list[str], steps: range) -> None:
-    config = load_config("resnet-eg", ["steps=100", "workers=2", "worker_batch_size=8", *overrides])
-    plan = build_plan(config, steps_per_epoch=4)
-    assert plan.warmup_steps == 20
-    assert plan.extrapolated_steps == steps
-    start = config.local_start_fraction()
-    assert plan.local_start == (None if start is None else round(100 * start))
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ LAYERS = [
     {"sweep", "bench", "sharpness"},
     {"session", "saved_run"},
     {"build"},
+    {"plan"},
     {"train"},
     {"run", "evaluate"},
     {"launch", "runlog", "figures"},
@@ -39,6 +40,7 @@ TALKS_TO_RANKS = {"workers.py", "launch.py", "optim/ddp.py"}
 KNOWS_CONFIG = {
     "config",
     "build",
+    "plan",
     "session",
     "saved_run",
     "sweep",

@@ -260,6 +260,8 @@ def _inherited(
     if path is None or not _is_family(path):
         result.values.pop("variants", None)
     settings.places = {key: at for key, at in settings.places.items() if key[:1] != ("inherits",)}
+    shipped = path is not None and path.resolve().is_relative_to(presets_dir().resolve())
+    _say_who_set_the_warmup(settings, shipped)
     _merge(result, settings)
     return result
 
@@ -292,7 +294,15 @@ def _overrides(overrides: list[str]) -> Settings:
             target = target.setdefault(part, {})
         target[key[-1]] = parse_value(text, source)
         settings.places[key] = source
+    _say_who_set_the_warmup(settings, shipped=False)
     return settings
+
+
+def _say_who_set_the_warmup(layer: Settings, shipped: bool) -> None:
+    """Allow a shipped preset's warm-up to be shortened, and not a user's unless they say so."""
+    schedule = layer.values.get("schedule")
+    if isinstance(schedule, dict) and "warmup_epochs" in schedule:
+        schedule.setdefault("shorten_warmup", shipped)
 
 
 def _merge(base: Settings, layer: Settings) -> None:

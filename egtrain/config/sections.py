@@ -330,7 +330,10 @@ class ScheduleConfig(Section):
     """The learning rate over the run."""
 
     warmup_epochs: Annotated[float, Field(ge=0, le=1e9)] = 5.0
-    """Epochs of linear warm-up; may be a fraction."""
+    """Epochs of linear warm-up; may be a fraction. Setting it sets shorten_warmup to false."""
+    shorten_warmup: bool = True
+    """Shorten a warm-up that does not end before the first decay and the run do, to half of that
+    time; false: such a warm-up is an error."""
     warmup_from: NotNegative = 0.1
     """Learning rate at the first step; lowered to the peak where it lies above it."""
     decay: Literal["step", "cosine", "inverse-sqrt", "constant"] = "step"

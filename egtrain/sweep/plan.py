@@ -194,7 +194,8 @@ def facts_from_data(offline: bool = False) -> Callable[[Config], Facts]:
     """
     import torch
 
-    from egtrain.build import build_direction, build_plan, build_task, load_data
+    from egtrain.build import build_direction, build_task, load_data
+    from egtrain.plan import build_plan
 
     loaded: dict[str, Any] = {}
 
@@ -207,8 +208,8 @@ def facts_from_data(offline: bool = False) -> Callable[[Config], Facts]:
         except UsageError as error:
             raise UsageError(f"at batch size {config.batch_size}, {error}") from None
         plan, direction = build_plan(config, task.steps_per_epoch), build_direction(config)
-        falls = min(plan.milestones, default=plan.steps)
-        if plan.warmup_steps >= max(falls, 1):
+        if not plan.warmup_fits:
+            falls = plan.first_fall
             raise UsageError(
                 f"at batch size {config.batch_size}, the warm-up takes {plan.warmup_steps} steps "
                 f"of {plan.steps}, and "
