@@ -16,7 +16,8 @@ from egtrain.config.files import load_config
 from egtrain.config.schema import Config
 from egtrain.data.images import ImageData
 from egtrain.launch import pick_device
-from egtrain.train import OnItsWay, take_step
+from egtrain.statistics import HostCopy
+from egtrain.train import take_step
 from egtrain.workers import Ranks
 
 
@@ -46,9 +47,9 @@ def gradients_a_second(config: Config, seconds: float, ready: Barrier) -> float:
     for _ in range(2):
         take_step(run, 0.01).tolist()
     ready.wait()
-    start, steps, last = time.perf_counter(), 0, OnItsWay(torch.zeros(1))
+    start, steps, last = time.perf_counter(), 0, HostCopy(torch.zeros(1))
     while time.perf_counter() - start < seconds:
-        unread = OnItsWay(take_step(run, 0.01))
+        unread = HostCopy(take_step(run, 0.01))
         last.read()
         last, steps = unread, steps + 1
     last.read()

@@ -285,12 +285,12 @@ def build_run(config: Config, ranks: Ranks, data: Data | None = None) -> Run:
     workers = Workers(model, config.workers, ranks, config.deterministic)
     direction = build_direction(config)
     extrapolation = (
-        Extrapolation(optimizer, direction, workers.mine, config.seed) if direction else None
+        Extrapolation(optimizer, direction, workers.carried, config.seed) if direction else None
     )
     post_local = None
     if plan.local_start is not None and config.post_local.period is not None:
         post_local = PostLocal(
-            optimizer, workers.mine, start=plan.local_start, period=config.post_local.period
+            optimizer, workers.carried, start=plan.local_start, period=config.post_local.period
         )
     evaluate_every = max(1, round(config.evaluate_every * plan.steps_per_epoch))
     return Run(

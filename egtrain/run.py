@@ -51,6 +51,18 @@ class Run:
     gradient_evaluations: int = 0
     """Per-sample gradients taken so far, by all workers."""
 
+    def __post_init__(self) -> None:
+        self._relative_rates = [
+            group["lr"] / self.optimizer.defaults["lr"] for group in self.optimizer.param_groups
+        ]
+
+    def set_learning_rate(self, optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+        """Set the rates of an optimizer: the schedule's, times what a parameter group's was over
+        the default when the run was made.
+        """
+        for group, relative in zip(optimizer.param_groups, self._relative_rates, strict=True):
+            group["lr"] = learning_rate * relative
+
     def count_update(self) -> None:
         """Count a completed update, and the gradients that it took."""
         extrapolation = self.extrapolation if self.step in self.extrapolated_steps else None
@@ -67,7 +79,8 @@ class Run:
         return min(step, self.post_local.start) + self.post_local.averages(step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint holds, keyed by worker where it is a worker's; a collective.
+        """Return what a checkpoint holds, keyed by worker where it is a worker's; a collective, and
+        complete on the first rank only.
 
         `model` has the mean of the workers' BatchNorm statistics and, in a local phase, weights,
         ready for evaluation.
@@ -88,14 +101,17 @@ class Run:
         }
         if self.extrapolation is not None:
             extrapolation = self.extrapolation.state_dict()
-            extrapolation["own"] = [self.workers.gather(rows) for rows in extrapolation["own"]]
+            extrapolation["own"] = [
+                self.workers.gather_on_first(rows) for rows in extrapolation["own"]
+            ]
             del extrapolation["workers"]
             state["extrapolation"] = extrapolation
         if self.post_local is not None and self.post_local.optimizers:
             device = self.workers.ranks.device
             rows = self.post_local.state_dict()
             state["post_local"] = {
-                name: self.workers.gather(values.to(device)) for name, values in rows.items()
+                name: self.workers.gather_on_first(values.to(device))
+                for name, values in rows.items()
             }
         return state
 
@@ -123,17 +139,21 @@ class Run:
             state["workers"] if local else {**state["workers"], "parameters": None}
         )
         self.noise_scale = NoiseScale(**state["noise_scale"])
-        mine = slice(self.workers.mine.start, self.workers.mine.stop)
         if self.extrapolation is not None:
             extrapolation = dict(state["extrapolation"])
-            extrapolation["own"] = [rows[mine] for rows in extrapolation["own"]]
-            extrapolation["workers"] = list(self.workers.mine)
+            extrapolation["own"] = [
+                self.workers.rows_of_carried(rows) for rows in extrapolation["own"]
+            ]
+            extrapolation["workers"] = list(self.workers.carried)
             if self.clip_norm is None:
                 extrapolation["clip_factor"] = None
             self.extrapolation.load_state_dict(extrapolation)
         if self.post_local is not None and local and state["post_local"] is not None:
             self.post_local.load_state_dict(
-                {name: rows[mine] for name, rows in state["post_local"].items()}
+                {
+                    name: self.workers.rows_of_carried(rows)
+                    for name, rows in state["post_local"].items()
+                }
             )
 
 

@@ -269,7 +269,7 @@ class Recorder:
         )
         self._log.restart_clock()
 
-    def finish(self, run: Run, final: dict[str, dict[str, float]]) -> dict[str, Any]:
+    def finish(self, run: Run, final: dict[Split, dict[str, float]]) -> dict[str, Any]:
         """Write and return the summary."""
         ranks = self._ranks
         best = self._store.best()

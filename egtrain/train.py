@@ -1,6 +1,5 @@
 """The training loop, top to bottom."""
 
-import math
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -8,33 +7,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from egtrain.errors import DivergedError, InterruptedRun
+from egtrain.errors import InterruptedRun
 from egtrain.evaluate import evaluate
 from egtrain.optim.post_local import PostLocal
 from egtrain.optim.randomness import seed_for
 from egtrain.run import Run
+from egtrain.statistics import HostCopy, read_reported, require_finite
 from egtrain.tasks import Split
-from egtrain.workers import STATISTICS
-
-
-class OnItsWay:
-    """A tensor that travels to the host while the device goes on."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._arrived: torch.cuda.Event | None = None
-        self._tensor = tensor
-        if tensor.is_cuda:
-            self._tensor = torch.empty_like(tensor, device="cpu", pin_memory=True)
-            self._tensor.copy_(tensor, non_blocking=True)
-            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._arrived.record()
-
-    def read(self) -> list[float]:
-        """Wait for the values and return them."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        values: list[float] = self._tensor.double().tolist()
-        return values
 
 
 class Observer(Protocol):
@@ -54,7 +33,7 @@ class Observer(Protocol):
 
 def train(
     run: Run, observer: Observer, stop_requested: Callable[[], bool]
-) -> dict[str, dict[str, float]]:
+) -> dict[Split, dict[str, float]]:
     """Train from `run.step` to `run.steps` and return the final metrics of each held-out split.
 
     Raises:
@@ -62,17 +41,15 @@ def train(
         InterruptedRun: `stop_requested` said so on some rank; the run was saved after the same step
             on all.
     """
-    task, workers = run.task, run.workers
-    splits: list[Split] = [s for s in ("validation", "test") if task.evaluation_size(s)]
-    during: Split = splits[0]
-    final: dict[str, dict[str, float]] = {}
-    unread: deque[tuple[int, float, OnItsWay]] = deque()
+    splits: list[Split] = [s for s in ("validation", "test") if run.task.evaluation_size(s)]
+    final: dict[Split, dict[str, float]] = {}
+    unread: deque[tuple[int, float, HostCopy]] = deque()
     run.model.train()
 
     while run.step < run.steps:
         learning_rate = run.schedule(run.step)
         statistics = take_step(run, learning_rate, stop_requested)
-        unread.append((run.step, learning_rate, OnItsWay(statistics)))
+        unread.append((run.step, learning_rate, HostCopy(statistics)))
 
         last = run.step == run.steps
         evaluation_due = last or run.step % run.evaluate_every == 0
@@ -83,22 +60,24 @@ def train(
 
         validation = None
         if evaluation_due:
-            workers.average_for_evaluation()
-            for split in splits if last else [during]:
-                final[split] = evaluate(task, run.model, split, workers.ranks, run.precision)
-                observer.evaluated(run, split, final[split])
+            final = evaluate_splits(run, splits if last else splits[:1])
+            for split, metrics in final.items():
+                observer.evaluated(run, split, metrics)
             validation = final.get("validation")
         if checkpoint_due or stop:
             observer.save(run, run.state_dict(), validation)
         if stop and not last:
             raise InterruptedRun(f"interrupted after step {run.step}; a checkpoint was saved")
-    if not final:
-        workers.average_for_evaluation()
-        final = {
-            split: evaluate(task, run.model, split, workers.ranks, run.precision)
-            for split in splits
-        }
-    return final
+    return final or evaluate_splits(run, splits)
+
+
+def evaluate_splits(run: Run, splits: list[Split]) -> dict[Split, dict[str, float]]:
+    """Return the metrics of each split; the mean of the workers is evaluated."""
+    run.workers.average_for_evaluation()
+    return {
+        split: evaluate(run.task, run.model, split, run.workers.ranks, run.precision)
+        for split in splits
+    }
 
 
 def take_step(
@@ -111,9 +90,9 @@ def take_step(
     """
     if run.post_local is not None and run.post_local.is_local(run.step):
         return take_local_step(run, run.post_local, learning_rate, stop_requested)
-    set_learning_rate(run.optimizer, learning_rate)
+    run.set_learning_rate(run.optimizer, learning_rate)
     run.workers.begin_step()
-    for worker in run.workers.mine:
+    for worker in run.workers.carried:
         take_local_gradient(run, worker)
         run.workers.add_gradient(worker)
     statistics = run.workers.average_gradients(stop_requested())
@@ -135,25 +114,19 @@ def take_local_step(
         post_local.begin()
         run.workers.begin_local_phase()
     run.workers.begin_step()
-    for worker in run.workers.mine:
-        run.workers.enter_own_weights(worker)
+    for worker in run.workers.carried:
+        run.workers.enter_local_weights(worker)
         take_local_gradient(run, worker)
         if run.clip_norm is not None:
             run.workers.clip(run.clip_norm)
-        set_learning_rate(post_local.optimizers[worker], learning_rate)
+        run.set_learning_rate(post_local.optimizers[worker], learning_rate)
         post_local.optimizers[worker].step()
-        run.workers.keep_own_weights(worker)
+        run.workers.keep_local_weights(worker)
     statistics = run.workers.report_only(stop_requested())
     run.count_update()
     if post_local.averages_after(run.step):
-        run.workers.average_own_weights()
+        run.workers.average_local_weights()
     return statistics
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Set the rate of all parameters."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
 
 
 def take_local_gradient(run: Run, worker: int) -> None:
@@ -175,19 +148,19 @@ def take_local_gradient(run: Run, worker: int) -> None:
         workers.restore_buffers(worker)
 
     workers.enter(worker)
-    relative_size = None
+    relative_shift = None
     if extrapolation is not None and run.step in run.extrapolated_steps:
         with extrapolation.shifted(worker, gradient=second_gradient):
             if worker == 0:
-                relative_size = workers.relative_shift()
+                relative_shift = workers.relative_shift()
             loss, metric = backward(batch)
     else:
         loss, metric = backward(batch)
-    workers.note(worker, loss, metric, relative_size)
+    workers.report(worker, loss, metric, relative_shift)
 
 
 def report(
-    run: Run, observer: Observer, step: int, learning_rate: float, statistics: OnItsWay
+    run: Run, observer: Observer, step: int, learning_rate: float, statistics: HostCopy
 ) -> bool:
     """Read a step's statistics on the host, pass them on, and return whether a rank was asked to
     stop.
@@ -195,41 +168,27 @@ def report(
     Raises:
         DivergedError: a worker's loss or the mean gradient was not finite.
     """
-    *entries, squared_norm_of_mean = statistics.read()
-    rows = [entries[k : k + len(STATISTICS)] for k in range(0, len(entries), len(STATISTICS))]
-    losses, metrics, squared_norms, relative_sizes, alignments, stops = zip(*rows, strict=True)
-    for worker, loss in enumerate(losses):
-        if not math.isfinite(loss):
-            raise DivergedError(
-                f"the loss of worker {worker} became {loss} at step {step}: lower optimizer.lr or "
-                "lengthen the warm-up"
-            )
-    squared = {f" of worker {k}": norm for k, norm in enumerate(squared_norms)} | {
-        "": squared_norm_of_mean
-    }
-    for whose, norm in squared.items():
-        if not math.isfinite(norm):
-            raise DivergedError(
-                f"the gradient{whose} became {norm} at step {step}: lower optimizer.lr"
-            )
-    mean_squared_norm = sum(squared_norms) / len(squared_norms)
+    reported, squared_norm_of_mean = read_reported(statistics.read())
+    require_finite(reported, squared_norm_of_mean, step)
+    workers = run.workers.count
+    mean_squared_norm = sum(reported.squared_gradient_norm) / workers
     values = {
-        "loss": sum(losses) / len(losses),
-        run.task.training_metric.name: sum(metrics) / len(metrics),
+        "loss": sum(reported.loss) / workers,
+        run.task.training_metric.name: sum(reported.metric) / workers,
         "learning_rate": learning_rate,
         "local_gradient_norm": mean_squared_norm**0.5,
-        "gradient_alignment": alignments[0],
+        "gradient_alignment": reported.gradient_alignment[0],
     }
     if run.post_local is None or not run.post_local.is_local(step - 1):
         values["gradient_norm"] = squared_norm_of_mean**0.5
         run.noise_scale.update(
-            mean_squared_norm, squared_norm_of_mean, len(rows), run.task.worker_batch_size
+            mean_squared_norm, squared_norm_of_mean, workers, run.task.worker_batch_size
         )
     if run.post_local is not None:
         values["synchronisations"] = run.synchronisations(step)
     if run.extrapolation is not None:
-        values["extrapolation_size"] = relative_sizes[0]
+        values["extrapolation_size"] = reported.relative_shift[0]
     if run.noise_scale.value is not None:
         values["noise_scale"] = run.noise_scale.value
     observer.trained(run, step, values)
-    return any(stop > 0 for stop in stops)
+    return any(stop > 0 for stop in reported.stop)

@@ -15,9 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from egtrain.errors import UsageError
-
-STATISTICS = ("loss", "metric", "squared_norm", "relative_size", "alignment", "stop")
-"""What each worker reports in a step, beside its gradient."""
+from egtrain.statistics import Reported
 
 
 @dataclass(frozen=True)
@@ -36,9 +34,9 @@ class Workers:
     the gradients travel in one collective and a worker's buffers change in one copy.
 
     Args:
-        model: on its device; its floating-point buffers (BatchNorm statistics) are each worker's
-            own. Buffers of other types are shared and must not change, so BatchNorm has to do
-            without its counter of batches.
+        model: on its device; every worker has its own floating-point buffers (BatchNorm
+            statistics). Buffers of other types are shared and must not change, so BatchNorm loses
+            its counter of batches, which nothing reads and which costs a kernel a layer.
         count: K, the number of logical workers.
         ranks: this process among those of the run.
         deterministic: sum gradients in worker order, whatever the number of ranks; needs K
@@ -59,7 +57,11 @@ class Workers:
         self.count = count
         self.ranks = ranks
         share = count // ranks.count
-        self.mine = range(ranks.rank * share, (ranks.rank + 1) * share)
+        self.carried = range(ranks.rank * share, (ranks.rank + 1) * share)
+        """The workers of this rank."""
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.num_batches_tracked = None
         parameters = [p for p in model.parameters() if p.requires_grad]
         self.parameters = lay_flat(parameters)
         self.gradients = torch.zeros_like(self.parameters)
@@ -68,32 +70,38 @@ class Workers:
         self._buffers = lay_flat([b for b in model.buffers() if b.is_floating_point()]).to(
             ranks.device
         )
-        self._own_buffers = self._buffers.repeat(share, 1)
-        self._own_parameters: Tensor | None = None
-        self._before = torch.empty_like(self.parameters)
-        self._previous = torch.zeros_like(self.parameters)
-        self._healthy = torch.ones((), dtype=torch.bool, device=ranks.device)
+        # A row for each carried worker: its buffers and, in a local phase, its weights.
+        self._worker_buffers = self._buffers.repeat(share, 1)
+        self._worker_parameters: Tensor | None = None
+        self._parameters_before = torch.empty_like(self.parameters)
+        self._previous_gradient = torch.zeros_like(self.parameters)
+        """Worker 0's."""
+        self._all_finite = torch.ones((), dtype=torch.bool, device=ranks.device)
         size = self.parameters.numel()
-        self._total = torch.zeros(
-            size + count * len(STATISTICS), dtype=self.parameters.dtype, device=ranks.device
+        self._collective = torch.zeros(
+            size + count * len(Reported._fields),
+            dtype=self.parameters.dtype,
+            device=ranks.device,
         )
-        self._sum = self._total[:size]
-        self._table = self._total[size:].view(count, len(STATISTICS))
+        """What the ranks sum in a step: the gradients, and what each worker reports."""
+        self._gradient_sum = self._collective[:size]
+        self._reported_flat = self._collective[size:]
+        self._reported = Reported(*self._reported_flat.view(-1, count))
         # Summing in worker order across ranks takes every worker's gradient at once.
         self._in_order = deterministic and ranks.count > 1
-        self._kept = self.parameters.new_zeros(share, size) if self._in_order else None
+        self._worker_gradients = self.parameters.new_zeros(share, size) if self._in_order else None
 
     @property
     def collective_bytes(self) -> int:
         """Bytes that a rank gives into the one collective of a step: the gradient and what the
         workers report.
         """
-        return self._total.numel() * self._total.element_size()
+        return self._collective.numel() * self._collective.element_size()
 
     def begin_step(self) -> None:
         """Forget the last step's gradients and note the weights that this step starts from."""
-        self._total.zero_()
-        self._before.copy_(self.parameters)
+        self._collective.zero_()
+        self._parameters_before.copy_(self.parameters)
 
     def enter(self, worker: int) -> None:
         """Give the model the worker's buffers and a gradient of zero."""
@@ -102,91 +110,94 @@ class Workers:
 
     def restore_buffers(self, worker: int) -> None:
         """Give the model the worker's buffers as they were when its step began."""
-        self._buffers.copy_(self._own_buffers[worker - self.mine.start])
+        self._buffers.copy_(self._worker_buffers[self._row(worker)])
 
     def relative_shift(self) -> Tensor:
         """Return ‖ζ‖/‖x‖ while the weights are shifted (a scalar tensor)."""
-        shift = self.parameters - self._before
-        return torch.div(torch.linalg.vector_norm(shift), torch.linalg.vector_norm(self._before))
+        shift = self.parameters - self._parameters_before
+        return torch.div(
+            torch.linalg.vector_norm(shift), torch.linalg.vector_norm(self._parameters_before)
+        )
 
-    def note(self, worker: int, loss: Tensor, metric: Tensor, relative_size: Tensor | None) -> None:
+    def report(
+        self, worker: int, loss: Tensor, metric: Tensor, relative_shift: Tensor | None
+    ) -> None:
         """Take the worker's buffers and statistics out of the model, when its gradient is there."""
-        row = worker - self.mine.start
-        self._own_buffers[row].copy_(self._buffers)
+        self._worker_buffers[self._row(worker)].copy_(self._buffers)
         norm = torch.linalg.vector_norm(self.gradients)
-        self._table[worker, 0] = loss
-        self._table[worker, 1] = metric
-        self._table[worker, 2] = norm * norm
-        if relative_size is not None:
-            self._table[worker, 3] = relative_size
+        self._reported.loss[worker] = loss
+        self._reported.metric[worker] = metric
+        self._reported.squared_gradient_norm[worker] = norm * norm
+        if relative_shift is not None:
+            self._reported.relative_shift[worker] = relative_shift
         if worker == 0:
-            previous = torch.linalg.vector_norm(self._previous)
-            cosine = torch.dot(self.gradients, self._previous) / (norm * previous)
-            self._table[worker, 4] = torch.where(previous > 0, cosine, 0.0)
-            self._previous.copy_(self.gradients)
+            previous = torch.linalg.vector_norm(self._previous_gradient)
+            cosine = torch.dot(self.gradients, self._previous_gradient) / (norm * previous)
+            self._reported.gradient_alignment[worker] = torch.where(previous > 0, cosine, 0.0)
+            self._previous_gradient.copy_(self.gradients)
 
     def add_gradient(self, worker: int) -> None:
         """Add the worker's gradient to the sum of the step."""
-        if self._kept is None:
-            self._sum.add_(self.gradients)
+        if self._worker_gradients is None:
+            self._gradient_sum.add_(self.gradients)
         else:
-            self._kept[worker - self.mine.start].copy_(self.gradients)
+            self._worker_gradients[self._row(worker)].copy_(self.gradients)
 
     def average_gradients(self, stop: bool) -> Tensor:
         """Put the mean gradient into the parameters' `.grad` and return what the workers reported.
 
+        Args:
+            stop: whether this rank was asked to stop.
+
         Returns:
-            A flat tensor on the device: the table [workers, len(STATISTICS)] and, last, the squared
-            norm of the mean gradient. `stop` becomes the sum of what the ranks said.
+            A flat tensor on the device, for `read_reported`.
         """
-        self._table[self.mine.start, 5].fill_(
-            float(stop)
-        )  # assigning a number would wait for a GPU
-        if self._kept is not None:
-            for gradient in self.gather(self._kept):
-                self._sum.add_(gradient)
-            dist.all_reduce(self._table)
+        self._report_stop(stop)
+        if self._worker_gradients is not None:
+            for gradient in self.gather(self._worker_gradients):
+                self._gradient_sum.add_(gradient)
+            dist.all_reduce(self._reported_flat)
         elif self.ranks.count > 1:
-            dist.all_reduce(self._total)
-        torch.div(self._sum, self.count, out=self.gradients)
+            dist.all_reduce(self._collective)
+        torch.div(self._gradient_sum, self.count, out=self.gradients)
         norm = torch.linalg.vector_norm(self.gradients)
-        self._healthy &= torch.isfinite(self._table[:, 0]).all() & torch.isfinite(norm)
-        return torch.cat([self._table.flatten(), (norm * norm)[None]])
+        self._all_finite &= torch.isfinite(self._reported.loss).all() & torch.isfinite(norm)
+        return torch.cat([self._reported_flat, (norm * norm)[None]])
 
     def begin_local_phase(self) -> None:
-        """Give each worker weights of its own, equal to the model's."""
-        self._own_parameters = self.parameters.repeat(len(self.mine), 1)
+        """Give each worker weights for itself, equal to the model's."""
+        self._worker_parameters = self.parameters.repeat(len(self.carried), 1)
 
-    def enter_own_weights(self, worker: int) -> None:
-        """Give the model the worker's own weights."""
-        assert self._own_parameters is not None
-        self.parameters.copy_(self._own_parameters[worker - self.mine.start])
+    def enter_local_weights(self, worker: int) -> None:
+        """Give the model the worker's weights."""
+        assert self._worker_parameters is not None
+        self.parameters.copy_(self._worker_parameters[self._row(worker)])
 
-    def keep_own_weights(self, worker: int) -> None:
+    def keep_local_weights(self, worker: int) -> None:
         """Take the worker's updated weights out of the model, unless its loss or gradient was not
         finite.
         """
-        assert self._own_parameters is not None
-        row = self._own_parameters[worker - self.mine.start]
-        healthy = self._healthy & torch.isfinite(self._table[worker, 0:3:2]).all()
-        torch.where(healthy, self.parameters, row, out=row)
+        assert self._worker_parameters is not None
+        row = self._worker_parameters[self._row(worker)]
+        finite = self._all_finite & self._finite_updates()[worker]
+        torch.where(finite, self.parameters, row, out=row)
 
     def report_only(self, stop: bool) -> Tensor:
-        """Return what `average_gradients` does of a step in which each worker made its own update.
+        """Return what `average_gradients` does of a step in which each worker made an update for
+        itself.
 
-        The gradients stay where they are, so the last entry, the squared norm of their mean, is
-        zero.
+        The gradients stay where they are: the squared norm of their mean is said to be zero.
         """
-        self._table[self.mine.start, 5].fill_(float(stop))
+        self._report_stop(stop)
         if self.ranks.count > 1:
-            dist.all_reduce(self._table)
-        self._healthy &= torch.isfinite(self._table[:, 0:3:2]).all()
-        return torch.cat([self._table.flatten(), self._table.new_zeros(1)])
+            dist.all_reduce(self._reported_flat)
+        self._all_finite &= self._finite_updates().all()
+        return torch.cat([self._reported_flat, self._reported_flat.new_zeros(1)])
 
-    def average_own_weights(self) -> None:
+    def average_local_weights(self) -> None:
         """Let every worker go on from the mean of all workers' weights."""
-        assert self._own_parameters is not None
-        self._own_parameters.copy_(self._mean_over_workers(self._own_parameters))
+        assert self._worker_parameters is not None
+        self._worker_parameters.copy_(self._mean_over_workers(self._worker_parameters))
 
     def clip(self, maximum: float) -> Tensor:
         """Scale the mean gradient to a norm of at most `maximum`; return the factor (a scalar
@@ -202,16 +213,16 @@ class Workers:
 
         It is decided on the device: the host learns of it when it reads the step's statistics.
         """
-        torch.where(self._healthy, self.parameters, self._before, out=self.parameters)
+        torch.where(self._all_finite, self.parameters, self._parameters_before, out=self.parameters)
 
     def average_for_evaluation(self) -> None:
         """Give the model the mean of the workers' buffers and, in a local phase, weights; the next
         step undoes it.
         """
         if self._buffers.numel():
-            self._buffers.copy_(self.gather(self._own_buffers).mean(dim=0))
-        if self._own_parameters is not None:
-            self.parameters.copy_(self._mean_over_workers(self._own_parameters))
+            self._buffers.copy_(self.gather(self._worker_buffers).mean(dim=0))
+        if self._worker_parameters is not None:
+            self.parameters.copy_(self._mean_over_workers(self._worker_parameters))
 
     def _mean_over_workers(self, rows: Tensor) -> Tensor:
         """Return the mean of the rows [K/R, n] of all ranks."""
@@ -224,6 +235,20 @@ class Workers:
             dist.all_reduce(total)
         return total.div_(self.count)
 
+    def _row(self, worker: int) -> int:
+        """Return where a carried worker's row is."""
+        return worker - self.carried.start
+
+    def _report_stop(self, stop: bool) -> None:
+        # Assigning a number would wait for a GPU.
+        self._reported.stop[self.carried.start].fill_(float(stop))
+
+    def _finite_updates(self) -> Tensor:
+        """Return of each worker whether its loss and gradient were finite [workers]."""
+        return torch.isfinite(self._reported.loss) & torch.isfinite(
+            self._reported.squared_gradient_norm
+        )
+
     def gather(self, rows: Tensor) -> Tensor:
         """Return the rows [K/R, ...] of all ranks as [K, ...], in worker order, on every rank."""
         if self.ranks.count == 1:
@@ -232,17 +257,27 @@ class Workers:
         dist.all_gather(list(gathered.chunk(self.ranks.count)), rows.contiguous())
         return gathered
 
-    def state_dict(self) -> dict[str, Tensor | None]:
-        """Return every worker's buffers [K, ...], its own weights in a local phase, and worker 0's
-        previous gradient.
-
-        It is a collective.
+    def gather_on_first(self, rows: Tensor) -> Tensor:
+        """Return the rows [K/R, ...] of all ranks as [K, ...], in worker order, on the first rank;
+        on the others, no rows. It is a collective.
         """
-        own = self._own_parameters
+        if self.ranks.count == 1:
+            return rows
+        first = self.ranks.rank == 0
+        gathered = rows.new_empty(self.count if first else 0, *rows.shape[1:])
+        parts = list(gathered.chunk(self.ranks.count)) if first else None
+        dist.gather(rows.contiguous(), parts)
+        return gathered
+
+    def state_dict(self) -> dict[str, Tensor | None]:
+        """Return every worker's buffers [K, ...] and, in a local phase, weights, and worker 0's
+        previous gradient; they are complete on the first rank only. It is a collective.
+        """
+        weights = self._worker_parameters
         return {
-            "buffers": self.gather(self._own_buffers).clone(),
-            "parameters": None if own is None else self.gather(own).clone(),
-            "previous": self._previous.clone(),
+            "buffers": self.gather_on_first(self._worker_buffers).clone(),
+            "parameters": None if weights is None else self.gather_on_first(weights).clone(),
+            "previous": self._previous_gradient.clone(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -255,11 +290,16 @@ class Workers:
             raise ValueError(
                 f"it is of {len(state['buffers'])} workers, and the run has {self.count}"
             )
-        mine = slice(self.mine.start, self.mine.stop)
-        self._own_buffers.copy_(state["buffers"][mine])
-        own = state["parameters"]
-        self._own_parameters = None if own is None else own[mine].to(self.parameters).clone()
-        self._previous.copy_(state["previous"])
+        self._worker_buffers.copy_(self.rows_of_carried(state["buffers"]))
+        weights = state["parameters"]
+        self._worker_parameters = (
+            None if weights is None else self.rows_of_carried(weights).to(self.parameters).clone()
+        )
+        self._previous_gradient.copy_(state["previous"])
+
+    def rows_of_carried(self, rows: Tensor) -> Tensor:
+        """Return the rows of this rank's workers among those of all [K, ...]."""
+        return rows[self.carried.start : self.carried.stop]
 
 
 def sum_over_ranks(tensor: Tensor, ranks: Ranks) -> Tensor:

@@ -119,7 +119,7 @@ def test_a_worker_has_its_own_state_and_a_second_gradient_leaves_it_alone() -> N
             task.loss(model, task.batch(worker, step))
             workers.restore_buffers(worker)
             loss, metric = task.loss(model, task.batch(worker, step))
-            workers.note(worker, loss.detach(), metric, None)
+            workers.report(worker, loss.detach(), metric, None)
             states[worker].append(model.hidden.clone())
     for worker in range(WORKERS):
         alone = model_for(task)

@@ -22,7 +22,7 @@ LAYERS = [
     {"run", "evaluate"},
     {"launch", "runlog", "figures"},
     {"workers", "checkpoint", "tables", "tasks"},
-    {"models", "data", "optim"},
+    {"models", "data", "optim", "statistics"},
     {"config"},
     {"progress"},
     {"formatting"},

@@ -37,7 +37,7 @@ def post_local_run(
 ) -> Run:
     """Return the tiny run with a local phase."""
     run = tiny_run(direction, base, workers=WORKERS, seed=SEED, until=start, **settings)
-    run.post_local = PostLocal(run.optimizer, run.workers.mine, start=start, period=period)
+    run.post_local = PostLocal(run.optimizer, run.workers.carried, start=start, period=period)
     return run
 
 

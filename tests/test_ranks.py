@@ -40,7 +40,7 @@ from helpers import (
 from torch import Tensor
 from torch.distributed import TCPStore
 
-from egtrain import launch
+from egtrain import launch, session
 from egtrain.checkpoint import RunLock, read_checkpoint
 from egtrain.errors import DataError, UsageError
 from egtrain.launch import OUTCOMES
@@ -64,12 +64,18 @@ def test_any_number_of_ranks_gives_the_same_run_bit_for_bit(
     assert json.loads((tmp_path / "run/summary.json").read_text())["ranks"] == ranks
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(
+    ("ranks", "further"),
+    [(2, ()), (4, ()), (2, ("post_local.period=3", "post_local.start=0.334"))],
+    ids=["2", "4", "2, with a local phase"],
+)
 def test_without_deterministic_ranks_agree_up_to_rounding(
-    ranks: int, images: Path, tmp_path: Path
+    ranks: int, further: tuple[str, ...], images: Path, tmp_path: Path
 ) -> None:
-    alone = run_here(tmp_path / "alone", config_of(images, deterministic=False))
-    run_on_ranks([*arguments(images, deterministic=False), "--output", "run"], tmp_path, ranks)
+    alone = run_here(tmp_path / "alone", config_of(images, *further, deterministic=False))
+    run_on_ranks(
+        [*arguments(images, *further, deterministic=False), "--output", "run"], tmp_path, ranks
+    )
 
     for found, expected in zip(
         *(compared(directory) for directory in (tmp_path / "run", alone)), strict=True
@@ -95,6 +101,47 @@ def compared(directory: Path) -> list[dict[str, Any]]:
         }
         for part in parts
     ]
+
+
+@dataclass(frozen=True)
+class NotesStates:
+    """Makes each rank write down how many numbers of the workers it was given to save."""
+
+    folder: Path
+
+    def __call__(self) -> None:
+        """Put it in place, for the rest of the process."""
+        recorder = session.Recorder if os.environ["RANK"] == "0" else session.NoRecorder
+        save = recorder.save
+
+        def noted(self_: Any, run: Any, state: dict[str, Any], validation: Any) -> None:
+            parts = {
+                "extrapolation": state["extrapolation"],
+                "buffers": state["workers"]["buffers"],
+                "weights": state["workers"]["parameters"],
+                "post_local": state["post_local"],
+            }
+            held = {
+                name: sum(
+                    leaf.numel() for leaf in flattened(part).values() if isinstance(leaf, Tensor)
+                )
+                for name, part in parts.items()
+            }
+            (self.folder / f"held-{os.environ['RANK']}.json").write_text(json.dumps(held))
+            save(self_, run, state, validation)
+
+        recorder.save = noted  # type: ignore[method-assign]
+
+
+def test_only_the_rank_that_writes_gathers_the_state_of_all_workers(
+    images: Path, tmp_path: Path
+) -> None:
+    command = [*arguments(images, "post_local.period=3", "post_local.start=0.334")]
+    with forked_ranks([*command, "--output", "run"], tmp_path, 2, NotesStates(tmp_path)) as ranks:
+        assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].stderr
+    writer, other = (json.loads((tmp_path / f"held-{rank}.json").read_text()) for rank in (0, 1))
+    assert all(numbers > 0 for numbers in writer.values()), writer
+    assert all(numbers == 0 for numbers in other.values()), other
 
 
 def test_a_run_saved_on_two_ranks_goes_on_on_one(

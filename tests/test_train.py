@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,11 @@ from helpers import (
 )
 from torch import Tensor, nn
 
-from egtrain import session
+from egtrain import build, session
 from egtrain.build import build_run
 from egtrain.checkpoint import CheckpointStore, read_checkpoint
 from egtrain.config.schema import Config
-from egtrain.errors import DivergedError, UsageError
+from egtrain.errors import DivergedError, InterruptedRun, UsageError
 from egtrain.run import Run
 from egtrain.tasks.image import ImageTask
 from egtrain.workers import Ranks
@@ -177,6 +178,40 @@ def test_a_longer_run_goes_on_after_its_last_whole_epoch(images: Path, tmp_path:
     assert summary_of(directory)["epochs"] == 1.5
 
 
+def test_parameter_groups_keep_their_own_rates(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the shared phase, in the local one, and after an interruption in either."""
+
+    def two_groups(settings: Any, model: nn.Module) -> torch.optim.Optimizer:
+        head = list(model.get_submodule("head").parameters())
+        body = [p for name, p in model.named_parameters() if not name.startswith("head")]
+        groups = [{"params": body}, {"params": head, "lr": settings.lr / 8}]
+        return torch.optim.SGD(groups, lr=settings.lr, momentum=0.9)
+
+    rates: list[list[float]] = []
+    step = torch.optim.SGD.step
+
+    def noted(self: torch.optim.SGD, closure: None = None) -> None:
+        rates.append([group["lr"] for group in self.param_groups])
+        step(self, closure)
+
+    monkeypatch.setattr(build, "build_optimizer", two_groups)
+    monkeypatch.setattr(torch.optim.SGD, "step", noted)
+    config = config_of(images, "post_local.period=3", "post_local.start=0.5")
+    whole = outcome(run_here(tmp_path / "whole", config))
+    scheduled = [line["learning_rate"] for line in whole["metrics"] if line["split"] == "train"]
+    per_update = [*scheduled[:6], *(rate for rate in scheduled[6:] for _ in range(4))]
+    assert rates == [[rate, rate / 8] for rate in per_update]
+
+    rates.clear()
+    for resume, stop_after in ((False, 3), (True, 5), (True, None)):
+        with pytest.raises(InterruptedRun) if stop_after else nullcontext():
+            run_here(tmp_path / "run", config, resume=resume, stop_after=stop_after)
+    assert rates == [[rate, rate / 8] for rate in per_update]
+    assert outcome(tmp_path / "run") == whole
+
+
 # ---- numbers that are not finite
 
 
@@ -190,11 +225,11 @@ class Caught:
 def caught(monkeypatch: pytest.MonkeyPatch) -> Caught:
     catch = Caught()
 
-    def build(config: Config, ranks: Ranks) -> Run:
+    def build_noted(config: Config, ranks: Ranks) -> Run:
         catch.run = build_run(config, ranks)
         return catch.run
 
-    monkeypatch.setattr(session, "build_run", build)
+    monkeypatch.setattr(session, "build_run", build_noted)
     return catch
 
 

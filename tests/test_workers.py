@@ -42,12 +42,12 @@ def local_step(workers: Workers, gradients: list[float], loss: float = 1.0) -> T
     """
     workers.begin_step()
     for worker, value in enumerate(gradients):
-        workers.enter_own_weights(worker)
+        workers.enter_local_weights(worker)
         workers.enter(worker)
         workers.gradients.fill_(value)
-        workers.note(worker, torch.tensor(loss), torch.tensor(0.0), None)
+        workers.report(worker, torch.tensor(loss), torch.tensor(0.0), None)
         workers.parameters.sub_(workers.gradients)
-        workers.keep_own_weights(worker)
+        workers.keep_local_weights(worker)
     workers.report_only(False)
     own = workers.state_dict()["parameters"]
     assert own is not None

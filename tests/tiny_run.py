@@ -145,18 +145,18 @@ def tiny_run(
     """Return a run at step 0."""
     model = tiny_net(dtype, dropout)
     optimizer = base_optimizer(base, list(model.parameters()))
-    carried = Workers(model, workers, Ranks())
+    engine = Workers(model, workers, Ranks())
     return Run(
         task=TinyTask(workers, dtype, same_for_all),
         model=model,
         forward=model,
         optimizer=optimizer,
-        extrapolation=Extrapolation(optimizer, direction, carried.mine, seed)
+        extrapolation=Extrapolation(optimizer, direction, engine.carried, seed)
         if direction is not None
         else None,
         post_local=None,
         schedule=lambda step: RATES[step],
-        workers=carried,
+        workers=engine,
         steps=steps,
         extrapolated_steps=range(0, steps if until is None else until, every),
         new_samples=new_samples,
