@@ -8,7 +8,6 @@ does not name is ignored.
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import math
@@ -18,7 +17,6 @@ import re
 import shutil
 import signal
 import sys
-import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -26,7 +24,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any, BinaryIO, Literal, Self, cast
 
 import torch
@@ -39,7 +36,6 @@ FORMAT = 1
 MAGIC = b"egtrain\n"
 """The last bytes of every checkpoint file."""
 INDEX = "index.json"
-LOCK = ".lock"
 FAULT_VARIABLE = "EGTRAIN_TEST_FAULT"
 """Environment variable, for tests only: see `_kill_at`."""
 
@@ -313,76 +309,6 @@ def write_atomically(path: Path, data: bytes) -> None:
     """
     with _replacing(path) as file:
         file.write(data)
-
-
-class RunLock:
-    """Holds a run directory for one process at a time; the lock ends with the process, however that
-    ends.
-
-    Raises:
-        UsageError: another process holds the directory, or it cannot be written.
-    """
-
-    def __init__(self, directory: Path, patience_seconds: float = 2.0) -> None:
-        self._path = directory / LOCK
-        self._patience = patience_seconds
-        self._file: int | None = None
-
-    def __enter__(self) -> Self:
-        # A restarted run may meet the last moments of the killed one.
-        deadline = time.monotonic() + self._patience
-        while (file := self._open_and_lock()) is None:
-            if time.monotonic() >= deadline:
-                owner = ""
-                with suppress(OSError):
-                    owner = self._path.read_text(encoding="ascii", errors="replace").strip()
-                raise UsageError(
-                    f"another run (process {owner or 'unknown'}) is writing to "
-                    f"{self._path.parent}: "
-                    "wait for it to end, or choose another directory with --output"
-                )
-            time.sleep(0.05)
-        self._file = file
-        # Information only: what locks is the operating system, so a full disk does not matter here.
-        with suppress(OSError):
-            os.ftruncate(self._file, 0)
-            os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
-
-    def _open_and_lock(self) -> int | None:
-        """Return the open file that is locked now, or None where another process has it."""
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise UsageError(
-                f"cannot write to {self._path.parent} ({error.strerror}): choose another "
-                "directory with --output"
-            ) from error
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(file)
-            return None
-        except OSError:
-            # A file system without locks: the guard is missing there, and the run goes on.
-            return file
-        # Who held it before may have deleted it, as a run does that could not start.
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file), self._path.stat()):
-                return file
-        os.close(file)
-        return None
 
 
 def _write(content: dict[str, Any], file: BinaryIO, kill_at: Callable[[str], None]) -> None:

@@ -30,7 +30,7 @@ for each other.
 The launcher leaves its process number (`launcher`) and that it was asked to stop (`stop`), the
 ranks leave their process numbers (`rank-*`) and the exit code of the run (`exit`).
 """
-CLAIM = "egtrain/run_directory"
+DIRECTORY_KEY = "egtrain/run_directory"
 """Key in torchrun's store, which outlives a restart of the ranks."""
 PATIENCE_SECONDS = 30.0
 """How long ranks may take to save and leave after torchrun has died."""
@@ -39,6 +39,11 @@ PATIENCE_SECONDS = 30.0
 def started_by_torchrun() -> bool:
     """Return whether torchrun started this process."""
     return "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def has_launcher() -> bool:
+    """Return whether the launcher that `--nproc` is started this process."""
+    return OUTCOMES in os.environ
 
 
 def restart_count() -> int:
@@ -143,19 +148,19 @@ def only_first_rank(ranks: Ranks, act: Callable[[], object]) -> None:
     first_rank_first(ranks, lambda: act() if ranks.rank == 0 else None)
 
 
-def claim_directory(directory: Path) -> None:
+def remember_directory(directory: Path) -> None:
     """Tell a later attempt of this run, after a restart by torchrun, which directory it has
     made.
     """
     if started_by_torchrun():
-        _store().set(CLAIM, str(directory))
+        _store().set(DIRECTORY_KEY, str(directory))
 
 
-def claimed_directory() -> Path | None:
+def directory_made_before() -> Path | None:
     """Return the directory that an earlier attempt of this run has made, if there was one."""
-    if restart_count() == 0 or not (store := _store()).check([CLAIM]):
+    if restart_count() == 0 or not (store := _store()).check([DIRECTORY_KEY]):
         return None
-    return Path(store.get(CLAIM).decode())
+    return Path(store.get(DIRECTORY_KEY).decode())
 
 
 def _store_address() -> tuple[str, int]:
@@ -253,9 +258,14 @@ def leave_rank(code: int) -> NoReturn:
     os._exit(0 if code == InterruptedRun.exit_code else code)
 
 
-def launch(ranks: int, arguments: list[str], max_restarts: int) -> int:
+def launch(
+    ranks: int, arguments: list[str], max_restarts: int = 0, lock_file: int | None = None
+) -> int:
     """Run `python -m egtrain ARGUMENTS` as `ranks` processes under torchrun and return the run's
     exit code.
+
+    `lock_file` is an open file that the ranks shall hold, too, as their standard input: so the lock
+    ends with the last of them, even where this process and torchrun are killed.
 
     SIGTERM and Ctrl-C are handed to every rank, which saves and leaves; then the code is 75. A
     second one, later than two seconds after the first, ends all processes.
@@ -292,7 +302,9 @@ def launch(ranks: int, arguments: list[str], max_restarts: int) -> int:
         try:
             # A session of its own: the terminal's Ctrl-C reaches the ranks through this process
             # only, once.
-            process = subprocess.Popen(command, env=environment, start_new_session=True)
+            process = subprocess.Popen(
+                command, env=environment, stdin=lock_file, start_new_session=True
+            )
             returned = process.wait()
             # torchrun has waited for the ranks, unless it was killed; then they notice, save and
             # leave.

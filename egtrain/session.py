@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +19,22 @@ from egtrain.build import (
     outputs_of,
     worker_state_bytes,
 )
-from egtrain.checkpoint import LOCK, CheckpointStore, RunLock, write_atomically
+from egtrain.checkpoint import CheckpointStore
+from egtrain.config.files import config_file_of
 from egtrain.config.schema import Config, config_to_yaml, flat_settings
 from egtrain.errors import DataError, InterruptedRun, UsageError
 from egtrain.plan import build_plan, build_schedule, with_fitting_warmup
 from egtrain.progress import Display, headline
 from egtrain.run import Run
+from egtrain.run_directory import CHECKPOINTS, SUMMARY, RunDirectory
 from egtrain.runlog import RunLog, finite, git_commit, hardware, versions, write_summary
 from egtrain.tasks import Split
 from egtrain.train import train
 from egtrain.workers import Ranks
 
-CONFIG, METRICS, SUMMARY, CHECKPOINTS = (
-    "config.yaml",
-    "metrics.jsonl",
-    "summary.json",
-    "checkpoints",
-)
 
-
-def train_in(directory: Path, config: Config, *, resume: bool, as_json: bool = False) -> None:
-    """Train in a run directory, from its newest checkpoint where `resume` or a restart by torchrun
-    asks for it.
+def train_in(directory: RunDirectory, config: Config, *, as_json: bool = False) -> None:
+    """Train in a run directory, from its newest checkpoint where the run has one.
 
     Raises:
         EgtrainError: whatever kept the run from ending; its class has the exit code.
@@ -48,36 +42,41 @@ def train_in(directory: Path, config: Config, *, resume: bool, as_json: bool = F
     try:
         # Before the ranks meet, so that a signal during the start-up is not lost either.
         with launch.StopSignal() as stop:
-            _train_until(stop, directory, config, resume, as_json)
+            _train_until(stop, directory, config, as_json)
     except launch.StoppedEarly:
         raise InterruptedRun(
-            f"interrupted before the training; go on with --resume {directory}"
+            f"interrupted before the training; go on with --resume {directory.path}"
         ) from None
 
 
 def _train_until(
-    stop: launch.StopSignal, directory: Path, config: Config, resume: bool, as_json: bool
+    stop: launch.StopSignal, run_directory: RunDirectory, config: Config, as_json: bool
 ) -> None:
     with launch.joined_ranks(config.device) as ranks, ExitStack() as closing:
-        claimed = launch.claimed_directory()
-        going_on = resume or claimed is not None
-        directory = Path(launch.agreed(str(claimed or directory), ranks))
+        made_before = launch.directory_made_before()
+        if made_before is not None:
+            run_directory = RunDirectory(
+                made_before, goes_on_from=config_file_of(made_before).read_bytes()
+            )
+        going_on = run_directory.goes_on
+        directory = Path(launch.agreed(str(run_directory.path), ranks))
         config = config.model_copy(
             update={"precision": native_precision(config.precision, ranks.device)}
         )
         first = ranks.rank == 0
 
-        replaced: list[bytes | None] = []
-
         def begin() -> None:
-            closing.enter_context(RunLock(directory))
-            replaced.append(prepare(directory, config, going_on))
-            launch.claim_directory(directory)
+            closing.enter_context(run_directory)
+            run_directory.write_config(config_to_yaml(config))
+            if not run_directory.held_by_launcher:
+                launch.remember_directory(directory)
 
         launch.only_first_rank(ranks, begin)
         try:
             run = build_run(config, ranks)
-            config = _written_with_fitting_warmup(config, run, directory, first)
+            config = with_fitting_warmup(config, run.task.steps_per_epoch)
+            if first:
+                run_directory.write_config(config_to_yaml(config))
             store = CheckpointStore(
                 directory / CHECKPOINTS,
                 keep=config.checkpoint.keep,
@@ -89,7 +88,7 @@ def _train_until(
                 load_into(run, newest[1], directory)
         except (UsageError, DataError):
             if first:
-                withdraw(directory, replaced[0])
+                run_directory.withdraw()
             raise
         if newest is not None and run.step == run.steps and (directory / SUMMARY).is_file():
             if first:
@@ -116,65 +115,6 @@ def _train_until(
             summary = recorders[0].finish(run, final)
             closing.close()
             print_result(summary, directory, as_json)
-
-
-def _written_with_fitting_warmup(config: Config, run: Run, directory: Path, first: bool) -> Config:
-    """Return the configuration that is trained, once it stands in the run directory too."""
-    fitting = with_fitting_warmup(config, run.task.steps_per_epoch)
-    if first and fitting != config:
-        write_atomically(directory / CONFIG, config_to_yaml(fitting).encode())
-    return fitting
-
-
-def prepare(directory: Path, config: Config, resume: bool) -> bytes | None:
-    """Make a run directory, write its configuration, and return the one that was there.
-
-    Raises:
-        UsageError: the directory holds a run already, and this is another.
-    """
-    require_fresh(directory, resume)
-    (directory / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-    file = directory / CONFIG
-    replaced = file.read_bytes() if file.exists() else None
-    write_atomically(file, config_to_yaml(config).encode())
-    return replaced
-
-
-def prepare_for_ranks(directory: Path, config: Config, resume: bool) -> bytes | None:
-    """Make a run directory, for ranks that are started next, and return the configuration that was
-    there.
-
-    Raises:
-        UsageError: the directory holds a run already, and this is another; or another process is at
-            work in it.
-    """
-    with RunLock(directory):
-        return prepare(directory, config, resume)
-
-
-def withdraw(directory: Path, replaced: bytes | None) -> None:
-    """Undo `prepare` for a run that could not start, so that the command can be given again once
-    that is mended.
-    """
-    if replaced is not None:
-        write_atomically(directory / CONFIG, replaced)
-        return
-    if (directory / METRICS).exists():
-        return
-    (directory / CONFIG).unlink(missing_ok=True)
-    with suppress(OSError):  # a directory that holds something else stays
-        (directory / CHECKPOINTS).rmdir()
-        (directory / LOCK).unlink()
-        directory.rmdir()
-
-
-def require_fresh(directory: Path, resume: bool) -> None:
-    """Raise UsageError where a new run would overwrite one."""
-    if not resume and (directory / CONFIG).exists():
-        raise UsageError(
-            f"{directory} holds a run already: go on with --resume {directory}, or choose another "
-            "--output"
-        )
 
 
 def load_into(run: Run, state: dict[str, Any], directory: Path) -> None:

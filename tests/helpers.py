@@ -34,6 +34,7 @@ from egtrain.__main__ import main
 from egtrain.checkpoint import read_checkpoint
 from egtrain.config.files import load_config
 from egtrain.config.schema import Config
+from egtrain.run_directory import CONFIG, RunDirectory
 from egtrain.tasks import Split
 from egtrain.tasks.image import ImageTask
 
@@ -159,7 +160,8 @@ def run_here(
         try:
             if stop_after is not None:
                 launch.StopSignal = lambda: StopAfter(stop_after)  # type: ignore[assignment, misc]
-            session.train_in(directory, config, resume=resume)
+            before = (directory / CONFIG).read_bytes() if resume else None
+            session.train_in(RunDirectory(directory, goes_on_from=before), config)
         finally:
             launch.StopSignal = original  # type: ignore[misc]
     return directory

@@ -1,5 +1,4 @@
 import errno
-import fcntl
 import io
 import json
 import math
@@ -21,10 +20,8 @@ import torch
 from egtrain import checkpoint
 from egtrain.checkpoint import (
     INDEX,
-    LOCK,
     MAGIC,
     CheckpointStore,
-    RunLock,
     read_checkpoint,
     write_atomically,
 )
@@ -586,71 +583,3 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
     assert files_in(tmp_path) == ["config.yaml"]
     write_atomically(path, b"new")
     assert path.read_bytes() == b"new"
-
-
-# ---- the lock
-
-
-def test_a_second_run_in_one_directory_is_refused(tmp_path: Path) -> None:
-    with RunLock(tmp_path / "run"):
-        with pytest.raises(UsageError, match=f"process {os.getpid()}.*choose another directory"):
-            RunLock(tmp_path / "run", patience_seconds=0).__enter__()
-        with RunLock(tmp_path / "other", patience_seconds=0):
-            pass
-    with RunLock(tmp_path / "run", patience_seconds=0):
-        pass
-
-
-def test_a_lock_that_its_holder_has_deleted_protects_nothing(tmp_path: Path) -> None:
-    """As a run does that could not start; who then waits for the old file would hold no one off."""
-    with RunLock(tmp_path):
-        (tmp_path / LOCK).unlink()
-        with (
-            RunLock(tmp_path, patience_seconds=0),
-            pytest.raises(UsageError, match=f"process {os.getpid()}"),
-        ):
-            RunLock(tmp_path, patience_seconds=0).__enter__()
-
-
-def test_a_file_put_in_place_of_the_lock_that_was_waited_for_is_locked_instead(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    flock = fcntl.flock
-
-    def deleted_meanwhile(file: int, operation: int) -> None:
-        flock(file, operation)
-        monkeypatch.undo()
-        (tmp_path / LOCK).unlink()
-
-    monkeypatch.setattr("fcntl.flock", deleted_meanwhile)
-    with RunLock(tmp_path), pytest.raises(UsageError, match=f"process {os.getpid()}"):
-        RunLock(tmp_path, patience_seconds=0).__enter__()
-
-
-def test_the_lock_of_a_killed_run_is_taken_over(tmp_path: Path) -> None:
-    holder = (
-        "import fcntl, os, sys\n"
-        "file = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)\n"
-        "fcntl.flock(file, fcntl.LOCK_EX)\n"
-        "print('locked', flush=True)\n"
-        "sys.stdin.read()\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", holder, str(tmp_path / ".lock")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    with process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        with pytest.raises(UsageError, match="another run"):
-            RunLock(tmp_path, patience_seconds=0.1).__enter__()
-        process.kill()
-        with RunLock(tmp_path):
-            assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
-
-
-def test_a_run_directory_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UsageError, match="--output"):
-        RunLock(tmp_path / "file" / "run").__enter__()

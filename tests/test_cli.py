@@ -27,9 +27,9 @@ from helpers import (
 )
 
 import egtrain
-from egtrain.checkpoint import RunLock
 from egtrain.cli.options import overrides_of
 from egtrain.config.files import load_config
+from egtrain.run_directory import RunLock
 
 pytestmark = pytest.mark.timeout(120)
 Undisturbed = Callable[..., dict[str, Any]]
@@ -117,7 +117,7 @@ Run = Callable[..., Result]
             2,
             "nowhere holds no run: there is no config.yaml; name a directory that",
         ),
-        (["--resume", "nowhere", "--preset", "quickstart"], 2, "leave --preset and --output away"),
+        (["--resume", "nowhere", "--preset", "quickstart"], 2, "leave out --preset and --output"),
         (["--preset", "resnet-eg", "--offline"], 3, "CIFAR-10"),
         (["--preset", "quickstart", "--data", "npz:none.npz"], 3, "none.npz: no such file"),
         (
@@ -174,8 +174,7 @@ def test_nproc_inside_of_torchrun_is_refused(tmp_path: Path) -> None:
     with Forked(["train", "--preset", "quickstart", "--nproc", "2"], tmp_path, rank) as process:
         assert process.wait() == 2
     assert (
-        process.stderr
-        == "egtrain: torchrun has started the processes already: leave --nproc away\n"
+        process.stderr == "egtrain: torchrun has started the processes already: leave out --nproc\n"
     )
 
 
@@ -247,7 +246,7 @@ def test_resume_with_other_settings_shows_them_and_is_refused_unless_allowed(
     assert (result.code, result.stdout) == (2, "")
     assert result.stderr.splitlines() == [
         "changed: epochs: 2 -> 3",
-        "egtrain: the settings differ from those of the run: leave them away, or add "
+        "egtrain: the settings differ from those of the run: leave them out, or add "
         "--allow-changes",
     ]
     assert outcome(tmp_path / "run")["step"] == 8

@@ -20,7 +20,7 @@ LAYERS = [
     {"plan"},
     {"train"},
     {"run", "evaluate"},
-    {"launch", "runlog", "figures"},
+    {"launch", "run_directory", "runlog", "figures"},
     {"workers", "checkpoint", "tables", "tasks"},
     {"models", "data", "optim", "statistics"},
     {"config"},

@@ -25,6 +25,7 @@ from helpers import (
     flattened,
     forked_ranks,
     kill,
+    kill_all,
     metrics_in,
     newest_checkpoint,
     outcome,
@@ -41,9 +42,10 @@ from torch import Tensor
 from torch.distributed import TCPStore
 
 from egtrain import launch, session
-from egtrain.checkpoint import RunLock, read_checkpoint
+from egtrain.checkpoint import read_checkpoint
 from egtrain.errors import DataError, UsageError
 from egtrain.launch import OUTCOMES
+from egtrain.run_directory import RunLock
 
 pytestmark = pytest.mark.timeout(180)
 Undisturbed = Callable[..., dict[str, Any]]
@@ -316,6 +318,39 @@ def test_the_launcher_returns_the_code_of_the_run_and_leaves_no_process(
         assert process.wait(30) == code
         assert wait_until(lambda: processes_of(tmp_path) == [], 5)
     assert list(tmp_path.glob("egtrain-*")) == []
+
+
+@pytest.mark.parametrize("launcher_killed", [False, True])
+def test_of_two_starts_at_once_the_second_is_refused_and_changes_nothing(
+    launcher_killed: bool, images: Path, tmp_path: Path
+) -> None:
+    """The ranks of the first take their seconds to start, or to save after their launcher died."""
+    run_here(tmp_path / "run", config_of(images, "steps=2"))
+    before = outcome(tmp_path / "run"), (tmp_path / "run/config.yaml").read_bytes()
+    stub = tmp_path / "torchrun"
+    what = "start_ranks(lambda _: time.sleep(60))\nos.wait()"
+    stub.write_text(TORCHRUN.format(python=sys.executable, what=what))
+    stub.chmod(0o755)
+    resume = ["train", "--resume", "run"]
+    with launched(resume, tmp_path, UseAsPython(str(stub))) as first:
+        ranks = wait_until(lambda: noted_ranks(tmp_path))
+        if launcher_killed:
+            kill_all([first.pid])
+            kill_all([pid for pid in processes_of(tmp_path) if pid not in ranks])
+        changed = [*resume, "--steps", "3", "--set", "optimizer.lr=0.05", "--allow-changes"]
+        for further in ([], ["--nproc", "2"]):
+            with Forked([*changed, *further], tmp_path) as second:
+                assert second.wait() == 2
+            assert second.stderr.splitlines()[-1].startswith(
+                f"egtrain: another run (process {first.pid}) is writing to run: wait for it to end"
+            )
+    assert (outcome(tmp_path / "run"), (tmp_path / "run/config.yaml").read_bytes()) == before
+
+
+def noted_ranks(folder: Path) -> list[int] | None:
+    """Return the process numbers of two ranks, once both have noted theirs."""
+    notes = [note.read_text() for note in folder.glob("egtrain-*/rank-*")]
+    return [int(pid) for pid in notes] if len(notes) == 2 and all(notes) else None
 
 
 @dataclass(frozen=True)

@@ -147,8 +147,8 @@ def sweep_batch(
     with ending_at_interrupt():
         from rich.console import Console
 
-        from egtrain.checkpoint import RunLock
         from egtrain.launch import require_cuda
+        from egtrain.run_directory import RunLock
         from egtrain.sweep import execution
         from egtrain.sweep.display import Display
         from egtrain.sweep.picture import draw

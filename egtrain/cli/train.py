@@ -75,13 +75,17 @@ def train(
         bool, typer.Option("--dry-run", help="Print the plan and train nothing.")
     ] = False,
     as_json: AsJson = False,
+    rank_of: Annotated[
+        Path | None,
+        typer.Option(hidden=True, help="Be a rank of the run that a launcher holds DIR for."),
+    ] = None,
 ) -> None:
     """Train a preset, or go on with a run.
 
     Example: egtrain train --preset quickstart --seed 1 --set optimizer.lr=0.2
     """
     # Imported here, like torch below, so that --help does not wait for it.
-    from egtrain.config.files import load_config
+    from egtrain.config.files import config_file_of, load_config
 
     overrides = overrides_of(
         data,
@@ -99,13 +103,18 @@ def train(
         },
     )
     overrides += settings or []
-    if resume is not None:
+    before: bytes | None = None
+    if rank_of is not None:
+        directory = rank_of
+        config = load_config(config_file_of(directory))
+    elif resume is not None:
         if preset is not None or output is not None:
             raise UsageError(
-                "--resume goes on with a run as it is: leave --preset and --output away"
+                "--resume goes on with a run as it is: leave out --preset and --output"
             )
         directory = resume
-        config = resumed_config(resume, overrides, workers, batch_size, allow_changes)
+        before = config_file_of(directory).read_bytes()
+        config = resumed_config(directory, overrides, workers, batch_size, allow_changes)
     elif preset is not None:
         config = with_batch(load_config(preset, overrides), workers, batch_size)
         directory = output or Path("runs", f"{config.preset}-{datetime.now():%Y%m%d-%H%M%S}")
@@ -117,26 +126,32 @@ def train(
     # Everything above needs no torch, so a wrong option is reported at once.
     with ending_at_interrupt():
         from egtrain import launch, session
+        from egtrain.config.schema import config_to_yaml
+        from egtrain.run_directory import RunDirectory
 
     if dry_run:
         session.print_plan(config, directory, nproc, as_json)
         return
+    if rank_of is not None and not launch.has_launcher():
+        raise UsageError(f"--rank-of is for the processes of --nproc: use --resume {rank_of}")
+    run_directory = RunDirectory(
+        directory, goes_on_from=before, held_by_launcher=rank_of is not None
+    )
     if launch.started_by_torchrun():
         if nproc is not None:
-            raise UsageError("torchrun has started the processes already: leave --nproc away")
+            raise UsageError("torchrun has started the processes already: leave out --nproc")
     else:
         ranks = nproc if nproc is not None else launch.default_ranks(config.device, config.workers)
         launch.require_dividing(config.workers, ranks)
         if ranks > 1 or max_restarts:
-            # The ranks go on with a run that has no checkpoint yet; so does one that torchrun has
-            # restarted.
-            replaced = session.prepare_for_ranks(directory, config, resume is not None)
-            arguments = ["train", "--resume", str(directory), *(["--json"] if as_json else [])]
-            code = launch.launch(ranks, arguments, max_restarts)
-            if code in (UsageError.exit_code, DataError.exit_code):
-                session.withdraw(directory, replaced)
+            arguments = ["train", "--rank-of", str(directory), *(["--json"] if as_json else [])]
+            with run_directory:
+                run_directory.write_config(config_to_yaml(config))
+                code = launch.launch(ranks, arguments, max_restarts, run_directory.lock_file)
+                if code in (UsageError.exit_code, DataError.exit_code):
+                    run_directory.withdraw()
             raise typer.Exit(code)
-    session.train_in(directory, config, resume=resume is not None, as_json=as_json)
+    session.train_in(run_directory, config, as_json=as_json)
 
 
 def with_batch(config: "Config", workers: int | None, batch_size: int | None) -> "Config":
@@ -197,6 +212,6 @@ def resumed_config(
             typer.echo(f"changed: {line}", err=True)
         if not allow_changes:
             raise UsageError(
-                "the settings differ from those of the run: leave them away, or add --allow-changes"
+                "the settings differ from those of the run: leave them out, or add --allow-changes"
             )
     return config

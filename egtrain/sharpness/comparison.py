@@ -13,10 +13,10 @@ from rich.text import Text
 
 from egtrain import launch
 from egtrain.build import threads_of_a_rank
-from egtrain.checkpoint import RunLock
 from egtrain.errors import EgtrainError, InterruptedRun, UsageError
 from egtrain.figures import ENDINGS, save_figure
 from egtrain.progress import FRACTIONS
+from egtrain.run_directory import RunLock
 from egtrain.runlog import finite
 from egtrain.sharpness.measure import (
     ALONG_TRAINING,

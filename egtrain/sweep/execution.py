@@ -16,11 +16,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from egtrain.checkpoint import LOCK, RunLock, write_atomically
+from egtrain.checkpoint import write_atomically
 from egtrain.config.files import load_config
 from egtrain.config.schema import differences
 from egtrain.errors import DivergedError, EgtrainError, InterruptedRun, UsageError
 from egtrain.launch import require_cuda
+from egtrain.run_directory import LOCK, RunLock
 from egtrain.sweep.cell import started_egtrain
 from egtrain.sweep.display import Display
 from egtrain.sweep.plan import Cell, Plan, changed

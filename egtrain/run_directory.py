@@ -1,0 +1,190 @@
+"""Who a run directory belongs to: made, claimed, locked and withdrawn here.
+
+A run holds its directory from the first look into it to its end, so that no other run trains in it,
+changes its settings or deletes it meanwhile.
+"""
+
+import fcntl
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from egtrain.checkpoint import write_atomically
+from egtrain.errors import UsageError
+
+CONFIG, METRICS, SUMMARY, CHECKPOINTS = (
+    "config.yaml",
+    "metrics.jsonl",
+    "summary.json",
+    "checkpoints",
+)
+LOCK = ".lock"
+
+
+class RunDirectory:
+    """The directory of one run, which holds it in a `with` block.
+
+    Args:
+        path: it is made if it is not there.
+        goes_on_from: the bytes of config.yaml that the settings of this run were compared with;
+            None: a new run, in a directory that holds none yet.
+        held_by_launcher: the process that started this rank holds the directory for it.
+
+    Raises:
+        UsageError: on entering: another process holds the directory, or it cannot be written; it
+            holds a run and this is a new one; or its settings have changed since they were read.
+    """
+
+    def __init__(
+        self, path: Path, *, goes_on_from: bytes | None = None, held_by_launcher: bool = False
+    ) -> None:
+        self.path = path
+        self.held_by_launcher = held_by_launcher
+        self.goes_on = held_by_launcher or goes_on_from is not None
+        self._before = goes_on_from
+        self._lock = None if held_by_launcher else RunLock(path)
+        self._metrics: tuple[int, int] | None = None
+
+    def __enter__(self) -> Self:
+        if self._lock is None:
+            return self
+        self._lock.__enter__()
+        try:
+            self._require_as_it_was()
+        except BaseException:
+            self._lock.__exit__(None, None, None)
+            raise
+        self._metrics = self._stamp_of_metrics()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._lock is not None:
+            self._lock.__exit__(kind, error, traceback)
+
+    @property
+    def lock_file(self) -> int | None:
+        """The open file that is locked; a process that inherits it holds the directory, too."""
+        return None if self._lock is None else self._lock.file
+
+    def write_config(self, text: str) -> None:
+        """Write the settings that the run has from here on.
+
+        Raises:
+            EgtrainError: they could not be written.
+        """
+        write_atomically(self.path / CONFIG, text.encode())
+
+    def withdraw(self) -> None:
+        """Undo everything for a run that trained nothing, so that the command can be given again
+        once what kept it from that is mended.
+        """
+        if self._lock is None or self._stamp_of_metrics() != self._metrics:
+            return
+        if self._before is not None:
+            write_atomically(self.path / CONFIG, self._before)
+            return
+        (self.path / CONFIG).unlink(missing_ok=True)
+        with suppress(OSError):  # a directory that holds something else stays
+            (self.path / LOCK).unlink()
+            self.path.rmdir()
+
+    def _require_as_it_was(self) -> None:
+        file = self.path / CONFIG
+        found = file.read_bytes() if file.exists() else None
+        if found == self._before:
+            return
+        if self._before is None:
+            raise UsageError(
+                f"{self.path} holds a run already: go on with --resume {self.path}, or choose "
+                "another --output"
+            )
+        raise UsageError(
+            f"another process has just changed {file}: give the command again to see its settings"
+        )
+
+    def _stamp_of_metrics(self) -> tuple[int, int] | None:
+        """Return what changes as soon as something is logged."""
+        try:
+            status = (self.path / METRICS).stat()
+        except FileNotFoundError:
+            return None
+        return status.st_size, status.st_mtime_ns
+
+
+class RunLock:
+    """Holds a run directory for one process at a time; the lock ends with the process, however that
+    ends.
+
+    Raises:
+        UsageError: another process holds the directory, or it cannot be written.
+    """
+
+    def __init__(self, directory: Path, patience_seconds: float = 2.0) -> None:
+        self._path = directory / LOCK
+        self._patience = patience_seconds
+        self.file: int | None = None
+        """Open while the lock is held; processes that inherit it hold the lock, too."""
+
+    def __enter__(self) -> Self:
+        # A restarted run may meet the last moments of the killed one.
+        deadline = time.monotonic() + self._patience
+        while (file := self._open_and_lock()) is None:
+            if time.monotonic() >= deadline:
+                owner = ""
+                with suppress(OSError):
+                    owner = self._path.read_text(encoding="ascii", errors="replace").strip()
+                raise UsageError(
+                    f"another run (process {owner or 'unknown'}) is writing to "
+                    f"{self._path.parent}: "
+                    "wait for it to end, or choose another directory with --output"
+                )
+            time.sleep(0.05)
+        self.file = file
+        # Information only: what locks is the operating system, so a full disk does not matter here.
+        with suppress(OSError):
+            os.ftruncate(self.file, 0)
+            os.pwrite(self.file, f"{os.getpid()}\n".encode(), 0)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self.file is not None:
+            os.close(self.file)
+            self.file = None
+
+    def _open_and_lock(self) -> int | None:
+        """Return the open file that is locked now, or None where another process has it."""
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise UsageError(
+                f"cannot write to {self._path.parent} ({error.strerror}): choose another "
+                "directory with --output"
+            ) from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+            return None
+        except OSError:
+            # A file system without locks: the guard is missing there, and the run goes on.
+            return file
+        # Who held it before may have deleted it, as a run does that could not start.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file), self._path.stat()):
+                return file
+        os.close(file)
+        return None
