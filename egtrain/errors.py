@@ -23,6 +23,10 @@ class DataError(EgtrainError):
     exit_code = 3
 
 
+class NotDownloaded(DataError):
+    """Data that a download would bring, where none is allowed."""
+
+
 class DivergedError(EgtrainError):
     """The loss became infinite or not a number."""
 

@@ -22,7 +22,7 @@ from egtrain.build import (
 from egtrain.checkpoint import CheckpointStore
 from egtrain.config.files import config_file_of
 from egtrain.config.schema import Config, config_to_yaml, flat_settings
-from egtrain.errors import DataError, InterruptedRun, UsageError
+from egtrain.errors import DataError, InterruptedRun, NotDownloaded, UsageError
 from egtrain.plan import build_plan, build_schedule, with_fitting_warmup
 from egtrain.progress import Display, headline
 from egtrain.run import Run
@@ -269,6 +269,8 @@ def print_plan(config: Config, directory: Path, nproc: int | None, as_json: bool
     """Print what `train` would do, and train nothing.
 
     Raises:
+        DataError: the data are missing or damaged; those that a download would bring may be
+            missing.
         UsageError: the batch is larger than the data, or the ranks do not divide the workers.
     """
     ranks = nproc if nproc is not None else launch.default_ranks(config.device, config.workers)
@@ -276,7 +278,7 @@ def print_plan(config: Config, directory: Path, nproc: int | None, as_json: bool
     device = launch.pick_device(config.device)
     try:
         data, missing = load_data(config, offline=True), None
-    except DataError as error:
+    except NotDownloaded as error:
         data, missing = None, f"steps and rates are not known, since {error}"
     plan: dict[str, Any] = {
         "directory": str(directory),

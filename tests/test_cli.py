@@ -178,6 +178,32 @@ def test_nproc_inside_of_torchrun_is_refused(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("train --preset quickstart --preset quickstart-sgd", "--preset"),
+        ("train --preset quickstart --seed 1 --epochs 2 --seed 1", "--seed"),
+        ("bench --preset quickstart --preset quickstart-sgd", "--preset"),
+        ("eval runs/a --split test --split validation", "--split"),
+        ("plot-sharpness runs/a --output a --output=b", "--output"),
+        ("sweep-batch --preset quickstart --batch-sizes 64 --batch-sizes 256", "--batch-sizes"),
+    ],
+)
+def test_an_option_that_takes_one_value_is_refused_twice(
+    command: str, option: str, egtrain_command: Run
+) -> None:
+    result = egtrain_command(*command.split())
+    assert (result.code, result.stdout) == (2, "")
+    assert result.line == f"{option} is given twice, and takes one value: give one"
+
+
+def test_an_option_that_takes_several_values_and_a_flag_may_be_repeated(
+    egtrain_command: Run,
+) -> None:
+    twice = ["--set", "seed=1", "--set", "optimizer.lr=1", "--dry-run", "--json", "--json"]
+    assert egtrain_command("train", "--preset", "quickstart", *twice).code == 0
+
+
 def test_an_unknown_option_is_refused_without_a_traceback(egtrain_command: Run) -> None:
     result = egtrain_command("train", "--presett", "quickstart")
     assert result.code == 2
@@ -428,6 +454,40 @@ def test_a_dry_run_without_the_data_says_so(egtrain_command: Run) -> None:
     assert plan["missing"].startswith(
         "steps and rates are not known, since CIFAR-10 was not found in "
     )
+
+
+@pytest.mark.parametrize(
+    ("preset", "data", "message"),
+    [
+        ("quickstart", "npz:{}/none.npz", "none.npz: no such file"),
+        ("quickstart", "npz:{}/text.npz", "text.npz: not a readable .npz file"),
+        ("quickstart-lstm", "text:{}/none", "there is no folder"),
+        ("quickstart-lstm", "text:{}", "train.txt"),
+        ("quickstart-transformer", "pairs:{}/none", "there is no folder"),
+        ("quickstart-transformer", "pairs:{}", "train.en: the file is missing"),
+    ],
+)
+def test_a_dry_run_fails_where_training_would_for_want_of_good_data(
+    preset: str, data: str, message: str, egtrain_command: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "text.npz").write_text("not an archive")
+    options = ["--preset", preset, "--data", data.format(tmp_path)]
+    for further in (["--dry-run"], ["--dry-run", "--json"], []):
+        result = egtrain_command("train", *options, *further)
+        assert (result.code, result.stdout) == (3, "")
+        assert message in result.line
+
+
+def test_a_dry_run_fails_where_a_data_set_is_incomplete(
+    egtrain_command: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "cifar-10-batches-bin").mkdir()
+    (tmp_path / "cifar-10-batches-bin/test_batch.bin").write_bytes(b"")
+    result = egtrain_command(
+        "train", "--preset", "resnet-eg", "--data-dir", str(tmp_path), "--dry-run"
+    )
+    assert result.code == 3
+    assert "CIFAR-10 is incomplete" in result.line
 
 
 def test_json_stands_alone_on_standard_output(

@@ -9,6 +9,7 @@ import typer
 from egtrain import __version__
 from egtrain.cli.bench import bench
 from egtrain.cli.eval import evaluate_run
+from egtrain.cli.options import OnceEach
 from egtrain.cli.plot_sharpness import plot_sharpness
 from egtrain.cli.presets import presets
 from egtrain.cli.sweep_batch import sweep_batch
@@ -22,12 +23,12 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(train)
-app.command("eval")(evaluate_run)
-app.command()(sweep_batch)
-app.command()(plot_sharpness)
-app.command()(bench)
-app.command()(presets)
+app.command(cls=OnceEach)(train)
+app.command("eval", cls=OnceEach)(evaluate_run)
+app.command(cls=OnceEach)(sweep_batch)
+app.command(cls=OnceEach)(plot_sharpness)
+app.command(cls=OnceEach)(bench)
+app.command(cls=OnceEach)(presets)
 
 
 def _print_version(wanted: bool) -> None:

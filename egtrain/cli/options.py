@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from egtrain.errors import UsageError
 
@@ -27,6 +28,23 @@ MovedDataDir = Annotated[
 Offline = Annotated[bool, typer.Option("--offline", help="Never download data.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+class OnceEach(TyperCommand):
+    """A command that refuses an option given twice, where only the last would count."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the command line.
+
+        Raises:
+            UsageError: an option that takes one value is given twice.
+        """
+        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        for option in given:
+            single = not getattr(option, "multiple", True) and not getattr(option, "is_flag", True)
+            if single and given.count(option) > 1:
+                raise UsageError(f"{option.opts[0]} is given twice, and takes one value: give one")
+        return super().parse_args(ctx, args)
 
 
 def overrides_of(

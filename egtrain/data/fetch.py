@@ -34,7 +34,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from egtrain.errors import DataError, EgtrainError
+from egtrain.errors import DataError, EgtrainError, NotDownloaded
 
 TIMEOUT = 20.0
 """Seconds without a byte after which a server is given up."""
@@ -180,7 +180,7 @@ def find_or_download(
     folders = data_folders(data_dir)
     looked_at = f"{data_set.title} was not found in {', '.join(map(str, folders))}"
     if offline:
-        raise DataError(
+        raise NotDownloaded(
             f"{looked_at} and must not be downloaded (--offline, --dry-run); name the folder that "
             "holds"
             f" {_folder_names(data_set)} with --data-dir, or use --data synthetic"
