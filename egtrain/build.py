@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from egtrain.config.optimizers import Optimizer
 from egtrain.config.schema import Config
-from egtrain.config.sections import LanguageSettings, Optimizer, TranslationSettings
+from egtrain.config.tasks import LanguageSettings, TranslationSettings
 from egtrain.data.images import ImageData, load_images, locate_images
 from egtrain.data.pairs import PairData, load_pairs, locate_pairs
 from egtrain.data.text import TextData, load_text, locate_text

@@ -10,7 +10,7 @@ from egtrain.build import TASKS, build_model, build_task, load_data, native_prec
 from egtrain.checkpoint import CheckpointStore
 from egtrain.config.files import config_file_of, load_config
 from egtrain.config.schema import Config
-from egtrain.config.sections import TranslationSettings
+from egtrain.config.tasks import TranslationSettings
 from egtrain.config.yaml_text import write_value
 from egtrain.errors import DataError, UsageError
 from egtrain.evaluate import evaluate

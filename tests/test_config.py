@@ -26,8 +26,8 @@ from egtrain.build import (
     worker_state_bytes,
 )
 from egtrain.config.files import config_from_yaml_text, load_config
+from egtrain.config.optimizers import SgdOptimizer
 from egtrain.config.schema import UNIONS, Config, config_to_yaml, differences, json_schema
-from egtrain.config.sections import SgdOptimizer
 from egtrain.config.yaml_text import parse_settings, parse_value, write_settings
 from egtrain.errors import UsageError
 from egtrain.optim import MSAM

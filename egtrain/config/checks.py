@@ -6,7 +6,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from egtrain.config.schema import DEFAULT_NAMES, UNIONS, Config
-from egtrain.config.sections import Section
+from egtrain.config.section import Section
 from egtrain.config.yaml_text import Key, Settings, describe
 from egtrain.errors import UsageError, did_you_mean
 

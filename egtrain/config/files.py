@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from egtrain.config.checks import DOTTED_KEYS, KNOWN_KEYS, unknown_key, validated
+from egtrain.config.extrapolations import LENGTHS
 from egtrain.config.schema import DEFAULT_NAMES, Config
 from egtrain.config.yaml_text import (
     Key,
@@ -19,7 +20,6 @@ from egtrain.config.yaml_text import (
 )
 from egtrain.errors import UsageError, did_you_mean
 
-_LENGTHS = ("ratio", "rate", "size")
 _MAX_INHERITANCE = 20
 
 
@@ -318,9 +318,9 @@ def _merge(base: Settings, layer: Settings) -> None:
             if "name" in new and new["name"] != old.get("name", default):
                 _drop(base, section, [key for key in old if key != "name"])
             elif section == "extrapolation" and any(
-                new.get(length) is not None for length in _LENGTHS
+                new.get(length) is not None for length in LENGTHS
             ):
-                _drop(base, section, [length for length in _LENGTHS if length in old])
+                _drop(base, section, [length for length in LENGTHS if length in old])
     gone: set[Key] = set()
     for name, value in layer.values.items():
         replaced = base.values.get(name)

@@ -9,29 +9,32 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from egtrain.config.sections import (
-    DATA,
-    MODELS,
-    CheckpointConfig,
-    Count,
-    DataConfig,
-    Extrapolation,
-    ImageSettings,
-    LogConfig,
-    Model,
-    NoExtrapolation,
-    Optimizer,
-    Positive,
-    PostLocalConfig,
-    ResnetModel,
-    ScheduleConfig,
-    Section,
-    SgdOptimizer,
-    Task,
-    wrong,
-)
+from egtrain.config.extrapolations import Extrapolation, NoExtrapolation
+from egtrain.config.models import Model, ResnetModel
+from egtrain.config.optimizers import Optimizer, SgdOptimizer
+from egtrain.config.schedule import PostLocalConfig, ScheduleConfig
+from egtrain.config.section import Count, Positive, Section, wrong
+from egtrain.config.tasks import DATA, MODELS, DataConfig, ImageSettings, Task
 from egtrain.config.yaml_text import describe, write_settings, write_value
 from egtrain.errors import did_you_mean
+
+
+class CheckpointConfig(Section):
+    """When the run is saved."""
+
+    every: Count | None = None
+    """Steps between checkpoints; null: at every evaluated epoch."""
+    keep: Literal["last", "all"] = "last"
+    """last: the last two, the best and the final one; all: every one."""
+
+
+class LogConfig(Section):
+    """What is written down."""
+
+    every: Count = 1
+    """Steps between lines of metrics.jsonl."""
+    tensorboard: bool = True
+    """Write TensorBoard files too."""
 
 
 class Config(Section):

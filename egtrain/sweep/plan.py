@@ -14,11 +14,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
+from egtrain.config.extrapolations import length_key
 from egtrain.config.files import load_config
 from egtrain.config.schema import Config, config_to_yaml, flat_settings
 from egtrain.config.yaml_text import write_value
 from egtrain.errors import UsageError
-from egtrain.sweep.request import Preset, Request, grown, length_key
+from egtrain.sweep.request import Preset, Request, grown
 
 FORMAT = 1
 """Version of sweep.json and results.json."""
@@ -95,7 +96,7 @@ class Cell:
     @cached_property
     def length(self) -> tuple[str, float] | None:
         """How far the extrapolation goes, by its key; None without extrapolation."""
-        key = length_key(self.config)
+        key = length_key(self.config.extrapolation)
         if key is None:
             return None
         value = getattr(self.config.extrapolation, key)

@@ -9,15 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from egtrain.config.extrapolations import length_key
 from egtrain.config.files import load_config
 from egtrain.config.schema import Config
 from egtrain.errors import UsageError
 
 Scaling = Literal["linear", "sqrt", "none"]
 Growth = Literal["workers", "worker-batch"]
-
-LENGTHS = ("ratio", "rate", "size", "radius")
-"""Keys of an extrapolation that say how far it goes; a variant has one of them."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ class Preset:
     @property
     def length(self) -> str | None:
         """The key that says how far the extrapolation goes; None without extrapolation."""
-        return length_key(self.config)
+        return length_key(self.config.extrapolation)
 
 
 def checked_presets(request: Request) -> list[Preset]:
@@ -178,13 +176,6 @@ def on_device(request: Request) -> tuple[Request, list[Preset]]:
         request = replace(request, settings=(*request.settings, f"device={wanted}"))
     request = replace(request, native_precision=native_precision("auto", torch.device(wanted)))
     return request, checked_presets(request)
-
-
-def length_key(config: Config) -> str | None:
-    """Return the key that says how far the extrapolation goes; None without extrapolation."""
-    return next(
-        (key for key in LENGTHS if getattr(config.extrapolation, key, None) is not None), None
-    )
 
 
 def grown(grow: Growth, preset: Preset, batch_size: int) -> dict[str, int]:
