@@ -75,7 +75,7 @@ def write_title(figure: Figure, *sentences: str) -> None:
 
 def show_percent(axis: Axis) -> None:
     """Write the ticks of an axis of fractions in percent, with as many decimals as they have."""
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.6g}%"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.6g} %"))
 
 
 def save_figure(figure: Figure, path: Path) -> None:

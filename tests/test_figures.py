@@ -61,14 +61,14 @@ def test_a_title_leaves_the_panels_their_height() -> None:
 
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
-    [(0.32, 0.38, ["32.5%", "35%", "37.5%"]), (0.2, 0.9, ["20%", "40%", "60%", "80%"])],
+    [(0.32, 0.38, ["32.5 %", "35 %", "37.5 %"]), (0.2, 0.9, ["20 %", "40 %", "60 %", "80 %"])],
 )
 def test_ticks_in_percent_have_the_decimals_that_they_need(
     low: float, high: float, expected: list[str]
 ) -> None:
     figure, (axes,) = new_figure(1, 1)
     axes.set_ylim(low, high)
-    axes.set_yticks([float(text[:-1]) / 100 for text in expected])
+    axes.set_yticks([float(text[:-2]) / 100 for text in expected])
     show_percent(axes.yaxis)
     FigureCanvasAgg(figure).draw()
     assert [tick.get_text() for tick in axes.get_yticklabels()] == expected

@@ -34,13 +34,15 @@ from egtrain.config.files import load_config
 from egtrain.config.schema import Config, config_to_yaml
 from egtrain.errors import EgtrainError, InterruptedRun, UsageError
 from egtrain.sweep import execution
+from egtrain.sweep.cells import Folder, Status
 from egtrain.sweep.display import Display
-from egtrain.sweep.execution import Folder, Status, run_cells
+from egtrain.sweep.execution import run_cells
 from egtrain.sweep.picture import draw
-from egtrain.sweep.plan import Cell, Facts, Plan, facts_from_data
+from egtrain.sweep.plan import Cell, Facts, Plan, facts_from_data, make_plan
 from egtrain.sweep.report import print_results, write_results
-from egtrain.sweep.request import Request, checked_presets, on_device
+from egtrain.sweep.request import Request, checked_presets, settled_on_device
 from egtrain.sweep.results import Results, read_results
+from egtrain.tasks import ACCURACY
 
 SAMPLES = 1024
 
@@ -55,7 +57,7 @@ def facts_of(config: Config) -> Facts:
         second = range(
             0, round((config.extrapolation.until or 1) * steps), config.extrapolation.every
         )
-    return Facts(samples, steps_per_epoch, steps, second, "accuracy", True)
+    return Facts(samples, steps_per_epoch, steps, second, ACCURACY)
 
 
 def plan_of(
@@ -69,7 +71,7 @@ def plan_of(
     # What the tests count on is set here, so that the presets can change.
     given = ("epochs=10", "optimizer.lr=1.6", *further.pop("settings", ()), "device=cpu")
     request = Request(tuple(presets), tuple(batch_sizes), seeds, settings=given, **further)
-    return Plan.made(request, checked_presets(request), facts)
+    return make_plan(request, checked_presets(request), facts)
 
 
 def cell_of(plan: Plan, preset: str, batch_size: int, **wanted: object) -> Cell:
@@ -202,7 +204,7 @@ def test_a_grid_of_texts_is_selected_on_their_own_validation_part(tmp_path: Path
     swept(plan, folder, lambda cell: [cell.rate_factor], lambda cell: 0.7)
     results = read_results(plan, folder, target=None, within_percent=1)
     assert [row.rate_factor for row in results.rows] == [1.0, 1.0]
-    assert results.curve_split == "validation"
+    assert plan.watched_split == "validation"
     write_results(results, tmp_path)
     assert "validation_accuracy" in (tmp_path / "results.csv").read_text().splitlines()[0]
 
@@ -293,7 +295,7 @@ def egtrain_command(
         ),
         (
             "--preset quickstart --batch-sizes 64 --lr-grid 1,2 --validation 0",
-            "leave --validation 0 away",
+            "leave out --validation 0",
         ),
         (
             "--preset quickstart --batch-sizes 64 --epochs 1 --steps 1",
@@ -584,8 +586,10 @@ def test_a_finished_sweep_of_a_gpu_is_read_where_there_is_none(
     assert (result.code, result.stdout) == (2, "")
     assert "no CUDA device was found: use --device cpu" in result.line
     assert not (tmp_path / "sweep").exists()
-    request, presets = on_device(Request(("quickstart-sgd",), (64,), 1, settings=("device=cuda",)))
-    plan, folder = Plan.made(request, presets, facts_from_data()), Folder(tmp_path / "sweep")
+    request, presets = settled_on_device(
+        Request(("quickstart-sgd",), (64,), 1, settings=("device=cuda",))
+    )
+    plan, folder = make_plan(request, presets, facts_from_data()), Folder(tmp_path / "sweep")
     folder.claim(plan)
     # A record of a failure is kept while nothing can run again.
     folder.note_end(plan.cells[0], 1)
@@ -685,7 +689,10 @@ def test_rows_hold_mean_deviation_and_gap_to_the_smallest_batch(tmp_path: Path) 
     text = printed(results)
     assert "81.00 ± 1.00 %" in text
     assert "-10.00" in text
-    assert "largest batch within 1 % of the smallest batch's test accuracy, quickstart: 256" in text
+    assert (
+        "Largest batch within 1 % of the smallest batch's test accuracy: quickstart 256, "
+        "quickstart-sgd 256." in text
+    )
     assert results.noise_scale == pytest.approx((200, 300, 400))
 
 
@@ -704,7 +711,10 @@ def test_a_batch_that_a_seed_did_not_survive_is_as_good_as_none(tmp_path: Path) 
 
 def test_a_metric_that_is_to_fall_is_read_the_other_way_round(tmp_path: Path) -> None:
     plan, folder = (
-        replace(plan_of(batch_sizes=(64, 256), seeds=2), higher_is_better=False),
+        replace(
+            plan_of(batch_sizes=(64, 256), seeds=2),
+            metric=replace(ACCURACY, higher_is_better=False),
+        ),
         Folder(tmp_path),
     )
     swept(plan, folder, lambda cell: [4.0, 2.0], lambda cell: 2.0 if cell.batch_size == 64 else 2.1)
@@ -942,8 +952,8 @@ def test_a_killed_sweep_goes_on_and_its_cells_are_undisturbed_runs(
     assert "Warning" not in "".join(
         log.read_text() for log in (tmp_path / "sweep" / "logs").iterdir()
     )
-    larger = ["64,128" if part == "32,64" else part for part in command]
-    assert "1 of them are finished" in egtrain_command(*larger, "--dry-run").stdout
+    other_sizes = ["64,128" if word == "32,64" else word for word in command]
+    assert "1 of them are finished" in egtrain_command(*other_sizes, "--dry-run").stdout
     changed = egtrain_command(*command, "--set", "optimizer.lr=0.3")
     assert changed.code == 2
     assert "sweep holds another sweep (presets quickstart optimizer.lr: " in changed.line

@@ -147,59 +147,53 @@ def sweep_batch(
     with ending_at_interrupt():
         from rich.console import Console
 
+        from egtrain.figures import ENDINGS
         from egtrain.launch import require_cuda
         from egtrain.run_directory import RunLock
-        from egtrain.sweep import execution
+        from egtrain.sweep import execution, report
+        from egtrain.sweep.cells import PLAN, Folder
         from egtrain.sweep.display import Display
         from egtrain.sweep.picture import draw
-        from egtrain.sweep.plan import Plan, facts_from_data
-        from egtrain.sweep.preview import measured_speeds, print_plan, print_standing
-        from egtrain.sweep.report import as_json as results_as_json
-        from egtrain.sweep.report import print_results, write_results
-        from egtrain.sweep.request import on_device
+        from egtrain.sweep.plan import facts_from_data, make_plan
+        from egtrain.sweep.request import settled_on_device
         from egtrain.sweep.results import read_results
+        from egtrain.tables import print_line
 
-    request, presets = on_device(request)
-    folder = execution.Folder(folder_path)
-    begun = (folder.path / execution.PLAN).exists()
+    request, presets = settled_on_device(request)
+    folder = Folder(folder_path)
+    begun = (folder.path / PLAN).exists()
     if presets[0].config.device == "cuda" and not begun:
         # Before the data are looked for; a sweep that was run elsewhere may be finished.
         require_cuda()
-    plan = Plan.made(request, presets, facts_from_data(offline=dry_run))
+    plan = make_plan(request, presets, facts_from_data(offline=dry_run))
     count, gpus = execution.devices_for(plan, jobs)
     stream = sys.stderr if as_json else sys.stdout
-    # A pipe or file has no width: its lines must not be broken.
-    console = Console(file=stream, highlight=False, width=None if stream.isatty() else 200)
+    console = Console(file=stream, highlight=False)
+    if dry_run and as_json:
+        print(json.dumps(plan.as_json(folder.path / "cells")))
+        return
     if dry_run:
-        speeds = measured_speeds(plan, gpus, console) if estimate and not as_json else None
-        if as_json:
-            print(json.dumps(plan.as_json(folder.path / "cells")))
-        else:
-            print_plan(plan, console, count, speeds)
-            print_standing(plan, folder, console)
+        speeds = execution.measured_speeds(plan, gpus, console) if estimate else None
+        report.print_plan(plan, folder, console, count, speeds)
         return
     with RunLock(folder.path):
         folder.claim(plan)
-        print_plan(
-            plan,
-            console,
-            count,
-            measured_speeds(plan, gpus, console) if estimate and not begun else None,
-        )
-        print_standing(plan, folder, console)
+        speeds = execution.measured_speeds(plan, gpus, console) if estimate and not begun else None
+        report.print_plan(plan, folder, console, count, speeds)
         with Display(plan, stream) as display:
             execution.run_cells(plan, folder, jobs=count, gpus=gpus, retry=retry, display=display)
         results = read_results(plan, folder, target=target, within_percent=within)
-        write_results(results, folder.path)
+        report.write_results(results, folder.path)
         draw(results, folder.path / "sweep")
         if as_json:
-            print(json.dumps(results_as_json(results)))
+            print(json.dumps(report.as_json(results)))
         else:
-            print_results(results, console)
-            files = "results.csv, results.json, sweep.png, sweep.svg and sweep.pdf"
-            console.print(
-                f"{files} are in {folder.path}; tensorboard --logdir {folder.path / 'cells'}",
-                soft_wrap=True,
+            report.print_results(results, console)
+            *files, last = "results.csv", "results.json", *(f"sweep.{e}" for e in ENDINGS)
+            print_line(
+                f"{', '.join(files)} and {last} are in {folder.path}; "
+                f"tensorboard --logdir {folder.path / 'cells'}",
+                console,
             )
         execution.require_success(plan, folder)
 

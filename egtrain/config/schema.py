@@ -5,6 +5,7 @@ Nothing here imports torch, so that a wrong option is reported at once.
 """
 
 import math
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
@@ -90,6 +91,15 @@ class Config(Section):
     def has_validation(self) -> bool:
         """Whether there is a validation split; texts have one of their own."""
         return self.task.name != "image" or self.data.validation > 0
+
+    @property
+    def title(self) -> str:
+        """Model and data in a few words, such as `resnet-20 (width 16) on cifar10`."""
+        model = self.model.model_dump()
+        size = "{name}-{depth}" if "depth" in model else "{layers}-layer {name}"
+        kind, _, place = self.data.name.partition(":")
+        data = f"{kind}:{Path(place).name}" if place else kind
+        return f"{size.format(**model)} (width {self.model.width}) on {data}"
 
     def local_start_fraction(self) -> float | None:
         """Return the fraction of the run at which the local phase begins, or None where there is

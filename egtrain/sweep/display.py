@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -16,9 +16,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from egtrain.progress import can_redraw, duration
+from egtrain.formatting import duration, value_text
+from egtrain.progress import can_redraw
 from egtrain.sweep.plan import Cell, Plan
-from egtrain.sweep.text import metric_text
+
+if TYPE_CHECKING:
+    from egtrain.tasks import Metric
 
 TAIL_BYTES = 8192
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -34,15 +37,15 @@ class _Watched:
     step: int = 0
     shown: str = "starting"
 
-    def look(self, metric: str, unseen: str | None) -> None:
+    def look(self, metric: "Metric", unseen: str | None) -> None:
         """Read how far the cell is, and its last metric that is not of the unseen split."""
         for line in reversed(last_lines(self.directory / "metrics.jsonl")):
             if line["split"] == unseen:
                 continue
             self.step = line["step"]
-            value = line.get(metric)
+            value = line.get(metric.name)
             self.shown = (
-                f"{line['split']} {metric} {metric_text(metric, value)}"
+                f"{line['split']} {metric.label} {value_text(value, metric.unit)}"
                 if value is not None
                 else ""
             )

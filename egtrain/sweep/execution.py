@@ -1,173 +1,35 @@
 """Running the cells of a sweep, some at a time, each in a process of its own; what is finished is
-never repeated.
+never repeated. Before, a few steps say how long they will take.
 """
 
 import json
 import os
 import signal
+import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import StrEnum
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
-from egtrain.checkpoint import write_atomically
-from egtrain.config.files import load_config
-from egtrain.config.schema import differences
-from egtrain.errors import DivergedError, EgtrainError, InterruptedRun, UsageError
+from rich.console import Console
+
+from egtrain.errors import EgtrainError, InterruptedRun, UsageError
 from egtrain.launch import require_cuda
 from egtrain.run_directory import LOCK, RunLock
-from egtrain.sweep.cell import started_egtrain
+from egtrain.sweep.cells import Folder, Status, last_words, start_egtrain, wait_for_server
 from egtrain.sweep.display import Display
-from egtrain.sweep.plan import Cell, Plan, changed
+from egtrain.sweep.plan import Cell, Plan
+from egtrain.tables import print_line
 
-PLAN = "sweep.json"
 ORPHAN_SECONDS = 120.0
 """How long a cell that a killed sweep left running may take to save and leave."""
 POLL_SECONDS = 0.05
-
-
-class Status(StrEnum):
-    """How a cell stands."""
-
-    waiting = "waiting"
-    """Not started, or interrupted: it goes on from its newest checkpoint."""
-    done = "done"
-    diverged = "diverged"
-    failed = "failed"
-
-
-@dataclass(frozen=True)
-class Folder:
-    """Where a sweep keeps its files."""
-
-    path: Path
-
-    def run(self, cell: Cell) -> Path:
-        """Return a cell's run directory."""
-        return self.path / "cells" / cell.name
-
-    def log(self, cell: Cell) -> Path:
-        """Return the file that a cell's process prints to."""
-        return self.path / "logs" / f"{cell.name}.log"
-
-    def failure(self, cell: Cell) -> Path:
-        """Return the file that says how a cell failed."""
-        return self.path / "failures" / f"{cell.name}.json"
-
-    def claim(self, plan: Plan) -> None:
-        """Make this the folder of the plan's sweep, or one with more or fewer cells of the same
-        kind.
-
-        Raises:
-            UsageError: it is another sweep's, or a run.
-        """
-        file = self.path / PLAN
-        record = plan.as_json(self.path / "cells")
-        if file.exists():
-            try:
-                before = json.loads(file.read_text(encoding="utf-8"))
-                _refuse_changes(before["identity"], plan.identity, self.path)
-                for part in ("presets", "lr_scaling", "precision", "cells"):
-                    record["identity"][part] = {
-                        **before["identity"][part],
-                        **record["identity"][part],
-                    }
-                record["commands"] = {**before["commands"], **record["commands"]}
-            except (ValueError, KeyError, TypeError):
-                raise UsageError(f"{file} is damaged: choose another --output") from None
-        elif (self.path / "config.yaml").exists():
-            raise UsageError(f"{self.path} holds a run: choose another --output")
-        for folder in ("cells", "logs", "failures"):
-            (self.path / folder).mkdir(parents=True, exist_ok=True)
-        write_atomically(file, f"{json.dumps(record, indent=1)}\n".encode())
-
-    def status(self, cell: Cell) -> Status:
-        """Return how a cell stands.
-
-        Raises:
-            UsageError: another run is in its place.
-        """
-        run = self.run(cell)
-        if (run / "config.yaml").exists():
-            found = load_config(run / "config.yaml")
-            if other := differences(cell.config, found):
-                raise UsageError(f"{run} holds another run ({'; '.join(other)}): move it away")
-            if (run / "summary.json").exists():
-                final = json.loads((run / "summary.json").read_text(encoding="utf-8"))["final"]
-                finite = all(
-                    value is not None for metrics in final.values() for value in metrics.values()
-                )
-                return Status.done if finite else Status.diverged
-        if self.failure(cell).exists():
-            return Status(self.read_failure(cell)["status"])
-        return Status.waiting
-
-    def read_failure(self, cell: Cell) -> dict[str, Any]:
-        """Return how a cell failed: `status`, `exit_code` and `message`."""
-        record: dict[str, Any] = json.loads(self.failure(cell).read_text(encoding="utf-8"))
-        return record
-
-    def note_end(self, cell: Cell, exit_code: int) -> Status:
-        """Write down how a cell's process ended, and return how the cell stands now."""
-        if exit_code == 0:
-            self.failure(cell).unlink(missing_ok=True)
-            return self.status(cell)
-        if exit_code == InterruptedRun.exit_code:
-            return Status.waiting
-        status = Status.diverged if exit_code == DivergedError.exit_code else Status.failed
-        record = {
-            "status": status,
-            "exit_code": exit_code,
-            "message": last_words(self.log(cell), exit_code),
-        }
-        write_atomically(self.failure(cell), f"{json.dumps(record, indent=1)}\n".encode())
-        return status
-
-
-def last_words(log: Path, exit_code: int) -> str:
-    """Return in one line why a process ended."""
-    if exit_code < 0:
-        return f"killed by {signal.Signals(-exit_code).name}"
-    with suppress(OSError):
-        said = [
-            line
-            for line in log.read_text(encoding="utf-8", errors="replace").split("\n")
-            if line.strip()
-        ]
-        if said:
-            return said[-1].strip().removeprefix("egtrain: ")
-    return f"exit code {exit_code}"
-
-
-def _refuse_changes(before: dict[str, Any], after: dict[str, Any], path: Path) -> None:
-    """Raise UsageError where what two sweeps have in common is not the same in both."""
-    lines = changed(_common(before, after), _common(after, before))
-    if any(line.startswith("cells ") for line in lines):
-        lines = [line for line in lines if not line.startswith("cells ")] or [
-            "the configurations of its cells"
-        ]
-    if lines:
-        more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
-        raise UsageError(
-            f"{path} holds another sweep ({'; '.join(lines[:3])}{more}): undo the change, or "
-            "choose another --output"
-        )
-
-
-def _common(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """Return an identity without the presets and cells that another one has not."""
-    return {
-        part: {name: v for name, v in value.items() if name in other[part]}
-        if isinstance(value, dict)
-        else value
-        for part, value in one.items()
-    }
+MEASURED_STEPS = 4
+"""For the estimate of the time."""
 
 
 class StopRequest:
@@ -201,7 +63,7 @@ class StopRequest:
 
 
 @dataclass
-class _Running:
+class _RunningCell:
     cell: Cell
     process: BaseProcess
     slot: int
@@ -211,9 +73,9 @@ class _Running:
 def start_cell(cell: Cell, folder: Folder, gpu: str | None) -> BaseProcess:
     """Start the process of a cell, from its newest checkpoint where it has one."""
     run = folder.run(cell)
-    going_on = (run / "config.yaml").exists()
-    arguments = ["train", "--resume", str(run)] if going_on else cell.arguments(run)
-    return started_egtrain(arguments, gpu, folder.log(cell))
+    started_before = (run / "config.yaml").exists()
+    arguments = ["train", "--resume", str(run)] if started_before else cell.arguments(run)
+    return start_egtrain(arguments, gpu, folder.log(cell))
 
 
 def run_cells(
@@ -247,7 +109,7 @@ def run_cells(
     for cell in plan.cells:
         if statuses[cell.name] is not Status.waiting:
             display.skipped(cell, statuses[cell.name])
-    running: list[_Running] = []
+    running: list[_RunningCell] = []
     with StopRequest().watching() as stop:
         try:
             while running or (waiting and not stop):
@@ -255,7 +117,7 @@ def run_cells(
                     slot = min(set(range(jobs)) - {other.slot for other in running})
                     cell = waiting.popleft()
                     process = start_cell(cell, folder, gpus[slot % len(gpus)] if gpus else None)
-                    running.append(_Running(cell, process, slot))
+                    running.append(_RunningCell(cell, process, slot))
                     display.started(cell, folder.run(cell))
                 for one in list(running):
                     if stop and not one.told_to_stop:
@@ -319,6 +181,88 @@ def require_success(plan: Plan, folder: Folder) -> None:
         )
         raise EgtrainError(
             f"{len(failed)} of {len(plan.cells)} cells failed ({names}): see "
-            f"{folder.path / 'logs'}; "
-            "--retry runs them again"
+            f"{folder.path / 'logs'}; --retry runs them again"
         )
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a few steps of a preset took."""
+
+    start_seconds: float
+    """From the command to the first step, and from the last one to the end."""
+    gradient_seconds: float
+    """A per-sample gradient."""
+    evaluation_seconds: float
+
+
+def measured_speeds(plan: Plan, gpus: list[str], console: Console) -> dict[str, Speed] | None:
+    """Return how quickly each preset trains, from its first cell; None, said in a line, where one
+    of them fails.
+    """
+    speeds = {}
+    wait_for_server()
+    with tempfile.TemporaryDirectory(prefix="egtrain-") as scratch:
+        for preset in plan.presets:
+            cell = next(cell for cell in plan.cells if cell.preset == preset)
+            try:
+                speeds[preset] = measured_speed(cell, gpus[0] if gpus else None, Path(scratch))
+            except EgtrainError as error:
+                print_line(f"no estimate of the time: {error}", console)
+                return None
+    return speeds
+
+
+def measured_speed(cell: Cell, gpu: str | None, scratch: Path) -> Speed:
+    """Return how quickly a cell trains, from a throw-away run of a few steps, the first of which is
+    left out.
+
+    Raises:
+        EgtrainError: the run failed.
+    """
+    directory = scratch / cell.name
+    extra = [f"steps={MEASURED_STEPS}", "log.every=1", "log.tensorboard=false"]
+    arguments = [
+        *cell.arguments(directory),
+        *[part for setting in extra for part in ("--set", setting)],
+    ]
+    started = time.monotonic()
+    log = scratch / f"{cell.name}.log"
+    process = start_egtrain(arguments, gpu, log)
+    try:
+        process.join()
+    finally:
+        process.kill()
+        process.join()
+    code = process.exitcode
+    if code:
+        raise EgtrainError(
+            f"{cell.preset} failed within {MEASURED_STEPS} steps: {last_words(log, code)}"
+        )
+    whole = time.monotonic() - started
+    lines = [
+        json.loads(line)
+        for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
+    clock = [line["wall"]["seconds"] for line in lines if line["split"] == "train"]
+    held_out = [line["wall"]["seconds"] for line in lines if line["split"] != "train"]
+    step = (clock[-1] - clock[0]) / (len(clock) - 1)
+    evaluation = (held_out[-1] - clock[-1]) / len(held_out)
+    start = whole - step * len(clock) - evaluation * len(held_out)
+    return Speed(
+        max(start, 0.0),
+        step * summary["steps"] / summary["gradient_evaluations"],
+        max(evaluation, 0.0),
+    )
+
+
+def estimated_seconds(cells: Sequence[Cell], speeds: dict[str, Speed], jobs: int) -> float:
+    """Return how long cells will take, `jobs` at a time."""
+    total = 0.0
+    for cell in cells:
+        speed = speeds[cell.preset]
+        evaluations = cell.steps / cell.steps_per_epoch / cell.config.evaluate_every + 1
+        total += speed.start_seconds + speed.gradient_seconds * cell.gradient_evaluations
+        total += speed.evaluation_seconds * evaluations
+    return total / min(jobs, max(1, len(cells)))

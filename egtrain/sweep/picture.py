@@ -17,16 +17,27 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from egtrain.figures import COLOURS, LINES, MARKERS, STYLE, new_figure, save_figure
-from egtrain.progress import FRACTIONS
+from egtrain.figures import (
+    CHARACTERS_PER_INCH,
+    COLOURS,
+    LINES,
+    MARKERS,
+    STYLE,
+    new_figure,
+    save_figure,
+    show_percent,
+    write_title,
+)
+from egtrain.formatting import FRACTION, counted, short_count, short_value_text
 from egtrain.sweep.results import CellResult, Results, Row
-from egtrain.sweep.text import short_count, target_text
 
 SPREAD = 1.015
 """Presets stand a little apart on the axis of batch sizes, so that their error bars can be told."""
 MANY_CURVES = 12
 """With more learning curves than these only those of the smallest and the largest batch are
 drawn."""
+LEGEND_HANDLE = 9
+"""Room for the line beside a label, in characters."""
 FAR = 4.0
 """A noise scale further than this factor outside of the batch sizes is said in words."""
 
@@ -37,26 +48,51 @@ def draw(results: Results, path: Path) -> None:
     Raises:
         EgtrainError: the files could not be written.
     """
-    with_target = results.target is not None and any(
-        row.steps_to_target is not None for row in results.rows
-    )
-    figure, axes = new_figure(2 if with_target else 1, 2, width=4.2, height=3.2)
-    final, curves = (axes[0], axes[3]) if with_target else axes
+    save_figure(picture_of(results), path)
+
+
+def picture_of(results: Results) -> Figure:
+    """Return the picture; what would be a single point has no panel."""
+    plan = results.plan
+    several = len(plan.batch_sizes) > 1
+    panels: list[Callable[[Axes, Results], None]] = []
+    if several or len(plan.presets) > 1:
+        panels.append(_draw_final if several else _draw_final_by_preset)
+    if several and any(row.steps_to_target is not None for row in results.rows):
+        panels += [_draw_steps_to_target, _draw_cost_to_target]
+    panels.append(_draw_curves)
+    columns = min(2, len(panels))
+    figure, axes = new_figure(math.ceil(len(panels) / columns), columns, width=4.2, height=3.2)
     with mpl.rc_context(STYLE):
-        _draw_final(final, results)
-        _draw_curves(curves, results)
-        if with_target:
-            _draw_to_target(axes[1], results, "steps", lambda row: row.steps_to_target)
-            twice = any(
-                (results.gradients_per_sample(preset) or 1) > 1 for preset in results.plan.presets
-            )
-            what = "gradient evaluations" if twice else "samples"
-            _draw_to_target(axes[2], results, what, lambda row: row.gradient_evaluations_to_target)
+        for place, draw_panel in zip(axes, panels, strict=True):
+            draw_panel(place, results)
         _add_legend(figure, results)
-    save_figure(figure, path)
+    write_title(figure, *_sentences(results))
+    return figure
 
 
-def _look(number: int) -> dict[str, Any]:
+def _sentences(results: Results) -> list[str]:
+    """Return what is trained, what ± is, and what else has to be known to read the picture."""
+    plan, cell = results.plan, results.plan.cells[0]
+    length = counted(cell.steps, "step")
+    if cell.config.steps is None:
+        length = counted(cell.config.epochs, "epoch")
+    seeds = len({one.seed for one in plan.cells})
+    spread = f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
+    sentences = [f"{cell.config.title}, {length}, {spread}"]
+    if plan.has_grid:
+        sentences.append("Each preset and batch size at the point of its grid that was selected")
+    if failed := sum(row.failed for row in results.rows):
+        sentences.append(f"Without {counted(failed, 'run')} that failed or diverged")
+    if results.noise_scale is not None and len(plan.batch_sizes) > 1:
+        sentences.append(
+            "Noise scale (median and quartiles of the runs): beyond it, larger batches save few "
+            "steps"
+        )
+    return sentences
+
+
+def _preset_style(number: int) -> dict[str, Any]:
     return {
         "color": COLOURS[number % len(COLOURS)],
         "marker": MARKERS[number % len(MARKERS)],
@@ -67,7 +103,7 @@ def _look(number: int) -> dict[str, Any]:
     }
 
 
-def _curve_look(place: int) -> dict[str, Any]:
+def _curve_style(place: int) -> dict[str, Any]:
     return {"linestyle": LINES[place], "linewidth": 1.2}
 
 
@@ -87,11 +123,25 @@ def _draw_final(axes: Axes, results: Results) -> None:
             yerr=[row.standard_deviation or 0.0 for row in rows],
             capsize=2.5,
             elinewidth=1.0,
-            **_look(number),
+            **_preset_style(number),
         )
-    axes.set_ylabel(f"test {plan.metric}")
-    _format_metric(axes, plan.metric)
-    axes.set_title(f"Final test {plan.metric}")
+    _label_metric(axes, results, "test")
+    axes.set_title(f"Final test {plan.metric.label}")
+
+
+def _draw_final_by_preset(axes: Axes, results: Results) -> None:
+    """Draw the presets side by side, for a single batch size."""
+    for number, row in enumerate(results.rows):
+        if row.mean is not None:
+            error = row.standard_deviation or 0.0
+            axes.errorbar(number, row.mean, yerr=error, capsize=2.5, **_preset_style(number))
+    names = [row.preset for row in results.rows]
+    axes.set_xticks(range(len(names)), names, rotation=20 if len(names) > 2 else 0)
+    axes.set_xlim(-0.5, len(names) - 0.5)
+    _label_metric(axes, results, "test")
+    axes.set_title(
+        f"Final test {results.plan.metric.label} at batch size {results.plan.batch_sizes[0]:,}"
+    )
 
 
 def _draw_noise_scale(axes: Axes, results: Results) -> None:
@@ -100,7 +150,7 @@ def _draw_noise_scale(axes: Axes, results: Results) -> None:
     low, middle, high = results.noise_scale
     smallest, largest = results.plan.batch_sizes[0], results.plan.batch_sizes[-1]
     # Where large batches do worse, this corner stays empty.
-    height, side = (0.97, "top") if results.plan.higher_is_better else (0.03, "bottom")
+    height, side = (0.97, "top") if results.plan.metric.higher_is_better else (0.03, "bottom")
     style: dict[str, Any] = {"fontsize": 7.5, "color": "0.35", "va": side}
     if not smallest / FAR <= middle <= largest * FAR:
         text = f"noise scale ≈ {short_count(middle)}"
@@ -127,6 +177,16 @@ def _draw_noise_scale(axes: Axes, results: Results) -> None:
     )
 
 
+def _draw_steps_to_target(axes: Axes, results: Results) -> None:
+    _draw_to_target(axes, results, "steps", lambda row: row.steps_to_target)
+
+
+def _draw_cost_to_target(axes: Axes, results: Results) -> None:
+    twice = any((results.gradients_per_sample(p) or 1) > 1 for p in results.plan.presets)
+    what = "gradient evaluations" if twice else "samples"
+    _draw_to_target(axes, results, what, lambda row: row.gradient_evaluations_to_target)
+
+
 def _draw_to_target(
     axes: Axes, results: Results, what: str, value: Callable[[Row], float | None]
 ) -> None:
@@ -140,7 +200,7 @@ def _draw_to_target(
         ]
         points += known
         x = [_shifted(batch_size, number, len(plan.presets)) for batch_size, _ in known]
-        axes.plot(x, [y for _, y in known], **_look(number))
+        axes.plot(x, [y for _, y in known], **_preset_style(number))
     first = min(batch_size for batch_size, _ in points)
     best = min(y for batch_size, y in points if batch_size == first)
     ideal = [best * first / b if what == "steps" else best for b in plan.batch_sizes if b >= first]
@@ -159,9 +219,9 @@ def _draw_to_target(
             loc="lower left" if what == "steps" else "upper left",
             fontsize=7.5,
         )
-    target = "–" if results.target is None else target_text(plan.metric, results.target)
+    target = short_value_text(results.target, plan.metric.unit)
     axes.set_ylabel(what)
-    axes.set_title(f"{what.capitalize()} to {target} {results.curve_split} {plan.metric}")
+    axes.set_title(f"{what.capitalize()} to {target} {plan.watched_split} {plan.metric.label}")
     _format_counts(axes, [y for _, y in points] + ideal)
 
 
@@ -177,15 +237,14 @@ def _draw_curves(axes: Axes, results: Results) -> None:
                 continue
             epochs, means, deviations = _mean_curve(cells)
             colour = COLOURS[number % len(COLOURS)]
-            axes.plot(epochs, means, color=colour, **_curve_look(place))
-            axes.plot(epochs[-1:], means[-1:], **_look(number), clip_on=False)
+            axes.plot(epochs, means, color=colour, **_curve_style(place))
+            axes.plot(epochs[-1:], means[-1:], **_preset_style(number), clip_on=False)
             if deviations is not None and len(plan.presets) * len(batch_sizes) <= 8:
                 low = [m - d for m, d in zip(means, deviations, strict=True)]
                 high = [m + d for m, d in zip(means, deviations, strict=True)]
                 axes.fill_between(epochs, low, high, color=colour, alpha=0.12, linewidth=0)
     axes.set_xlabel("epoch")
-    axes.set_ylabel(f"{results.curve_split} {plan.metric}")
-    _format_metric(axes, plan.metric)
+    _label_metric(axes, results, plan.watched_split)
     axes.set_title("Learning curves")
 
 
@@ -219,15 +278,16 @@ def _prepare_batch_axis(axes: Axes, batch_sizes: Sequence[int]) -> None:
     axes.set_xlim(batch_sizes[0] / 1.25, batch_sizes[-1] * 1.25)
     axes.xaxis.set_major_locator(FixedLocator(list(batch_sizes)))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
     if len(batch_sizes) > 6:
         axes.tick_params(axis="x", labelrotation=45)
     axes.set_xlabel("batch size")
 
 
-def _format_metric(axes: Axes, name: str) -> None:
-    if name in FRACTIONS:
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:g} %"))
+def _label_metric(axes: Axes, results: Results, split: str) -> None:
+    axes.set_ylabel(f"{split} {results.plan.metric.label}")
+    if results.plan.metric.unit == FRACTION:
+        show_percent(axes.yaxis)
 
 
 def _format_counts(axes: Axes, values: Sequence[float]) -> None:
@@ -248,27 +308,18 @@ def _format_counts(axes: Axes, values: Sequence[float]) -> None:
 
 
 def _add_legend(figure: Figure, results: Results) -> None:
-    presets = results.plan.presets
-    handles = [Line2D([], [], **_look(number)) for number, _ in enumerate(presets)]
+    presets, batch_sizes = results.plan.presets, _curve_batch_sizes(results)
+    handles = [Line2D([], [], **_preset_style(number)) for number in range(len(presets))]
     labels = []
     for preset in presets:
         cost = results.gradients_per_sample(preset) or 1
         labels.append(preset if cost == 1 else f"{preset} ({cost:.3g} gradients a sample)")
-    columns = 1 if max(map(len, labels)) > 50 else 2 if max(map(len, labels)) > 22 else 4
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(columns, len(labels)))
-    batch_sizes = _curve_batch_sizes(results)
-    if len(results.plan.batch_sizes) > 1:
-        lines = [
-            Line2D([], [], color="0.3", **_curve_look(place)) for place, _ in enumerate(batch_sizes)
-        ]
-        figure.legend(
-            lines,
-            [f"{batch_size}" for batch_size in batch_sizes],
-            title="batch size of the learning curves",
-            title_fontsize=8,
-            fontsize=8,
-            loc="outside lower right",
-            ncols=min(len(batch_sizes), 8),
-            handlelength=3,
-            columnspacing=1.2,
-        )
+    if len(batch_sizes) > 1:
+        styles = map(_curve_style, range(len(batch_sizes)))
+        handles += [Line2D([], [], color="0.3", **style) for style in styles]
+        labels += [f"learning curve at {batch_size:,}" for batch_size in batch_sizes]
+    room = figure.get_figwidth() * CHARACTERS_PER_INCH
+    columns = int(room // (max(map(len, labels)) + LEGEND_HANDLE))
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=max(1, min(columns, 4)), handlelength=3
+    )

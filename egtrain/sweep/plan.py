@@ -6,20 +6,22 @@ once.
 """
 
 import hashlib
-import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 from egtrain.config.extrapolations import length_key
 from egtrain.config.files import load_config
 from egtrain.config.schema import Config, config_to_yaml, flat_settings
 from egtrain.config.yaml_text import write_value
 from egtrain.errors import UsageError
-from egtrain.sweep.request import Preset, Request, grown
+from egtrain.sweep.request import Preset, Request, batch_setting
+
+if TYPE_CHECKING:
+    from egtrain.tasks import Metric
 
 FORMAT = 1
 """Version of sweep.json and results.json."""
@@ -41,8 +43,7 @@ class Facts:
     """Of the whole run."""
     second_gradients: range
     """The steps that take two gradients."""
-    metric: str
-    higher_is_better: bool
+    metric: "Metric"
     data: str = ""
     """A digest of the data."""
 
@@ -108,8 +109,7 @@ class Plan:
     """All cells of a sweep, in the order in which they run."""
 
     cells: tuple[Cell, ...]
-    metric: str
-    higher_is_better: bool
+    metric: "Metric"
     has_grid: bool
     rule: str
     """How rates and lengths follow the batch size, in words."""
@@ -129,6 +129,11 @@ class Plan:
         """From the smallest to the largest."""
         return tuple(sorted({cell.batch_size for cell in self.cells}))
 
+    @property
+    def watched_split(self) -> str:
+        """The split that runs are evaluated on during training."""
+        return "validation" if self.cells[0].config.has_validation else "test"
+
     def as_json(self, directory: Path) -> dict[str, Any]:
         """Return what sweep.json holds: the identity, and each cell's command."""
         commands = {
@@ -142,51 +147,49 @@ class Plan:
             "commands": commands,
         }
 
-    @classmethod
-    def made(
-        cls, request: Request, presets: Sequence[Preset], facts_of: Callable[[Config], Facts]
-    ) -> Self:
-        """Return the plan of a request; see `checked_presets` and `facts_from_data`.
 
-        Raises:
-            UsageError: a batch is larger than the data, or the validation split takes all of them.
-            DataError: the data are missing or damaged.
-        """
-        shared = presets[0].config
-        validation = request.validation
-        if validation is None and request.has_grid and not shared.has_validation:
-            smallest = shared.model_copy(
-                update=grown(request.grow, presets[0], min(request.batch_sizes))
-            )
-            validation = max(1, facts_of(smallest).samples // 10)
-        equal_steps = any(preset.config.steps is not None for preset in presets)
-        cells = [
-            _cell(request, preset, batch_size, number, rate, length, validation, facts_of)
-            for number in range(request.seeds)
-            for batch_size in sorted(request.batch_sizes)
-            for preset in presets
-            for rate in request.rate_factors
-            for length in (request.length_factors if preset.length else (1.0,))
-        ]
-        first = facts_of(cells[0].config)
-        return cls(
-            cells=tuple(cells),
-            metric=first.metric,
-            higher_is_better=first.higher_is_better,
-            has_grid=request.has_grid,
-            rule=_rule(request, presets, equal_steps),
-            notes=_notes(cells, first, request.has_grid, equal_steps),
-            identity={
-                "presets": {preset.name: flat_settings(preset.config) for preset in presets},
-                "lr_scaling": {preset.name: preset.scaling for preset in presets},
-                "grow": request.grow,
-                "validation": cells[0].config.data.validation,
-                "data": first.data,
-                "device": cells[0].config.device,
-                "precision": {cell.preset: cell.config.precision for cell in cells},
-                "cells": {cell.name: cell.digest for cell in cells},
-            },
-        )
+def make_plan(
+    request: Request, presets: Sequence[Preset], facts_of: Callable[[Config], Facts]
+) -> Plan:
+    """Return the plan of a request; see `checked_presets` and `facts_from_data`.
+
+    Raises:
+        UsageError: a batch is larger than the data, the validation split takes all of them, or a
+            warm-up does not fit a run.
+        DataError: the data are missing or damaged.
+    """
+    shared = presets[0].config
+    validation = request.validation
+    if validation is None and request.has_grid and not shared.has_validation:
+        smallest = batch_setting(request, presets[0], min(request.batch_sizes))
+        validation = max(1, facts_of(shared.model_copy(update=smallest)).samples // 10)
+    cells = [
+        _cell(request, preset, batch_size, number, rate, length, validation, facts_of)
+        for number in range(request.seeds)
+        for batch_size in sorted(request.batch_sizes)
+        for preset in presets
+        for rate in request.rate_factors
+        for length in (request.length_factors if preset.length_key else (1.0,))
+    ]
+    first = facts_of(cells[0].config)
+    equal_steps = shared.steps is not None
+    return Plan(
+        cells=tuple(cells),
+        metric=first.metric,
+        has_grid=request.has_grid,
+        rule=_rule(request, presets, equal_steps),
+        notes=_notes(cells, first, request.has_grid, equal_steps),
+        identity={
+            "presets": {preset.name: flat_settings(preset.config) for preset in presets},
+            "lr_scaling": {preset.name: preset.scaling for preset in presets},
+            "grow": request.grow,
+            "validation": cells[0].config.data.validation,
+            "data": first.data,
+            "device": cells[0].config.device,
+            "precision": {cell.preset: cell.config.precision for cell in cells},
+            "cells": {cell.name: cell.digest for cell in cells},
+        },
+    )
 
 
 def facts_from_data(offline: bool = False) -> Callable[[Config], Facts]:
@@ -223,24 +226,31 @@ def facts_from_data(offline: bool = False) -> Callable[[Config], Facts]:
             steps_per_epoch=plan.steps_per_epoch,
             steps=plan.steps,
             second_gradients=plan.extrapolated_steps if twice else range(0),
-            metric=task.metric.name,
-            higher_is_better=task.metric.higher_is_better,
+            metric=task.metric,
             data=loaded[key].digest,
         )
 
     return facts_of
 
 
-def changed(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Return what differs between the identities of two plans, as `seeds: 3 -> 5`."""
-    lines = []
-    for key in dict.fromkeys([*before, *after]):
-        old, new = before.get(key), after.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            lines += changed(old, new, f"{prefix}{key} ")
-        elif old != new:
-            lines.append(f"{prefix}{key}: {_shown(old)} -> {_shown(new)}")
-    return lines
+def _scaled(
+    request: Request, preset: Preset, batch_size: int, rate_factor: float, length_factor: float
+) -> dict[str, Any]:
+    """Return the settings that follow the batch size: the one rule of the sweep."""
+    base = preset.config
+    values: dict[str, Any] = {
+        **batch_setting(request, preset, batch_size),
+        "optimizer.lr": base.optimizer.lr * rate_factor,
+        "optimizer.base_batch_size": preset.base_batch_size,
+        "optimizer.lr_scaling": preset.scaling,
+        "schedule.warmup_from": base.schedule.warmup_from * rate_factor,
+    }
+    if preset.length_key and length_factor != 1:
+        length = getattr(base.extrapolation, preset.length_key)
+        if length == "1/K":
+            length = 1 / values.get("workers", base.workers)
+        values[f"extrapolation.{preset.length_key}"] = length_factor * length
+    return values
 
 
 def _cell(
@@ -254,20 +264,8 @@ def _cell(
     facts_of: Callable[[Config], Facts],
 ) -> Cell:
     base = preset.config
-    values: dict[str, Any] = {
-        **grown(request.grow, preset, batch_size),
-        "seed": base.seed + number,
-        "optimizer.lr": base.optimizer.lr * rate_factor,
-        "optimizer.base_batch_size": preset.base_batch_size,
-        "optimizer.lr_scaling": preset.scaling,
-        "schedule.warmup_from": base.schedule.warmup_from * rate_factor,
-    }
-    if preset.length and length_factor != 1:
-        own = getattr(base.extrapolation, preset.length)
-        workers = values.get("workers", base.workers)
-        values[f"extrapolation.{preset.length}"] = length_factor * (
-            1 / workers if own == "1/K" else own
-        )
+    values = _scaled(request, preset, batch_size, rate_factor, length_factor)
+    values["seed"] = base.seed + number
     if validation is not None:
         values["data.validation"] = validation
     if base.precision == "auto" and request.native_precision is not None:
@@ -276,17 +274,18 @@ def _cell(
         values["threads"] = 1  # a constant: the number of threads changes the order of sums
     config = load_config(preset.source, _all_settings(request, base, values))
     facts = facts_of(config)
-    epochs = facts.steps / facts.steps_per_epoch
-    often = epochs / EVALUATIONS
+    evaluate_every = facts.steps / facts.steps_per_epoch / EVALUATIONS
     if base.steps is not None:
         # The same number of warm-up steps for every batch size, like the run's.
-        smallest = config.model_copy(update=grown(request.grow, preset, min(request.batch_sizes)))
-        longer = facts_of(smallest).steps_per_epoch / facts.steps_per_epoch
-        values["schedule.warmup_epochs"] = base.schedule.warmup_epochs * longer
+        smallest = batch_setting(request, preset, min(request.batch_sizes))
+        longer = facts_of(config.model_copy(update=smallest)).steps_per_epoch
+        values["schedule.warmup_epochs"] = base.schedule.warmup_epochs * (
+            longer / facts.steps_per_epoch
+        )
     else:
-        often = min(max(1, int(often)), base.evaluate_every)
+        evaluate_every = min(max(1, int(evaluate_every)), base.evaluate_every)
     if not request.sets("evaluate_every"):
-        values["evaluate_every"] = often
+        values["evaluate_every"] = evaluate_every
     settings = _all_settings(request, base, values)
     config = load_config(preset.source, settings)
     if base.steps is not None:
@@ -294,7 +293,7 @@ def _cell(
     name = f"{preset.name}-b{batch_size}"
     if len(request.rate_factors) > 1:
         name += f"-lr{rate_factor:.12g}"
-    if len(request.length_factors) > 1 and preset.length:
+    if len(request.length_factors) > 1 and preset.length_key:
         name += f"-r{length_factor:.12g}"
     return Cell(
         preset=preset.name,
@@ -315,12 +314,12 @@ def _cell(
 def _all_settings(request: Request, base: Config, values: Mapping[str, Any]) -> list[str]:
     """Return the user's settings and, of the sweep's, those that change something."""
     plain = base.model_dump()
-    own = []
+    changing = []
     for key, value in values.items():
         section, _, name = key.rpartition(".")
         if (plain[section] if section else plain)[name] != value:
-            own.append(f"{key}={write_value(value)}")
-    return [*request.settings, *own]
+            changing.append(f"{key}={write_value(value)}")
+    return [*request.settings, *changing]
 
 
 def _rule(request: Request, presets: Sequence[Preset], equal_steps: bool) -> str:
@@ -342,16 +341,22 @@ def _rule(request: Request, presets: Sequence[Preset], equal_steps: bool) -> str
     bases = ", ".join(
         dict.fromkeys(f"{p.config.optimizer.lr:g} at {p.base_batch_size}" for p in presets)
     )
-    return (
-        f"{growth}. The learning rate grows from {bases} ({rates}). Warm-up takes the same number "
-        "of "
-        f"{'steps' if equal_steps else 'epochs'} and starts from the same rate at every B, or "
-        "from the peak where "
-        "that is lower. Of an extrapolation, a "
-        "ratio is one of the learning rate, and 1/K falls as K grows; a rate, size or radius "
-        "stays. A factor of the "
-        "grid multiplies the learning rate and the start of its warm-up alike."
-    )
+    sentences = [
+        growth,
+        f"The learning rate grows from {bases} ({rates})",
+        f"Warm-up takes the same number of {'steps' if equal_steps else 'epochs'} and starts from "
+        "the same rate at every B, or from the peak where that is lower",
+    ]
+    if any(preset.length_key for preset in presets):
+        sentences.append(
+            "Of an extrapolation, a ratio is one of the learning rate, and 1/K falls as K grows; a "
+            "rate, size or radius stays"
+        )
+    if len(request.rate_factors) > 1:
+        sentences.append(
+            "A factor of --lr-grid multiplies the learning rate and the start of its warm-up alike"
+        )
+    return ". ".join(sentences) + "."
 
 
 def _notes(
@@ -362,39 +367,31 @@ def _notes(
     if held_out:
         notes.append(
             f"{held_out:,} samples of the training data are held out for validation; the runs "
-            "train on "
-            f"{facts.samples:,}, also those that the table quotes."
+            f"train on {facts.samples:,}, also those that the table quotes."
         )
     if has_grid:
         notes.append(
             "Of each grid the point with the best mean validation result over all seeds is "
-            "selected, for each preset "
-            "and batch size; quoted is the test result of those same runs."
+            "selected, for each preset and batch size; quoted is the test result of those same "
+            "runs."
         )
     left_out = {
-        cell.batch_size: facts.samples - cell.steps_per_epoch * cell.batch_size
-        for cell in cells
-        if facts.samples - cell.steps_per_epoch * cell.batch_size >= UNEQUAL * facts.samples
+        cell.batch_size: facts.samples - cell.steps_per_epoch * cell.batch_size for cell in cells
     }
-    if left_out and not equal_steps:
-        at = ", ".join(
-            f"{left:,} at {batch_size:,}" for batch_size, left in sorted(left_out.items())
-        )
-        notes.append(
-            f"What does not fill a batch is left out of an epoch: {at}, of {facts.samples:,} "
-            "samples. Those runs take "
-            "fewer gradients; a batch size that divides the samples takes as many as the others."
-        )
+    at = ", ".join(
+        f"{left:,} at {batch_size:,}"
+        for batch_size, left in sorted(left_out.items())
+        if left >= UNEQUAL * facts.samples
+    )
     if equal_steps:
         notes.append(
             "Every run makes the same number of updates, so a larger batch sees more samples: "
-            "this compares results at "
-            "equal steps and unequal cost."
+            "this compares results at equal steps and unequal cost."
+        )
+    elif at:
+        notes.append(
+            f"What does not fill a batch is left out of an epoch: {at}, of {facts.samples:,} "
+            "samples. Those runs take fewer gradients; a batch size that divides the samples takes "
+            "as many as the others."
         )
     return tuple(notes)
-
-
-def _shown(value: Any) -> str:
-    return (
-        "(not there)" if value is None else value if isinstance(value, str) else json.dumps(value)
-    )

@@ -1,23 +1,81 @@
-"""What a sweep tells of its results: a table with notes, results.json and results.csv."""
+"""What a sweep tells: its plan and its results as tables with notes, results.json and
+results.csv.
+"""
 
 import csv
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from egtrain.checkpoint import write_atomically
-from egtrain.progress import FRACTIONS
-from egtrain.sweep.execution import Status
-from egtrain.sweep.plan import FORMAT
+from egtrain.formatting import (
+    NOTHING,
+    count,
+    difference_text,
+    difference_unit,
+    duration,
+    learning_rate_text,
+    mean_text,
+    short_value_text,
+)
+from egtrain.sweep.cells import Folder, Status
+from egtrain.sweep.execution import Speed, estimated_seconds
+from egtrain.sweep.plan import FORMAT, Cell, Plan
 from egtrain.sweep.results import CellResult, Results, Row
-from egtrain.sweep.text import mean_text, metric_text, target_text
+from egtrain.tables import Column, print_line, print_table
+
+
+def print_plan(
+    plan: Plan, folder: Folder, console: Console, jobs: int, speeds: dict[str, Speed] | None
+) -> None:
+    """Print what a sweep runs, by preset and batch size, the rule that scales rates, and what has
+    been done before.
+    """
+    rows = [
+        [c for c in plan.cells if (c.preset, c.batch_size) == (preset, batch_size)]
+        for preset in plan.presets
+        for batch_size in plan.batch_sizes
+    ]
+    firsts = [cells[0] for cells in rows]
+    columns = [
+        Column("preset", [cell.preset for cell in firsts], left=True),
+        Column("batch", [count(cell.batch_size) for cell in firsts]),
+        Column("K", [count(cell.config.workers) for cell in firsts], leave_out=4),
+        Column("b", [count(cell.config.worker_batch_size) for cell in firsts], leave_out=5),
+        Column("rate", [_each(c.learning_rate for c in cells) for cells in rows], leave_out=1),
+    ]
+    if any(cell.length for cell in firsts):
+        columns.append(Column("shift", [_shift(cells) for cells in rows], leave_out=2))
+    columns += [
+        Column("epochs", [f"{c.steps / c.steps_per_epoch:.4g}" for c in firsts], leave_out=3),
+        Column("steps", [count(cell.steps) for cell in firsts]),
+        Column("gradients a run", [count(cell.gradient_evaluations) for cell in firsts]),
+        Column("runs", [count(len(cells)) for cells in rows]),
+    ]
+    if speeds:
+        times = [duration(estimated_seconds(cells, speeds, jobs=1)) for cells in rows]
+        columns.append(Column("time", times))
+    print_table(columns, console)
+    for line in (plan.rule, *plan.notes):
+        print_line(line, console)
+    took = f", about {duration(estimated_seconds(plan.cells, speeds, jobs))}" if speeds else ""
+    print_line(
+        f"{len(plan.cells)} runs, {jobs} at a time, {_gradients(plan.cells)} gradient "
+        f"evaluations{took}",
+        console,
+    )
+    left = [cell for cell in plan.cells if folder.status(cell) is not Status.done]
+    if len(left) < len(plan.cells):
+        print_line(
+            f"{len(plan.cells) - len(left)} of them are finished; {_gradients(left)} gradient "
+            "evaluations are left",
+            console,
+        )
 
 
 def write_results(results: Results, path: Path) -> None:
@@ -42,20 +100,19 @@ def write_results(results: Results, path: Path) -> None:
 def as_json(results: Results) -> dict[str, Any]:
     """Return what results.json holds; fractions, nats and samples."""
     plan = results.plan
-    rows = []
-    for row in results.rows:
-        record = asdict(row)
-        record["length"] = None if row.length is None else {row.length[0]: row.length[1]}
-        rows.append(record)
+    rows = [
+        {**asdict(row), "length": None if row.length is None else dict([row.length])}
+        for row in results.rows
+    ]
     return {
         "format": FORMAT,
-        "metric": plan.metric,
-        "higher_is_better": plan.higher_is_better,
+        "metric": plan.metric.name,
+        "higher_is_better": plan.metric.higher_is_better,
         "selected_on": "validation" if plan.has_grid else None,
         "notes": [plan.rule, *notes_on(results)],
         "target": {
             "value": results.target,
-            "split": results.curve_split,
+            "split": plan.watched_split,
             "given": results.target_given,
         },
         "noise_scale": None
@@ -80,66 +137,52 @@ def as_json(results: Results) -> dict[str, Any]:
 
 def print_results(results: Results, console: Console) -> None:
     """Print the table, the largest batch of each preset, and what a reader has to know."""
-    plan = results.plan
-    name = plan.metric
-    lengths = [row for row in results.rows if row.length is not None]
-    columns: list[tuple[str, Callable[[Row], str]]] = [
-        ("preset", lambda row: row.preset),
-        ("batch", lambda row: f"{row.batch_size:,}"),
-        ("K", lambda row: str(row.workers)),
-        ("rate", lambda row: f"{row.learning_rate:.4g}" + _factor(row.rate_factor)),
-    ]
-    if lengths:
-        columns.append(
-            (
-                "shift",
-                lambda row: (
-                    "–"
-                    if row.length is None
-                    else f"{row.length[1]:.3g}{_factor(row.length_factor)}"
-                ),
-            )
-        )
-    unit = " (points)" if name in FRACTIONS else ""
-    columns += [
-        (f"test {name}", lambda row: mean_text(name, row.mean, row.standard_deviation)),
-        (
-            f"gap{unit}",
-            lambda row: "" if row.gap is None else metric_text(name, row.gap, signed=True),
+    plan, rows = results.plan, results.rows
+    metric = plan.metric
+    columns = [
+        Column("preset", [row.preset for row in rows], left=True),
+        Column("batch", [count(row.batch_size) for row in rows]),
+        Column("K", [count(row.workers) for row in rows], leave_out=4),
+        Column(
+            "rate",
+            [learning_rate_text(row.learning_rate) + _factor(row.rate_factor) for row in rows],
+            leave_out=1,
         ),
-        ("seeds", lambda row: str(row.seeds) + (f", {row.failed} failed" if row.failed else "")),
-        ("gradients", lambda row: _count(row.gradient_evaluations)),
-        ("steps", lambda row: _count(row.steps)),
+    ]
+    if any(row.length for row in rows):
+        shifts = [
+            NOTHING if r.length is None else f"{r.length[1]:.3g}{_factor(r.length_factor)}"
+            for r in rows
+        ]
+        columns.append(Column("shift", shifts, leave_out=2))
+    unit = f" ({difference_unit(metric.unit)})" if difference_unit(metric.unit) else ""
+    means = [mean_text(row.mean, row.standard_deviation, metric.unit) for row in rows]
+    gaps = ["" if row.gap is None else difference_text(row.gap, metric.unit) for row in rows]
+    columns += [
+        Column(f"test {metric.label}", means),
+        Column(f"gap{unit}", gaps),
+        Column("seeds", [f"{r.seeds}" + f", {r.failed} failed" * (r.failed > 0) for r in rows]),
+        Column("gradients", [count(row.gradient_evaluations) for row in rows]),
+        Column("steps", [count(row.steps) for row in rows], leave_out=3),
     ]
     if results.target is not None:
-        columns.append(
-            (f"steps to {target_text(name, results.target)}", lambda row: _to_target(row))
-        )
-    table = Table(box=None, pad_edge=False)
-    for number, (title, _) in enumerate(columns):
-        table.add_column(title, justify="right" if number else "left", no_wrap=True)
-    for row in results.rows:
-        table.add_row(*(Text(cell(row)) for _, cell in columns))
-    console.print(table)
-    for line in _differences(results):
-        console.print(line, soft_wrap=True)
-    for preset in plan.presets:
-        largest = results.largest_batch_within(preset)
-        said = "no result" if largest is None else f"{largest:,}"
-        console.print(
-            f"largest batch within {results.within_percent:g} % of the smallest batch's test "
-            f"{name}, {preset}: {said}",
-            soft_wrap=True,
-        )
-    for note in notes_on(results):
-        console.print(note, soft_wrap=True)
+        target = short_value_text(results.target, metric.unit)
+        columns.append(Column(f"steps to {target}", [_to_target(row) for row in rows]))
+    print_table(columns, console)
+    largest = [
+        f"{preset} {NOTHING if (b := results.largest_batch_within(preset)) is None else count(b)}"
+        for preset in plan.presets
+    ]
+    print_line(
+        f"Largest batch within {results.within_percent:g} % of the smallest batch's test "
+        f"{metric.label}: {', '.join(largest)}.",
+        console,
+    )
+    for line in (*_differences(results), *notes_on(results)):
+        print_line(line, console)
     for result in results.cells:
         if result.status is not Status.done:
-            console.print(
-                f"{result.cell.name}: {result.status}: {result.message}",
-                soft_wrap=True,
-                markup=False,
-            )
+            print_line(f"{result.cell.name}: {result.status}: {result.message}", console)
 
 
 def notes_on(results: Results) -> list[str]:
@@ -155,13 +198,9 @@ def notes_on(results: Results) -> list[str]:
         factors = ", ".join(f"{p} {results.gradients_per_sample(p):.3g}" for p in costly)
         notes.append(f"Gradients a sample: {factors}, all others 1.")
     if results.target is not None:
-        what = target_text(plan.metric, results.target)
-        how = (
-            ""
-            if results.target_given
-            else ", the best that every run reaches (--target sets another)"
-        )
-        notes.append(f"The target is a {results.curve_split} {plan.metric} of {what}{how}.")
+        target = short_value_text(results.target, plan.metric.unit)
+        how = "" if results.target_given else ", the best that every run reaches (see --target)"
+        notes.append(f"The target is a {plan.watched_split} {plan.metric.label} of {target}{how}.")
     return notes
 
 
@@ -197,36 +236,32 @@ def _differences(results: Results) -> list[str]:
     """Return a line for each preset after the first: how much better or worse it is than that, by
     batch size.
     """
-    name = results.plan.metric
+    first, *others = results.plan.presets
+    metric = results.plan.metric
+    unit = f" in {difference_unit(metric.unit)}" if difference_unit(metric.unit) else ""
     lines = []
-    for preset in results.plan.presets[1:]:
+    for preset in others:
         parts = []
         for found in results.differences():
             if found.preset == preset:
-                error = (
-                    ""
-                    if found.standard_error is None
-                    else f" ± {metric_text(name, found.standard_error)}"
-                )
-                mean = metric_text(name, found.mean, signed=True)
-                parts.append(f"{mean}{error.removesuffix(' %')} at {found.batch_size:,}")
+                text = difference_text(found.mean, metric.unit)
+                if found.standard_error is not None:
+                    error = difference_text(found.standard_error, metric.unit)
+                    text += f" ± {error.removeprefix('+')}"
+                parts.append(f"{text} at {count(found.batch_size)}")
         if parts:
-            unit = " in points" if name in FRACTIONS else ""
             lines.append(
-                f"{preset} less {results.plan.presets[0]}, test {name}{unit}, paired by seed, ± "
-                "standard error: "
-                f"{', '.join(parts)}"
+                f"{preset} less {first}, test {metric.label}{unit}, paired by seed, ± standard "
+                f"error: {', '.join(parts)}."
             )
     return lines
 
 
 def _cell_record(results: Results, result: CellResult) -> dict[str, Any]:
-    cell, name = result.cell, results.plan.metric
-    steps = (
-        None
-        if results.target is None
-        else result.steps_to(results.target, results.plan.higher_is_better)
-    )
+    cell, plan = result.cell, results.plan
+    steps = None
+    if results.target is not None:
+        steps = result.steps_to(results.target, plan.metric.higher_is_better)
     return {
         "cell": cell.name,
         "preset": cell.preset,
@@ -243,8 +278,8 @@ def _cell_record(results: Results, result: CellResult) -> dict[str, Any]:
         "selected": cell.name in results.selected,
         **{
             f"{split}_{key}": result.metric(split, key)
-            for split in dict.fromkeys([results.curve_split, "test"])
-            for key in (name, "loss")
+            for split in dict.fromkeys([plan.watched_split, "test"])
+            for key in (plan.metric.name, "loss")
         },
         "steps": result.steps or None,
         "samples": result.samples or None,
@@ -257,15 +292,25 @@ def _cell_record(results: Results, result: CellResult) -> dict[str, Any]:
     }
 
 
+def _each(values: Iterable[float]) -> str:
+    """Return each value once."""
+    return " ".join(dict.fromkeys(map(learning_rate_text, values)))
+
+
+def _shift(cells: Sequence[Cell]) -> str:
+    lengths = [cell.length for cell in cells if cell.length is not None]
+    return f"{lengths[0][0]} {_each(value for _, value in lengths)}" if lengths else NOTHING
+
+
+def _gradients(cells: Iterable[Cell]) -> str:
+    return count(sum(cell.gradient_evaluations for cell in cells))
+
+
 def _factor(factor: float) -> str:
     return "" if factor == 1 else f" (×{factor:g})"
 
 
-def _count(number: float | None) -> str:
-    return "–" if number is None else f"{number:,.0f}"
-
-
 def _to_target(row: Row) -> str:
     if row.steps_to_target is not None:
-        return f"{row.steps_to_target:,.0f}"
-    return f"{row.reached} of {row.seeds + row.failed} seeds" if row.seeds else "–"
+        return count(row.steps_to_target)
+    return f"{row.reached} of {row.seeds + row.failed} seeds" if row.seeds else NOTHING

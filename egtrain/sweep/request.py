@@ -34,12 +34,12 @@ class Request:
     """The grid of extrapolation lengths, as factors of the preset's."""
     grow: Growth = "workers"
     scaling: Scaling | None = None
-    """None: each preset's own."""
+    """None: that of each preset."""
     validation: int | None = None
     """None: a tenth of the number of training samples where there is a grid, else what the preset
     says."""
     native_precision: str | None = None
-    """What `auto` comes to on the device; a sweep that goes on elsewhere keeps to it."""
+    """What `auto` comes to on the device; a sweep that is continued elsewhere keeps to it."""
 
     def __post_init__(self) -> None:
         for option, values in (
@@ -51,9 +51,9 @@ class Request:
             if not values:
                 raise UsageError(f"{option} has no values: give at least one")
             if len(set(values)) < len(values):
-                raise UsageError(
-                    f"{option} names {_first_repeated(values)} twice: leave one of them out"
-                )
+                repeated = next(value for value in values if values.count(value) > 1)
+                shown = f"{repeated:g}" if isinstance(repeated, float) else repeated
+                raise UsageError(f"{option} names {shown} twice: leave out one of them")
         if min(self.batch_sizes) < 1:
             raise UsageError(f"--batch-sizes must be at least 1, not {min(self.batch_sizes)}")
         if self.seeds < 1:
@@ -66,14 +66,12 @@ class Request:
             raise UsageError(
                 "--ratio-grid takes factors of the extrapolation's length, such as 0.5,1,2"
             )
-        if any(
-            setting.partition("=")[0].strip() == "optimizer.lr_scaling" for setting in self.settings
-        ):
+        if self.sets("optimizer.lr_scaling"):
             raise UsageError(
                 "--set optimizer.lr_scaling has no effect on a sweep: use --lr-scaling"
             )
         if self.has_grid and self.validation == 0:
-            raise UsageError("a grid is selected on a validation split: leave --validation 0 away")
+            raise UsageError("a grid is selected on a validation split: leave out --validation 0")
 
     @property
     def has_grid(self) -> bool:
@@ -106,7 +104,7 @@ class Preset:
         return self.config.optimizer.base_batch_size or self.config.batch_size
 
     @property
-    def length(self) -> str | None:
+    def length_key(self) -> str | None:
         """The key that says how far the extrapolation goes; None without extrapolation."""
         return length_key(self.config.extrapolation)
 
@@ -118,7 +116,7 @@ def checked_presets(request: Request) -> list[Preset]:
         UsageError: an unknown preset or setting, another task or other data than the first, or a
             batch size that does not divide.
     """
-    presets = []
+    presets: list[Preset] = []
     for source in request.presets:
         config = load_config(source, list(request.settings))
         # Where a rate is for the preset's own batch, `none` says that it is used as it is, not that
@@ -126,40 +124,39 @@ def checked_presets(request: Request) -> list[Preset]:
         as_it_is = (
             config.optimizer.base_batch_size is None and config.optimizer.lr_scaling == "none"
         )
-        presets.append(
-            Preset(
-                source,
-                config,
-                request.scaling or ("linear" if as_it_is else config.optimizer.lr_scaling),
-            )
-        )
-    first = presets[0]
-    for number, preset in enumerate(presets):
-        if preset.name in [other.name for other in presets[:number]]:
-            raise UsageError(
-                f"two presets are called {preset.name}: set `preset` in one of the files to "
-                "another name"
-            )
-        for key in ("task", "data", "device"):
-            if getattr(preset.config, key) != getattr(first.config, key):
-                raise UsageError(
-                    f"{preset.name} has another {key} than {first.name}, and the presets of a "
-                    "sweep must share it: "
-                    "leave one of them out, or set it for both"
-                )
-        if (preset.config.steps is None) != (first.config.steps is None):
-            raise UsageError(
-                f"one of {first.name} and {preset.name} counts steps, the other epochs: give "
-                "--epochs"
-            )
+        scaling = request.scaling or ("linear" if as_it_is else config.optimizer.lr_scaling)
+        preset = Preset(source, config, scaling)
+        _require_comparable(preset, presets)
         for batch_size in request.batch_sizes:
-            grown(request.grow, preset, batch_size)
-    if len(request.length_factors) > 1 and not any(preset.length for preset in presets):
+            batch_setting(request, preset, batch_size)
+        presets.append(preset)
+    if len(request.length_factors) > 1 and not any(preset.length_key for preset in presets):
         raise UsageError("--ratio-grid has nothing to scale: none of the presets extrapolates")
     return presets
 
 
-def on_device(request: Request) -> tuple[Request, list[Preset]]:
+def _require_comparable(preset: Preset, others: Sequence[Preset]) -> None:
+    if preset.name in [other.name for other in others]:
+        raise UsageError(
+            f"two presets are called {preset.name}: set `preset` in one of the files to another "
+            "name"
+        )
+    if not others:
+        return
+    first = others[0]
+    for key in ("task", "data", "device"):
+        if getattr(preset.config, key) != getattr(first.config, key):
+            raise UsageError(
+                f"{preset.name} has another {key} than {first.name}, and the presets of a sweep "
+                "must share it: leave out one of them, or set it for both"
+            )
+    if (preset.config.steps is None) != (first.config.steps is None):
+        raise UsageError(
+            f"one of {first.name} and {preset.name} counts steps, the other epochs: give --epochs"
+        )
+
+
+def settled_on_device(request: Request) -> tuple[Request, list[Preset]]:
     """Return the request and its presets with device and precision settled, which numbers depend
     on; it needs torch.
 
@@ -178,26 +175,21 @@ def on_device(request: Request) -> tuple[Request, list[Preset]]:
     return request, checked_presets(request)
 
 
-def grown(grow: Growth, preset: Preset, batch_size: int) -> dict[str, int]:
+def batch_setting(request: Request, preset: Preset, batch_size: int) -> dict[str, Any]:
     """Return the setting that makes the batch so large.
 
     Raises:
         UsageError: what stays the same does not divide it.
     """
-    fixed = preset.config.worker_batch_size if grow == "workers" else preset.config.workers
+    config = preset.config
+    if request.grow == "workers":
+        fixed, what, key = config.worker_batch_size, "a worker's batch of {}", "workers"
+    else:
+        fixed, what, key = config.workers, "the {} workers", "worker_batch_size"
     if batch_size % fixed:
         low = max(batch_size // fixed, 1) * fixed
-        what = f"a worker's batch of {fixed}" if grow == "workers" else f"the {fixed} workers"
         raise UsageError(
-            f"--batch-sizes: {batch_size} is not a multiple of {what} in {preset.name}: use {low} "
-            f"or {low + fixed}"
+            f"--batch-sizes: {batch_size} is not a multiple of {what.format(fixed)} in "
+            f"{preset.name}: use {low} or {low + fixed}"
         )
-    return {"workers" if grow == "workers" else "worker_batch_size": batch_size // fixed}
-
-
-def _first_repeated(values: Sequence[Any]) -> str:
-    return next(
-        f"{value:g}" if isinstance(value, float) else str(value)
-        for value in values
-        if values.count(value) > 1
-    )
+    return {key: batch_size // fixed}

@@ -5,10 +5,10 @@ them.
 import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from egtrain.sweep.execution import Folder, Status
+from egtrain.sweep.cells import Folder, Status
 from egtrain.sweep.plan import Cell, Plan
 
 
@@ -103,9 +103,8 @@ class Results:
     selected: frozenset[str]
     """Names of the cells that the rows speak of."""
     rows: tuple[Row, ...]
-    curve_split: str
-    """The split of the curves and the target."""
     target: float | None
+    """On the split that is watched during training."""
     target_given: bool
     within_percent: float
     noise_scale: tuple[float, float, float] | None
@@ -132,17 +131,17 @@ class Results:
         A batch that a seed did not survive is none of them; nor is anything, if it is the smallest
         one.
         """
-        rows = [row for row in self.rows_of(preset) if row.mean is not None and not row.failed]
-        if not rows or rows[0].batch_size != self.plan.batch_sizes[0] or rows[0].mean is None:
+        means = {
+            row.batch_size: row.mean
+            for row in self.rows_of(preset)
+            if row.mean is not None and not row.failed
+        }
+        smallest = means.get(self.plan.batch_sizes[0])
+        if smallest is None:
             return None
-        allowed = abs(rows[0].mean) * self.within_percent / 100
-        sign = 1 if self.plan.higher_is_better else -1
-        good = [
-            row
-            for row in rows
-            if row.mean is not None and sign * (row.mean - rows[0].mean) >= -allowed - 1e-12
-        ]
-        return max(row.batch_size for row in good)
+        allowed = abs(smallest) * self.within_percent / 100 + 1e-12
+        sign = 1 if self.plan.metric.higher_is_better else -1
+        return max(b for b, mean in means.items() if sign * (smallest - mean) <= allowed)
 
     def differences(self) -> list[Difference]:
         """Return how each further preset differs from the first."""
@@ -150,23 +149,21 @@ class Results:
         found = []
         for preset in others:
             for batch_size in self.plan.batch_sizes:
-                one, other = (
-                    {
-                        result.cell.seed: value
-                        for result in self.selected_cells(name, batch_size)
-                        if (value := result.metric("test", self.plan.metric)) is not None
-                    }
-                    for name in (first, preset)
-                )
+                one, other = (self._test_values(name, batch_size) for name in (first, preset))
                 pairs = [other[seed] - one[seed] for seed in one if seed in other]
                 if pairs:
-                    error = (
-                        statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else None
-                    )
-                    found.append(
-                        Difference(preset, batch_size, len(pairs), statistics.fmean(pairs), error)
-                    )
+                    deviation, mean = _deviation(pairs), statistics.fmean(pairs)
+                    error = None if deviation is None else deviation / math.sqrt(len(pairs))
+                    found.append(Difference(preset, batch_size, len(pairs), mean, error))
         return found
+
+    def _test_values(self, preset: str, batch_size: int) -> dict[int, float]:
+        """Return the final test metric by seed."""
+        return {
+            result.cell.seed: value
+            for result in self.selected_cells(preset, batch_size)
+            if (value := result.metric("test", self.plan.metric.name)) is not None
+        }
 
     def gradients_per_sample(self, preset: str) -> float | None:
         """Return how many gradients a preset takes of a sample, a whole number or a fraction above
@@ -184,55 +181,48 @@ def read_results(
     plan: Plan, folder: Folder, *, target: float | None, within_percent: float
 ) -> Results:
     """Read what the runs of a sweep have left and select the best point of each grid."""
-    cells = tuple(_read_cell(cell, folder, plan.metric) for cell in plan.cells)
-    selected = frozenset(name for key in _row_keys(plan) for name in _selected(plan, cells, *key))
-    chosen = [
-        result for result in cells if result.cell.name in selected and result.status is Status.done
+    cells = tuple(_read_cell(plan, cell, folder) for cell in plan.cells)
+    best_points = [
+        _best_point(
+            plan, [r for r in cells if (r.cell.preset, r.cell.batch_size) == (preset, batch_size)]
+        )
+        for preset in plan.presets
+        for batch_size in plan.batch_sizes
     ]
+    selected = [result for members in best_points for result in members]
+    done = [result for result in selected if result.status is Status.done]
     given = target is not None
     if target is None:
-        target = _shared_target(
-            [result for result in chosen if result.curve], plan.higher_is_better
-        )
+        target = _shared_target([r for r in done if r.curve], plan.metric.higher_is_better)
     rows: list[Row] = []
-    for preset, batch_size in _row_keys(plan):
-        members = [
-            r
-            for r in cells
-            if r.cell.name in selected
-            and (r.cell.preset, r.cell.batch_size) == (preset, batch_size)
-        ]
-        smallest = next(
-            (r for r in rows if r.preset == preset and r.batch_size == plan.batch_sizes[0]), None
-        )
-        rows.append(_row(plan, members, target, smallest))
-    scales = [result.noise_scale for result in chosen if result.noise_scale is not None]
+    for members in best_points:
+        means = [row.mean for row in rows if row.preset == members[0].cell.preset]
+        rows.append(_row(plan, members, target, means[0] if means else None))
     return Results(
         plan=plan,
         cells=cells,
-        selected=selected,
+        selected=frozenset(result.cell.name for result in selected),
         rows=tuple(rows),
-        curve_split=_watched_split(plan.cells[0]),
         target=target,
         target_given=given,
         within_percent=within_percent,
-        noise_scale=_quartiles(scales),
+        noise_scale=_quartiles([r.noise_scale for r in done if r.noise_scale is not None]),
     )
 
 
-def _read_cell(cell: Cell, folder: Folder, metric: str) -> CellResult:
+def _read_cell(plan: Plan, cell: Cell, folder: Folder) -> CellResult:
     status = folder.status(cell)
     if status is not Status.done:
-        message = (
-            "a final metric is not a number" if (folder.run(cell) / "summary.json").exists() else ""
-        )
+        message = ""
         if folder.failure(cell).exists():
             message = folder.read_failure(cell)["message"]
+        elif (folder.run(cell) / "summary.json").exists():
+            message = "a final metric is not a number"
         return CellResult(cell, status, message)
     run = folder.run(cell)
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    metric, split = plan.metric.name, plan.watched_split
     curve, scales, seconds = [], [], None
-    split = _watched_split(cell)
     with (run / "metrics.jsonl").open(encoding="utf-8") as file:
         for text in file:
             line = json.loads(text)
@@ -258,47 +248,41 @@ def _read_cell(cell: Cell, folder: Folder, metric: str) -> CellResult:
     )
 
 
-def _watched_split(cell: Cell) -> str:
-    """Return the split that a run is evaluated on during training."""
-    return "validation" if cell.config.has_validation else "test"
-
-
-def _row_keys(plan: Plan) -> list[tuple[str, int]]:
-    return [(preset, batch_size) for preset in plan.presets for batch_size in plan.batch_sizes]
-
-
-def _selected(plan: Plan, cells: Iterable[CellResult], preset: str, batch_size: int) -> list[str]:
-    """Return the names of the cells at the best point of a grid.
+def _best_point(plan: Plan, results: Sequence[CellResult]) -> list[CellResult]:
+    """Return the cells at the best point of a grid, one for each seed.
 
     The best has the most seeds that ended well, then the best mean over them on the validation
     split.
     """
     points: dict[tuple[float, float], list[CellResult]] = {}
-    for result in cells:
-        if (result.cell.preset, result.cell.batch_size) == (preset, batch_size):
-            points.setdefault((result.cell.rate_factor, result.cell.length_factor), []).append(
-                result
-            )
+    for result in results:
+        point = result.cell.rate_factor, result.cell.length_factor
+        points.setdefault(point, []).append(result)
 
     def merit(members: list[CellResult]) -> tuple[int, float]:
-        values = [v for r in members if (v := r.metric("validation", plan.metric)) is not None]
+        values = [v for r in members if (v := r.metric("validation", plan.metric.name)) is not None]
         done = sum(result.status is Status.done for result in members)
-        sign = 1 if plan.higher_is_better else -1
+        sign = 1 if plan.metric.higher_is_better else -1
         return done, sign * statistics.fmean(values) if values else -math.inf
 
-    return [result.cell.name for result in max(points.values(), key=merit)]
+    return max(points.values(), key=merit)
 
 
 def _row(
-    plan: Plan, members: Sequence[CellResult], target: float | None, smallest: Row | None
+    plan: Plan, members: Sequence[CellResult], target: float | None, smallest_mean: float | None
 ) -> Row:
     cell = members[0].cell
     done = [result for result in members if result.status is Status.done]
-    values = [v for r in done if (v := r.metric("test", plan.metric)) is not None]
-    mean = statistics.fmean(values) if values else None
-    found = [r.steps_to(target, plan.higher_is_better) for r in done] if target is not None else []
-    reached = [steps for steps in found if steps is not None]
-    all_came = len(reached) == len(members)
+    values = [v for r in done if (v := r.metric("test", plan.metric.name)) is not None]
+    mean = _mean(values)
+    reached = [
+        step
+        for result in done
+        if target is not None
+        and (step := result.steps_to(target, plan.metric.higher_is_better)) is not None
+    ]
+    steps_to_target = _mean(reached) if len(reached) == len(members) else None
+    gradients = [cell.gradients_until(step) for step in reached]
     return Row(
         preset=cell.preset,
         batch_size=cell.batch_size,
@@ -311,20 +295,14 @@ def _row(
         seeds=len(done),
         failed=sum(result.status in (Status.failed, Status.diverged) for result in members),
         mean=mean,
-        standard_deviation=statistics.stdev(values) if len(values) > 1 else None,
-        gap=None
-        if mean is None or smallest is None or smallest.mean is None
-        else mean - smallest.mean,
-        steps=statistics.fmean(r.steps for r in done) if done else None,
-        gradient_evaluations=statistics.fmean(r.gradient_evaluations for r in done)
-        if done
-        else None,
+        standard_deviation=_deviation(values),
+        gap=None if mean is None or smallest_mean is None else mean - smallest_mean,
+        steps=_mean([result.steps for result in done]),
+        gradient_evaluations=_mean([result.gradient_evaluations for result in done]),
         reached=len(reached),
-        steps_to_target=statistics.fmean(reached) if all_came else None,
-        samples_to_target=statistics.fmean(reached) * cell.batch_size if all_came else None,
-        gradient_evaluations_to_target=statistics.fmean(map(cell.gradients_until, reached))
-        if all_came
-        else None,
+        steps_to_target=steps_to_target,
+        samples_to_target=None if steps_to_target is None else steps_to_target * cell.batch_size,
+        gradient_evaluations_to_target=None if steps_to_target is None else _mean(gradients),
     )
 
 
@@ -335,6 +313,14 @@ def _shared_target(results: Sequence[CellResult], higher_is_better: bool) -> flo
     if higher_is_better:
         return min(max(value for _, value in result.curve) for result in results)
     return max(min(value for _, value in result.curve) for result in results)
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
+
+
+def _deviation(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) if len(values) > 1 else None
 
 
 def _quartiles(values: Sequence[float]) -> tuple[float, float, float] | None:

@@ -1,5 +1,5 @@
-"""Puts the process that imports it into a session of its own: a signal to the sweep's group must
-not end the server.
+"""Gives the server of processes, which imports this first, a session: a signal to the sweep's group
+must not end it.
 """
 
 import os
