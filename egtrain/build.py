@@ -18,6 +18,7 @@ from egtrain.models.lstm import LSTMLanguageModel
 from egtrain.models.resnet import ResNet
 from egtrain.models.transformer import Transformer
 from egtrain.models.vgg import VGG
+from egtrain.optim.direction import Direction
 from egtrain.optim.directions.extragradient import Extragradient
 from egtrain.optim.directions.gaussian import GaussianNoise
 from egtrain.optim.directions.gradient_noise import GradientNoise
@@ -26,7 +27,7 @@ from egtrain.optim.directions.msam import MSAM
 from egtrain.optim.directions.optimistic import OptimisticGradient
 from egtrain.optim.directions.sam import SAM
 from egtrain.optim.directions.smoothout import SmoothOut
-from egtrain.optim.extrapolation import Direction, Extrapolation
+from egtrain.optim.extrapolation import Extrapolation
 from egtrain.optim.lamb import LAMB
 from egtrain.optim.lars import LARS
 from egtrain.optim.post_local import PostLocal
@@ -254,8 +255,9 @@ def worker_state_bytes(config: Config, outputs: int) -> int:
     model = build_model(config, outputs, torch.device("cpu"))
     direction = build_direction(config)
     own = list(model.buffers())
-    if direction is not None and "own" in direction.needs:
-        own += list(model.parameters())
+    if direction is not None:
+        for tensors in direction.worker_state(list(model.parameters())).values():
+            own += tensors
     if config.post_local.period is not None:
         # Weights and what the optimizer remembers of their gradients.
         optimizer = config.optimizer

@@ -66,8 +66,8 @@ class Run:
     def count_update(self) -> None:
         """Count a completed update, and the gradients that it took."""
         extrapolation = self.extrapolation if self.step in self.extrapolated_steps else None
-        twice = extrapolation is not None and "fresh" in extrapolation.direction.needs
-        self.gradient_evaluations += (2 if twice else 1) * self.task.batch_size
+        gradients = 1 if extrapolation is None else extrapolation.direction.gradients
+        self.gradient_evaluations += gradients * self.task.batch_size
         self.step += 1
 
     def synchronisations(self, step: int) -> int:
@@ -101,9 +101,10 @@ class Run:
         }
         if self.extrapolation is not None:
             extrapolation = self.extrapolation.state_dict()
-            extrapolation["own"] = [
-                self.workers.gather_on_first(rows) for rows in extrapolation["own"]
-            ]
+            extrapolation["worker_state"] = {
+                name: [self.workers.gather_on_first(rows) for rows in tensors]
+                for name, tensors in extrapolation["worker_state"].items()
+            }
             del extrapolation["workers"]
             state["extrapolation"] = extrapolation
         if self.post_local is not None and self.post_local.optimizers:
@@ -141,9 +142,10 @@ class Run:
         self.noise_scale = NoiseScale(**state["noise_scale"])
         if self.extrapolation is not None:
             extrapolation = dict(state["extrapolation"])
-            extrapolation["own"] = [
-                self.workers.rows_of_carried(rows) for rows in extrapolation["own"]
-            ]
+            extrapolation["worker_state"] = {
+                name: [self.workers.rows_of_carried(rows) for rows in tensors]
+                for name, tensors in extrapolation["worker_state"].items()
+            }
             extrapolation["workers"] = list(self.workers.carried)
             if self.clip_norm is None:
                 extrapolation["clip_factor"] = None

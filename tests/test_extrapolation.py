@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -27,9 +27,9 @@ from egtrain.optim import (
     OptimisticGradient,
     SmoothOut,
 )
-from egtrain.optim.extrapolation import Need, Point
-from egtrain.optim.lengths import scaled_to_weights
+from egtrain.optim.direction import Point
 from egtrain.optim.randomness import generator_for, seed_for
+from egtrain.optim.scaling import scaled_to_weights
 
 # ---------------------------------------------------------------------------------------------
 # The fast path and the reference, step by step
@@ -340,7 +340,7 @@ class UserLoop:
             ],
             lr=0.1,
             momentum=0.9,
-            nesterov="momentum" not in direction.needs,
+            nesterov=not isinstance(direction, MSAM),
         )
         self.extrapolation = Extrapolation(self.optimizer, direction, workers, seed=5)
         self.step_number = 0
@@ -431,7 +431,7 @@ def test_everything_keeps_its_type(direction: Direction, dtype: torch.dtype) -> 
     assert {p.dtype for p in loop.model.parameters()} == {dtype}
     assert {p.grad.dtype for p in loop.model.parameters() if p.grad is not None} == {dtype}
     state = loop.extrapolation.state_dict()
-    assert {t.dtype for t in tensors_in([state["own"], state["mean"]])} <= {dtype}
+    assert {t.dtype for t in tensors_in([state["worker_state"], state["shared_state"]])} <= {dtype}
     assert all(torch.isfinite(x).all() for x in inside)
     assert not same(inside, before)
     assert same(loop.weights(), before)
@@ -926,7 +926,7 @@ def test_autocast_sees_the_shifted_weights(direction: Direction) -> None:
 
     with torch.autocast("cpu", torch.bfloat16):
         backward()
-        if "own" in direction.needs:
+        if extrapolation.state_dict()["worker_state"]:
             with extrapolation.shifted():
                 backward()
             # The local and the mean gradient differ, as they do with several workers.
@@ -1012,7 +1012,8 @@ def test_sparse_gradients_are_refused_where_they_would_be_needed(direction: Dire
             backward()
         optimizer.step()
 
-    if not direction.needs & {"own", "mean", "fresh"}:
+    state = extrapolation.state_dict()
+    if not (state["worker_state"] or state["shared_state"] or direction.gradients == 2):
         step()
         assert not torch.equal(embedding.weight, before)
         return
@@ -1147,9 +1148,7 @@ def test_it_keeps_one_buffer_a_worker_and_one_for_the_return(
 def test_no_zeta_outlives_its_making() -> None:
     made: list[Any] = []
 
-    class Watched:
-        needs: ClassVar[frozenset[Need]] = frozenset()
-
+    class Watched(Direction):
         def zeta(self, at: Point) -> list[Tensor]:
             import weakref
 

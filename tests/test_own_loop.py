@@ -614,7 +614,9 @@ def wrong_loops() -> dict[str, Any]:
     model, optimizer, extrapolation = loop(LocalGradient(ratio=1))
     backward(model)
     optimizer.step()
-    found["past"] = torch.cat([g.flatten() for g in extrapolation.state_dict()["own"]])
+    found["past"] = torch.cat(
+        [g.flatten() for g in extrapolation.state_dict()["worker_state"]["gradient"]]
+    )
     found["workers"] = list(extrapolation.workers)
     return found
 

@@ -9,6 +9,7 @@
 """
 
 from egtrain.optim.ddp import remember_local_gradients
+from egtrain.optim.direction import Direction, Point, State
 from egtrain.optim.directions.extragradient import Extragradient
 from egtrain.optim.directions.gaussian import GaussianNoise
 from egtrain.optim.directions.gradient_noise import GradientNoise
@@ -17,7 +18,7 @@ from egtrain.optim.directions.msam import MSAM
 from egtrain.optim.directions.optimistic import OptimisticGradient
 from egtrain.optim.directions.sam import SAM
 from egtrain.optim.directions.smoothout import SmoothOut
-from egtrain.optim.extrapolation import Direction, Extrapolation, Point
+from egtrain.optim.extrapolation import Extrapolation
 from egtrain.optim.lamb import LAMB
 from egtrain.optim.lars import LARS
 from egtrain.optim.noise_scale import NoiseScale
@@ -37,5 +38,6 @@ __all__ = [
     "OptimisticGradient",
     "Point",
     "SmoothOut",
+    "State",
     "remember_local_gradients",
 ]

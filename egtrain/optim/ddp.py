@@ -1,5 +1,7 @@
 """Extrapolation in a loop with `DistributedDataParallel`: every process is one worker."""
 
+from collections import Counter
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -41,11 +43,61 @@ def remember_local_gradients(model: nn.Module, extrapolation: Extrapolation) -> 
     from torch.distributed import GradBucket, get_rank  # type: ignore[attr-defined]
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
+    averaging = Averaged(extrapolation)
+    if averaging.numbers.keys().isdisjoint(model.parameters()):
+        raise ValueError(
+            "the optimizer has none of the model's parameters: make it from model.parameters()"
+        )
+    extrapolation.average_with(averaging, get_rank(model.process_group))
+
     def hook(group: Any, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         # `.grad` of these parameters is still the local one. It is not read from
         # bucket.gradients(), which gives channels_last gradients in the wrong order (torch 2.13).
-        extrapolation.remember_gradients(bucket.parameters())
+        averaging.arrive(bucket.parameters())
         return allreduce_hook(group, bucket)
 
-    extrapolation.take_before_average(model.parameters(), get_rank(model.process_group))
     model.register_comm_hook(model.process_group, hook)
+
+
+class Averaged:
+    """The gradients of one worker that a hook brings, in a block, before they become a mean."""
+
+    def __init__(self, extrapolation: Extrapolation) -> None:
+        self.extrapolation = extrapolation
+        self.numbers = {p: number for number, p in enumerate(extrapolation.parameters)}
+        self.arrivals: Counter[int] = Counter()
+
+    def arrive(self, parameters: Iterable[Tensor]) -> None:
+        """Have the gradients of those parameters observed that are the optimizer's."""
+        numbers = [self.numbers[p] for p in parameters if p in self.numbers]
+        self.arrivals.update(numbers)
+        self.extrapolation.observe_before_average(numbers)
+
+    def begin_block(self) -> None:
+        """Begin a block, in which none has arrived."""
+        self.arrivals.clear()
+
+    def end_second_gradient(self) -> None:
+        """Raise RuntimeError where the second gradient was averaged."""
+        if self.arrivals:
+            raise RuntimeError(
+                "the second gradient was averaged: take it, forward too, within model.no_sync()"
+            )
+
+    def end_block(self) -> Collection[int]:
+        """Return the numbers of the parameters whose gradients have arrived.
+
+        Raises:
+            RuntimeError: the gradients were not averaged once in the block.
+        """
+        if not self.arrivals:
+            raise RuntimeError(
+                "no gradient was averaged in the block: forward and backward belong in it, the "
+                "last micro-batch's outside of model.no_sync()"
+            )
+        if max(self.arrivals.values()) > 1:
+            raise RuntimeError(
+                "gradients were averaged more than once in the block: take all micro-batches but "
+                "the last within model.no_sync(), forward too"
+            )
+        return self.arrivals

@@ -4,55 +4,34 @@ Lin, Kong, Stich, Jaggi: Extrapolation for Large-batch Training in Deep Learning
 2006.05720.
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from egtrain.optim.base_state import BaseState, require_momentum
-from egtrain.optim.randomness import generator_for
-
-Need = Literal["own", "mean", "fresh", "momentum"]
+from egtrain.optim.base_state import BaseState
+from egtrain.optim.direction import Direction, Point, State
 
 
-@dataclass(frozen=True)
-class Point:
-    """What a direction may look at when worker k extrapolates at step t; every list has one tensor
-    a parameter.
+class Averaging(Protocol):
+    """What observes a worker's gradients in the course of a block, where `.grad` is a mean by its
+    end.
     """
 
-    parameters: list[Tensor]
-    """The unshifted weights."""
-    learning_rates: list[float]
-    """γ_t of each parameter's group."""
-    own: list[Tensor]
-    """g^k_{t−1}, the worker's previous gradient, not clipped; zero before its first."""
-    clip_factor: Tensor | None
-    """What ḡ_{t−1} was multiplied by (a scalar tensor), and g^k_{t−1} has to be; None where nothing
-    was clipped."""
-    mean: list[Tensor]
-    """ḡ_{t−1}, the gradient of the previous update; zero before the first."""
-    fresh: list[Tensor]
-    """∇f^k(x_t), the gradient at the unshifted weights."""
-    base: BaseState
-    """What the base optimizer keeps: its momentum, and how it scales a gradient."""
-    generator: Callable[[], torch.Generator]
-    """Makes the generator of this (seed, worker, step)."""
+    def begin_block(self) -> None:
+        """Begin a block, in which nothing was observed yet."""
 
+    def end_second_gradient(self) -> None:
+        """Raise RuntimeError where the second gradient was averaged."""
 
-class Direction(Protocol):
-    """A choice of ζ: one row of the table of variants."""
+    def end_block(self) -> Collection[int]:
+        """Return the numbers of the parameters whose gradients were observed in the block.
 
-    needs: ClassVar[frozenset[Need]]
-    """What of `Point` it looks at, beside weights, rates and noise."""
-
-    def zeta(self, at: Point) -> list[Tensor]:
-        """Return ζ, one tensor a parameter, newly allocated."""
-        ...
+        Raises:
+            RuntimeError: the gradients were not averaged once in it.
+        """
 
 
 class Extrapolation:
@@ -60,11 +39,11 @@ class Extrapolation:
     back bit for bit.
 
     Inside `with extrapolation.shifted(worker):` the parameters are x_t − ζ^k_t; outside they are
-    the optimizer's own. The gradient that `.grad` holds when the block ends is remembered as that
+    the optimizer's own. The gradient that `.grad` holds when the block ends is observed as that
     worker's (with DistributedDataParallel that is a mean: call `remember_local_gradients` before
     training). Forward and backward both belong in the block (a backward pass after it takes the
     gradient at neither point, unless autograd notices and raises). Not with `torch.amp.GradScaler`,
-    whose scale the remembered gradients would have.
+    whose scale the observed gradients would have.
 
     A copy (`copy.deepcopy`, pickle) of the optimizer together with its extrapolation works on its
     own.
@@ -90,11 +69,10 @@ class Extrapolation:
         self.workers = range(workers) if isinstance(workers, int) else workers
         if len(self.workers) < 1:
             raise ValueError("extrapolation needs at least one worker")
-        if "momentum" in direction.needs:
-            require_momentum(optimizer)
+        direction.check_base(optimizer)
         self.seed = seed
         self.steps = 0
-        self._parameters = [
+        self.parameters: list[Tensor] = [
             p for group in optimizer.param_groups for p in group["params"] if p.requires_grad
         ]
         # By number: load_state_dict replaces the groups. Which parameters take part is settled
@@ -105,23 +83,29 @@ class Extrapolation:
             for p in group["params"]
             if p.requires_grad
         ]
-        self._base = BaseState(optimizer, self._parameters, self._groups)
-        self._unshifted = [torch.empty_like(p, requires_grad=False) for p in self._parameters]
-        self._own = {k: self._zeros() for k in self.workers} if "own" in direction.needs else {}
-        self._mean = self._zeros() if "mean" in direction.needs else []
+        self._base = BaseState(optimizer, self.parameters, self._groups)
+        self._unshifted = [torch.empty_like(p, requires_grad=False) for p in self.parameters]
+        self._unshifted_are_known = False
+        with torch.no_grad():
+            self._states = {k: direction.worker_state(self.parameters) for k in self.workers}
+            self._shared = direction.shared_state(self.parameters)
+        for state in (self._states[self.workers[0]], self._shared):
+            for name, tensors in state.items():
+                if len(tensors) != len(self.parameters):
+                    raise ValueError(
+                        f"the direction keeps {len(tensors)} tensors of '{name}' for "
+                        f"{len(self.parameters)} parameters: keep one for each"
+                    )
         self._clip_factor: Tensor | None = None
         self._next_clip_factor: Tensor | None = None
         self._inside = False
-        # Where .grad is a mean by the end of a block, a hook has brought the gradients of these
-        # parameters before.
-        self._hooked = False
-        self._arrivals: Counter[int] = Counter()
-        optimizer.register_step_pre_hook(self._begin_update)
+        self._averaging: Averaging | None = None
+        self._watch_updates()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         # The copy of an optimizer has no hooks.
-        self.optimizer.register_step_pre_hook(self._begin_update)
+        self._watch_updates()
 
     @contextmanager
     def shifted(
@@ -130,11 +114,11 @@ class Extrapolation:
         """Hold the weights at x_t − ζ^k_t for the length of a `with` block.
 
         Args:
-            worker: whose past gradient and noise are used, and whose gradient is remembered; where
-                there is only one, it need not be named.
-            gradient: for directions that need a second gradient ("fresh"): a function that leaves
-                the gradient at the current weights in `.grad`. It must leave BatchNorm statistics
-                and random streams alone.
+            worker: whose state and noise are used, and whose gradient is observed; where there is
+                only one, it need not be named.
+            gradient: for directions of two gradients: a function that leaves the gradient at the
+                current weights in `.grad`. It must leave BatchNorm statistics and random streams
+                alone.
 
         Raises:
             ValueError: the worker is not one of `workers`, or `gradient` is missing.
@@ -155,166 +139,174 @@ class Extrapolation:
                 "shifted() blocks cannot be nested: leave the first before entering the next"
             )
         self._require_known_parameters()
-        self._arrivals.clear()
+        if self._averaging is not None:
+            self._averaging.begin_block()
         zeta = self._zeta(worker, gradient)
-        with torch.no_grad():
-            torch._foreach_copy_(self._unshifted, self._parameters)
+        self._note_unshifted()
         # From here on, whatever happens, a Ctrl-C among it, the weights are put back.
         try:
             self._inside = True
             with torch.no_grad():
-                torch._foreach_sub_(self._parameters, zeta)
+                torch._foreach_sub_(self.parameters, zeta)
             del zeta
             torch.clear_autocast_cache()
             yield
         finally:
             with torch.no_grad():
-                torch._foreach_copy_(self._parameters, self._unshifted)
+                torch._foreach_copy_(self.parameters, self._unshifted)
             torch.clear_autocast_cache()
             self._inside = False
         self._require_gradients()
-        if "own" in self.direction.needs:
-            self._require_one_arrival()
-            self._copy_gradients(
-                self._own[worker],
-                [i for i in range(len(self._parameters)) if i not in self._arrivals],
-            )
+        if self._states[worker]:
+            observed = self._averaging.end_block() if self._averaging is not None else ()
+            self._observe(worker, [i for i in range(len(self.parameters)) if i not in observed])
 
-    def take_before_average(self, parameters: Iterable[Tensor], worker: int) -> None:
-        """Be this one worker, whose gradients of these parameters are told to `remember_gradients`
-        by a hook.
+    def average_with(self, averaging: Averaging, worker: int) -> None:
+        """Be this one worker, whose gradients are averaged with those of other processes before a
+        block ends; `averaging` calls `observe_before_average` in time.
 
         Raises:
-            ValueError: there are several workers, or the optimizer has none of the parameters.
+            ValueError: there are several workers.
         """
         if len(self.workers) > 1:
             raise ValueError(
                 "a process of DistributedDataParallel is one worker: leave out "
                 f"workers={self.workers}"
             )
-        if set(parameters).isdisjoint(self._parameters):
-            raise ValueError(
-                "the optimizer has none of the model's parameters: make it from model.parameters()"
-            )
-        self._hooked = True
-        self.workers = range(worker, worker + 1)
-        self._own = dict(zip(self.workers, self._own.values(), strict=False))
+        (state,) = self._states.values()
+        self._averaging, self.workers, self._states = (
+            averaging,
+            range(worker, worker + 1),
+            {worker: state},
+        )
 
-    def remember_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Remember the one worker's `.grad` of some parameters, as a hook finds it before it
-        becomes a mean.
+    def observe_before_average(self, numbers: Sequence[int]) -> None:
+        """Observe `.grad` of some parameters, by their numbers in `parameters`, while it is the
+        worker's.
 
-        Outside a `shifted()` block nothing is remembered.
+        Outside a `shifted()` block nothing is observed.
         """
-        given = set(parameters)
-        numbers = [i for i, p in enumerate(self._parameters) if p in given]
-        self._arrivals.update(numbers)
-        if self._inside and self._own:
-            self._copy_gradients(self._own[self.workers[0]], numbers)
+        (worker,) = self.workers
+        if self._inside and self._states[worker]:
+            self._observe(worker, numbers)
 
     def note_clipping(self, factor: Tensor | float) -> None:
         """Tell by which factor (a scalar) the mean gradient of this step was clipped.
 
-        Past gradients are kept unclipped; ζ takes the factor of the step that they came from. Call
-        it before the optimizer's step wherever gradients are clipped; a step without a call is one
-        that was not clipped.
+        Workers' gradients are observed unclipped; ζ takes the factor of the step that they came
+        from. Call it before the optimizer's step wherever gradients are clipped; a step without a
+        call is one that was not clipped.
         """
-        device = self._parameters[0].device
+        device = self.parameters[0].device
         self._next_clip_factor = torch.as_tensor(factor, device=device).detach().reshape(()).clone()
 
+    @torch.no_grad()
     def forget(self, worker: int | None = None) -> None:
-        """Take a worker's past gradient (or that of all workers here) to be zero, as it is before
-        the first.
+        """Put a worker's state (or that of all workers here) back to what it was before the first
+        step.
 
         For a loop that skips an update whose loss or gradient is not finite: shifted along such a
         gradient, no later loss would be finite.
         """
         for k in self.workers if worker is None else [worker]:
-            for past in self._own.get(k, []):
-                past.zero_()
+            copy_state(self._states[k], self.direction.worker_state(self.parameters))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state; `own` stacks the workers along dimension 0 of each parameter, in the
-        order of `workers`.
+        """Return the state; under `worker_state` stand the direction's names, and each tensor has
+        the workers along its first dimension, in the order of `workers`.
         """
         return {
             "steps": self.steps,
             "workers": list(self.workers),
             "clip_factor": self._clip_factor,
-            "own": [torch.stack(rows) for rows in zip(*self._own.values(), strict=True)],
-            "mean": [m.clone() for m in self._mean],
+            "worker_state": {
+                name: [
+                    torch.stack(rows)
+                    for rows in zip(*(s[name] for s in self._states.values()), strict=True)
+                ]
+                for name in self._states[self.workers[0]]
+            },
+            "shared_state": {
+                name: [t.clone() for t in tensors] for name, tensors in self._shared.items()
+            },
         }
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned, for the same parameters and workers.
 
         Raises:
             ValueError: the state belongs to other parameters, workers or another direction.
         """
-        if self._own and state["workers"] != list(self.workers):
+        if self._states[self.workers[0]] and state["workers"] != list(self.workers):
             raise ValueError(
                 f"the extrapolation state is that of the workers {state['workers']}, and carried "
-                "here are "
-                f"{list(self.workers)}: every process loads what it has saved itself"
+                f"here are {list(self.workers)}: every process loads what it has saved itself"
             )
-        own = [torch.stack(rows) for rows in zip(*self._own.values(), strict=True)]
-        if [m.shape for m in (*own, *self._mean)] != [
-            m.shape for m in (*state["own"], *state["mean"])
-        ]:
+        found = shapes(state["worker_state"]), shapes(state["shared_state"])
+        first = self._states[self.workers[0]]
+        if found != (shapes(first, len(self.workers)), shapes(self._shared)):
             raise ValueError(
                 "the extrapolation state belongs to other parameters, workers or another direction"
             )
         self.steps = state["steps"]
         factor = state["clip_factor"]
-        self._clip_factor = None if factor is None else factor.to(self._parameters[0].device)
-        for row, gradients in enumerate(self._own.values()):
-            torch._foreach_copy_(gradients, [stacked[row] for stacked in state["own"]])
-        if self._mean:
-            torch._foreach_copy_(self._mean, state["mean"])
+        self._clip_factor = None if factor is None else factor.to(self.parameters[0].device)
+        for row, kept in enumerate(self._states.values()):
+            copy_state(
+                kept,
+                {name: [t[row] for t in rows] for name, rows in state["worker_state"].items()},
+            )
+        copy_state(self._shared, state["shared_state"])
 
-    def _zeros(self) -> list[Tensor]:
-        return [torch.zeros_like(p, requires_grad=False) for p in self._parameters]
+    def _watch_updates(self) -> None:
+        self.optimizer.register_step_pre_hook(self._begin_update)
+        self.optimizer.register_step_post_hook(self._end_update)
 
     def _zeta(self, worker: int, gradient: Callable[[], object] | None) -> list[Tensor]:
-        fresh: list[Tensor] = []
-        if "fresh" in self.direction.needs:
-            if gradient is None:
-                raise ValueError(
-                    "this direction takes a second gradient: pass shifted(..., gradient=function)"
-                )
-            gradient()
-            if self._arrivals:
-                raise RuntimeError(
-                    "the second gradient was averaged: take it, forward too, within model.no_sync()"
-                )
-            fresh = self._zeros()
-            self._copy_gradients(fresh)
-            if gradients := [p.grad for p in self._parameters if p.grad is not None]:
-                torch._foreach_zero_(gradients)
-        rates = [float(self.optimizer.param_groups[i]["lr"]) for i in self._groups]
+        second = self._second_gradient(gradient) if self.direction.gradients == 2 else []
         with torch.no_grad():
             return self.direction.zeta(
                 Point(
-                    parameters=list(self._parameters),
-                    learning_rates=rates,
-                    own=self._own.get(worker, []),
+                    worker=worker,
+                    step=self.steps,
+                    parameters=list(self.parameters),
+                    learning_rates=[
+                        float(self.optimizer.param_groups[i]["lr"]) for i in self._groups
+                    ],
+                    state=self._states[worker],
+                    shared=self._shared,
+                    second_gradient=second,
                     clip_factor=self._clip_factor,
-                    mean=self._mean,
-                    fresh=fresh,
                     base=self._base,
-                    generator=lambda: generator_for(
-                        self.seed,
-                        "extrapolation",
-                        worker,
-                        self.steps,
-                        device=self._parameters[0].device,
-                    ),
+                    seed=self.seed,
                 )
             )
 
+    def _second_gradient(self, gradient: Callable[[], object] | None) -> list[Tensor]:
+        """Return a copy of the gradient that a function takes at x_t; `.grad` becomes zero."""
+        if gradient is None:
+            raise ValueError(
+                "this direction takes a second gradient: pass shifted(..., gradient=function)"
+            )
+        gradient()
+        if self._averaging is not None:
+            self._averaging.end_second_gradient()
+        second = [torch.empty_like(p, requires_grad=False) for p in self.parameters]
+        with torch.no_grad():
+            torch._foreach_copy_(second, self._gradients(range(len(self.parameters))))
+            if gradients := [p.grad for p in self.parameters if p.grad is not None]:
+                torch._foreach_zero_(gradients)
+        return second
+
+    @torch.no_grad()
+    def _note_unshifted(self) -> None:
+        torch._foreach_copy_(self._unshifted, self.parameters)
+        self._unshifted_are_known = True
+
     def _require_known_parameters(self) -> None:
         """Raise RuntimeError where the optimizer trains parameters that would not be shifted."""
-        known = set(map(id, self._parameters))
+        known = set(map(id, self.parameters))
         for number, group in enumerate(self.optimizer.param_groups):
             if any(p.requires_grad and id(p) not in known for p in group["params"]):
                 raise RuntimeError(
@@ -326,51 +318,41 @@ class Extrapolation:
         """Raise RuntimeError for a parameter group in which a gradient was possible and there is
         none.
         """
-        empty = {i for i, p in zip(self._groups, self._parameters, strict=True) if p.requires_grad}
-        empty -= {
-            i for i, p in zip(self._groups, self._parameters, strict=True) if p.grad is not None
-        }
+        members = list(zip(self._groups, self.parameters, strict=True))
+        empty = {i for i, p in members if p.requires_grad}
+        empty -= {i for i, p in members if p.grad is not None}
         if empty:
             raise RuntimeError(
                 f"parameter group {min(empty)} has no gradient: backward() belongs inside the block"
             )
 
-    def _require_one_arrival(self) -> None:
-        """Raise RuntimeError where a hook should have brought each gradient of the block once, and
-        has not.
-        """
-        if self._hooked and not self._arrivals:
-            raise RuntimeError(
-                "no gradient was averaged in the block: forward and backward belong in it, the "
-                "last micro-batch's "
-                "outside of model.no_sync()"
-            )
-        if self._hooked and max(self._arrivals.values()) > 1:
-            raise RuntimeError(
-                "gradients were averaged more than once in the block: take all micro-batches but "
-                "the last within "
-                "model.no_sync(), forward too"
-            )
+    def _gradients(self, numbers: Sequence[int]) -> list[Tensor]:
+        """Return `.grad` of the parameters with these numbers; where there is none it is zero.
 
-    def _copy_gradients(self, into: list[Tensor], numbers: Sequence[int] | None = None) -> None:
-        """Copy `.grad` of every parameter, or of those with these numbers; where there is none it
-        is zero.
+        Raises:
+            RuntimeError: one is sparse.
         """
-        if numbers is None:
-            numbers = range(len(self._parameters))
-        gradients = [self._parameters[i].grad for i in numbers]
+        gradients = [self.parameters[i].grad for i in numbers]
         if any(g is not None and g.layout != torch.strided for g in gradients):
             raise RuntimeError(
                 "extrapolation needs dense gradients: use sparse=False in embeddings"
             )
-        copies = [into[i] for i in numbers]
-        with torch.no_grad():
-            if copies and all(g is not None for g in gradients):
-                torch._foreach_copy_(copies, [g for g in gradients if g is not None])
-                return
-            for kept, g in zip(copies, gradients, strict=True):
-                kept.zero_() if g is None else kept.copy_(g)
+        return [
+            # Zeros that take no memory.
+            p.new_zeros(()).expand_as(p) if g is None else g
+            for g, p in zip(gradients, (self.parameters[i] for i in numbers), strict=True)
+        ]
 
+    @torch.no_grad()
+    def _observe(self, worker: int, numbers: Sequence[int]) -> None:
+        gradients = self._gradients(numbers)
+        if gradients:
+            state = self._states[worker]
+            self.direction.observe_gradient(
+                {name: [tensors[i] for i in numbers] for name, tensors in state.items()}, gradients
+            )
+
+    @torch.no_grad()
     def _begin_update(
         self, _: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
@@ -378,13 +360,33 @@ class Extrapolation:
             raise RuntimeError(
                 "optimizer.step() belongs after the shifted() block, where the weights are x again"
             )
-        if "mean" in self.direction.needs:
+        if self._shared:
             # Not after the update: torch's SGD makes its step in the memory of the gradients.
             if any(callable(value) for value in (*args, *kwargs.values())):
                 raise RuntimeError(
-                    "extrapolation along the mean gradient has to see it before the update: "
+                    "the direction keeps the mean gradient, and has to see it before the update: "
                     "call step() without a closure"
                 )
-            self._copy_gradients(self._mean)
+            mean = self._gradients(range(len(self.parameters)))
+            self.direction.observe_mean_gradient(self._shared, mean)
+            if not self._unshifted_are_known:
+                self._note_unshifted()
         self._clip_factor, self._next_clip_factor = self._next_clip_factor, None
         self.steps += 1
+
+    @torch.no_grad()
+    def _end_update(self, *_: object) -> None:
+        if self._shared:
+            self.direction.observe_update(self._shared, self._unshifted, self.parameters)
+        self._unshifted_are_known = False
+
+
+def shapes(state: State, *leading: int) -> dict[str, list[tuple[int, ...]]]:
+    """Return the shape of each tensor of a state, behind the leading dimensions."""
+    return {name: [(*leading, *t.shape) for t in tensors] for name, tensors in state.items()}
+
+
+def copy_state(into: State, state: State) -> None:
+    """Copy a state into another one of the same names and shapes."""
+    for name, tensors in into.items():
+        torch._foreach_copy_(tensors, state[name])

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from egtrain.optim.extrapolation import Point
-from egtrain.optim.lengths import Scaling, require_one_of, require_sizes, scaled_to_weights
+from egtrain.optim.direction import Direction, Point
+from egtrain.optim.scaling import Scaling, require_one_of, require_sizes, scaled_to_weights
 
 
 @dataclass(frozen=True, kw_only=True)
-class Noise:
+class Noise(Direction):
     """How far noise reaches: with scaling `filter` (the default) by SmoothOut's rule,
     size·‖w_f‖·n_f/(‖n_f‖ + 1e-6).
     """

@@ -220,7 +220,7 @@ def facts_from_data(offline: bool = False) -> Callable[[Config], Facts]:
                 f"the learning rate {'ends' if falls == plan.steps else 'falls'} at {falls}: lower "
                 "schedule.warmup_epochs with --set"
             )
-        twice = direction is not None and "fresh" in direction.needs
+        twice = direction is not None and direction.gradients == 2
         return Facts(
             samples=task.samples,
             steps_per_epoch=plan.steps_per_epoch,

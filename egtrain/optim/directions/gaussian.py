@@ -1,19 +1,16 @@
 """Gaussian smoothing: independent normal noise in each worker and step."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
-from egtrain.optim.extrapolation import Need, Point
+from egtrain.optim.direction import Point
 from egtrain.optim.noise import Noise
 
 
 @dataclass(frozen=True, kw_only=True)
 class GaussianNoise(Noise):
     """Isotropic smoothing: ζ^k_t = size·n with independent n ~ N(0, 1), scaled to the weights."""
-
-    needs: ClassVar[frozenset[Need]] = frozenset()
 
     def zeta(self, at: Point) -> list[Tensor]:
         """Return ζ of normal noise, drawn for the worker and the step."""

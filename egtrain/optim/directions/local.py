@@ -1,20 +1,26 @@
 """EXTRAP-SGD: along the worker's previous gradient."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from egtrain.optim.extrapolation import Need, Point
-from egtrain.optim.lengths import Length
+from egtrain.optim.along_gradient import AlongGradient
+from egtrain.optim.direction import Point, State
 
 
 @dataclass(frozen=True, kw_only=True)
-class LocalGradient(Length):
+class LocalGradient(AlongGradient):
     """EXTRAP-SGD: ζ^k_t = γ̂_t·g^k_{t−1}, the worker's previous gradient (arXiv 2006.05720)."""
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"own"})
+    def worker_state(self, parameters: list[Tensor]) -> State:
+        """Return zero gradients."""
+        return {"gradient": [torch.zeros_like(x) for x in parameters]}
+
+    def observe_gradient(self, state: State, gradients: list[Tensor]) -> None:
+        """Keep g^k_t."""
+        torch._foreach_copy_(state["gradient"], gradients)
 
     def zeta(self, at: Point) -> list[Tensor]:
         """Return ζ along the worker's previous gradient."""
-        return self.along(at.own, at, at.clip_factor)
+        return self.along(at.state["gradient"], at, at.clip_factor)

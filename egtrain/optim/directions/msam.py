@@ -1,17 +1,17 @@
 """MSAM: along the normalised momentum of the base optimizer."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from egtrain.optim.extrapolation import Need, Point
-from egtrain.optim.lengths import require_sizes
+from egtrain.optim.base_state import require_momentum
+from egtrain.optim.direction import Direction, Point
+from egtrain.optim.scaling import require_sizes
 
 
 @dataclass(frozen=True, kw_only=True)
-class MSAM:
+class MSAM(Direction):
     """MSAM: ζ_t = radius·v_t/‖v_t‖, the norm over the whole vector (arXiv 2401.12033).
 
     As in the paper's Algorithm 1, the gradient is taken at x_t − ζ_t, ahead of x_t on the way that
@@ -24,10 +24,12 @@ class MSAM:
 
     radius: float
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"momentum"})
-
     def __post_init__(self) -> None:
         require_sizes(radius=self.radius)
+
+    def check_base(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raise ValueError unless the base has a momentum and does not look ahead along it."""
+        require_momentum(optimizer)
 
     def zeta(self, at: Point) -> list[Tensor]:
         """Return ζ along the momentum."""

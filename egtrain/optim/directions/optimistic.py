@@ -1,22 +1,28 @@
 """The optimistic gradient method: along the previous mean gradient."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from egtrain.optim.extrapolation import Need, Point
-from egtrain.optim.lengths import Length
+from egtrain.optim.along_gradient import AlongGradient
+from egtrain.optim.direction import Point, State
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimisticGradient(Length):
+class OptimisticGradient(AlongGradient):
     """Extrapolation from the past: ζ_t = γ̂_t·ḡ_{t−1} (Popov 1980; the optimistic gradient
     method).
     """
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"mean"})
+    def shared_state(self, parameters: list[Tensor]) -> State:
+        """Return zero gradients."""
+        return {"mean_gradient": [torch.zeros_like(x) for x in parameters]}
+
+    def observe_mean_gradient(self, state: State, gradients: list[Tensor]) -> None:
+        """Keep ḡ_t."""
+        torch._foreach_copy_(state["mean_gradient"], gradients)
 
     def zeta(self, at: Point) -> list[Tensor]:
         """Return ζ along the previous mean gradient."""
-        return self.along(at.mean, at)
+        return self.along(at.shared["mean_gradient"], at)

@@ -6,12 +6,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from egtrain.optim.extrapolation import Need, Point
-from egtrain.optim.lengths import require_sizes
+from egtrain.optim.direction import Direction, Point
+from egtrain.optim.scaling import require_sizes
 
 
 @dataclass(frozen=True, kw_only=True)
-class SAM:
+class SAM(Direction):
     """Sharpness-aware minimisation, per worker: ζ^k_t = −radius·∇f^k(x_t)/‖∇f^k(x_t)‖ (arXiv
     2010.01412).
 
@@ -20,13 +20,13 @@ class SAM:
 
     radius: float
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"fresh"})
+    gradients: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         require_sizes(radius=self.radius)
 
     def zeta(self, at: Point) -> list[Tensor]:
         """Return ζ, the step of length `radius` uphill, with its sign."""
-        norm = torch.nn.utils.get_total_norm(at.fresh)
+        norm = torch.nn.utils.get_total_norm(at.second_gradient)
         factor = torch.where(norm > 0, -self.radius / norm, torch.zeros_like(norm))
-        return list(torch._foreach_mul(at.fresh, factor))
+        return list(torch._foreach_mul(at.second_gradient, factor))

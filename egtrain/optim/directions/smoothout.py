@@ -1,11 +1,10 @@
 """SmoothOut: independent uniform noise in each worker and step."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
-from egtrain.optim.extrapolation import Need, Point
+from egtrain.optim.direction import Point
 from egtrain.optim.noise import Noise
 
 
@@ -14,8 +13,6 @@ class SmoothOut(Noise):
     """SmoothOut: ζ^k_t = size·n with independent n ~ U(−1, 1), scaled to the weights (Wen et al.
     2018, arXiv 1805.07898).
     """
-
-    needs: ClassVar[frozenset[Need]] = frozenset()
 
     def zeta(self, at: Point) -> list[Tensor]:
         """Return ζ of uniform noise, drawn for the worker and the step."""

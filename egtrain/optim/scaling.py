@@ -1,0 +1,61 @@
+"""Shifts in proportion to the weights, layer by layer or filter by filter, and checks of such
+settings.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Scaling = Literal["none", "layer", "filter"]
+
+
+def scaled_to_weights(
+    zeta: Sequence[Tensor], parameters: Sequence[Tensor], size: float, scaling: Scaling
+) -> list[Tensor]:
+    """Return ζ_l ← size·‖x_l‖·ζ_l/(‖ζ_l‖ + 1e-6), where l is a layer or a filter, or size·ζ for
+    `none`.
+
+    A filter is a slice along dimension 0 of a weight with two or more dimensions; other parameters
+    are one filter.
+    """
+    if scaling == "none":
+        return list(torch._foreach_mul(list(zeta), size))
+    z_norms, x_norms = (
+        layer_or_filter_norms(zeta, scaling),
+        layer_or_filter_norms(parameters, scaling),
+    )
+    # 1e-6 is SmoothOut's: it also keeps a gradient of mere rounding errors from being blown up to
+    # full size.
+    torch._foreach_add_(z_norms, 1e-6)
+    torch._foreach_mul_(x_norms, size)
+    # In this order no factor overflows in half precision.
+    scaled = list(torch._foreach_div(list(zeta), z_norms))
+    torch._foreach_mul_(scaled, x_norms)
+    return scaled
+
+
+def layer_or_filter_norms(tensors: Sequence[Tensor], scaling: Scaling) -> list[Tensor]:
+    """Return norms that broadcast against the tensors: of each one, or of its filters."""
+    if scaling == "layer":
+        return list(torch._foreach_norm(list(tensors)))
+    dims = [tuple(range(1, t.ndim)) or None for t in tensors]
+    return [
+        torch.linalg.vector_norm(t, dim=d, keepdim=True) for t, d in zip(tensors, dims, strict=True)
+    ]
+
+
+def require_sizes(**sizes: float) -> None:
+    """Raise ValueError for a size that is negative or not finite."""
+    for name, value in sizes.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name} must be a finite number of at least 0, not {value}")
+
+
+def require_one_of(known: object, **choices: str) -> None:
+    """Raise ValueError for a choice that is none of the names in a `Literal`."""
+    for name, value in choices.items():
+        if value not in get_args(known):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(known))}, not {value!r}")
