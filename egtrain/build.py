@@ -33,7 +33,7 @@ from egtrain.optim.lars import LARS
 from egtrain.optim.post_local import PostLocal
 from egtrain.optim.randomness import seed_for
 from egtrain.plan import build_plan, build_schedule, with_fitting_warmup
-from egtrain.run import Run
+from egtrain.run import DataSummary, Run
 from egtrain.tasks import Task
 from egtrain.tasks.image import ImageTask
 from egtrain.tasks.language import LanguageTask
@@ -132,11 +132,13 @@ def build_task(config: Config, data: Data, device: torch.device) -> Task:
     )
 
 
-def outputs_of(data: Data) -> int:
-    """Return how many answers a model has to choose from: classes, words or subwords."""
+def summary_of(data: Data) -> DataSummary:
+    """Return what a checkpoint keeps of the data."""
     if isinstance(data, TextData):
-        return len(data.vocabulary)
-    return data.subwords.size if isinstance(data, PairData) else data.classes
+        return DataSummary(data.digest, len(data.vocabulary), vocabulary=data.vocabulary)
+    if isinstance(data, PairData):
+        return DataSummary(data.digest, data.subwords.size, subwords=data.subwords.model)
+    return DataSummary(data.digest, data.classes)
 
 
 def build_model(config: Config, outputs: int, device: torch.device) -> nn.Module:
@@ -283,7 +285,8 @@ def build_run(config: Config, ranks: Ranks, data: Data | None = None) -> Run:
     task = build_task(config, data, ranks.device)
     config = with_fitting_warmup(config, task.steps_per_epoch)
     plan = build_plan(config, task.steps_per_epoch)
-    model = build_model(config, outputs_of(data), ranks.device)
+    summary = summary_of(data)
+    model = build_model(config, summary.outputs, ranks.device)
     optimizer = build_optimizer(config.optimizer, model)
     workers = Workers(model, config.workers, ranks, config.deterministic)
     direction = build_direction(config)
@@ -313,7 +316,7 @@ def build_run(config: Config, ranks: Ranks, data: Data | None = None) -> Run:
         seed=config.seed,
         evaluate_every=evaluate_every,
         checkpoint_every=config.checkpoint.every or evaluate_every,
-        data=data.digest,
+        data=summary,
         unread_steps=0 if ranks.device.type == "cpu" else 1,
     )
 

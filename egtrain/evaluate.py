@@ -23,26 +23,28 @@ def evaluate(
     on who computed it. The model's buffers are used as they are; its training mode is restored.
     """
     sums = torch.zeros(task.evaluation_batches(split), len(task.sums), dtype=torch.float64)
-    training = model.training
-    model.eval()
-    autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=precision == "bf16")
-    with torch.inference_mode(), autocast, _float32_as_in_training(precision):
+    with evaluating(model, ranks.device, precision):
         for index in range(ranks.rank, len(sums), ranks.count):
             sums[index] = task.evaluate_batch(model, split, index).cpu()
-    model.train(training)
     return task.metrics_of(sum_over_ranks(sums, ranks).sum(dim=0).tolist(), split)
 
 
 @contextmanager
-def _float32_as_in_training(precision: str) -> Iterator[None]:
-    """Keep TF32, which is PyTorch's default on a GPU, out of an evaluation in fp32, also in a
-    process of its own.
+def evaluating(model: nn.Module, device: torch.device, precision: str) -> Iterator[None]:
+    """Hold a model in evaluation mode and PyTorch in the precision of the training, without
+    gradients.
     """
+    training = model.training
+    model.eval()
     cudnn: Any = torch.backends.cudnn
     before = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
     if precision == "fp32":
+        # PyTorch's default on a GPU is TF32, and this may be a process that has not trained.
         cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee"
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     try:
-        yield
+        with torch.inference_mode(), autocast:
+            yield
     finally:
+        model.train(training)
         cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = before

@@ -1,6 +1,6 @@
 """What a run consists of, and what of it a checkpoint holds."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,22 @@ from egtrain.optim.post_local import PostLocal
 from egtrain.optim.schedules import Schedule
 from egtrain.tasks import Task
 from egtrain.workers import Workers
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """What a checkpoint keeps of the data: enough to know them again, and to make the model and
+    read what it says without them.
+    """
+
+    digest: str = ""
+    """SHA-256 of the data."""
+    outputs: int = 0
+    """The classes, words or subwords that a model chooses from."""
+    vocabulary: tuple[str, ...] | None = None
+    """The words of a language model, in the order of its outputs."""
+    subwords: bytes | None = None
+    """SentencePiece's model, where sentences are translated."""
 
 
 @dataclass
@@ -43,8 +59,7 @@ class Run:
     unread_steps: int
     """Steps that may be queued on the device before the host reads the first one's statistics: 1
     keeps a GPU busy."""
-    data: str = ""
-    """A digest of the data."""
+    data: DataSummary = DataSummary()
     noise_scale: NoiseScale = field(default_factory=NoiseScale)
     step: int = 0
     """Completed updates."""
@@ -89,7 +104,7 @@ class Run:
         state: dict[str, Any] = {
             "step": self.step,
             "gradient_evaluations": self.gradient_evaluations,
-            "data": self.data,
+            "data": asdict(self.data),
             "model": {
                 name: t.detach().cpu().clone() for name, t in self.model.state_dict().items()
             },
@@ -125,7 +140,7 @@ class Run:
             ValueError: the state belongs to other data, another base optimizer, extrapolation or
                 number of workers.
         """
-        if state.get("data") != self.data:
+        if state["data"]["digest"] != self.data.digest:
             raise ValueError("the data are not those that it was trained on")
         if (state["extrapolation"] is None) != (self.extrapolation is None):
             raise ValueError(

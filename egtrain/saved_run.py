@@ -1,20 +1,22 @@
 """A finished or interrupted run, read back: its configuration, model and task."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from egtrain.build import TASKS, build_model, build_task, load_data, native_precision, outputs_of
+from egtrain.build import TASKS, build_model, build_task, load_data, native_precision
 from egtrain.checkpoint import CheckpointStore
 from egtrain.config.files import config_file_of, load_config
 from egtrain.config.schema import Config
 from egtrain.config.tasks import TranslationSettings
 from egtrain.config.yaml_text import write_value
 from egtrain.errors import DataError, UsageError
-from egtrain.evaluate import evaluate
+from egtrain.evaluate import evaluate, evaluating
 from egtrain.models.loading import load_weights
+from egtrain.run import DataSummary
 from egtrain.tasks import Split, Task
 from egtrain.tasks.translation import TranslationTask
 from egtrain.workers import Ranks
@@ -27,42 +29,67 @@ class SavedRun:
     config: Config
     model: nn.Module
     """In evaluation mode, with the mean of the workers' BatchNorm statistics."""
-    task: Task
+    data: DataSummary
     step: int
     """Completed updates."""
+    directory: Path
+    offline: bool
+    """Whether the data may not be downloaded."""
 
-    def evaluate(self, split: Split = "test") -> dict[str, float]:
-        """Return the mean loss and the task's metric over a split.
+    @cached_property
+    def task(self) -> Task:
+        """The run's task; its data are read when it is first asked for.
 
         Raises:
+            DataError: the data are missing or damaged, or are not those of the run.
+        """
+        data = load_data(self.config, self.offline)
+        if data.digest != self.data.digest:
+            raise DataError(
+                f"the data are not those that {self.directory} was trained on: name the folder "
+                "that has those, with --data-dir"
+            )
+        return build_task(self.config, data, self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def evaluate(self, split: Split = "test") -> dict[str, float]:
+        """Return the mean loss and the task's metric over a split, in the run's precision.
+
+        Raises:
+            DataError: the data are missing or damaged, or are not those of the run.
             UsageError: the run holds out no such split.
         """
         if not self.task.evaluation_size(split):
             raise UsageError(
                 f"this run held out no {split} samples: evaluate the test split instead"
             )
-        device = next(self.model.parameters()).device
-        return evaluate(self.task, self.model, split, Ranks(device=device), self.config.precision)
+        return evaluate(
+            self.task, self.model, split, Ranks(device=self._device), self.config.precision
+        )
 
     def translate(self, split: Split = "test", beam: int | None = None) -> "Translations":
-        """Return the translations of a split by beam search.
+        """Return the translations of a split by beam search, in the run's precision.
 
         Args:
             split: `test` or `validation`.
             beam: hypotheses kept for a sentence, 1 for greedy; None: the configuration's.
 
         Raises:
+            DataError: the data are missing or damaged, or are not those of the run.
             UsageError: the run does not translate.
         """
         settings = self.config.task
-        if not isinstance(self.task, TranslationTask) or not isinstance(
-            settings, TranslationSettings
-        ):
+        if not isinstance(settings, TranslationSettings):
             raise UsageError("beam search is for runs that translate: leave --beam out")
+        assert isinstance(self.task, TranslationTask)
         beam = settings.beam if beam is None else beam
-        hypotheses = self.task.translate(
-            self.model, split, beam=beam, length_penalty=settings.length_penalty
-        )
+        with evaluating(self.model, self._device, self.config.precision):
+            hypotheses = self.task.translate(
+                self.model, split, beam=beam, length_penalty=settings.length_penalty
+            )
         bleu, signature = self.task.score(hypotheses, split)
         sentences = self.task.sentences(split)
         return Translations(
@@ -92,7 +119,8 @@ def load_run(
     offline: bool = False,
     device: str = "cpu",
 ) -> SavedRun:
-    """Return the model, task and configuration of a run directory.
+    """Return the model and configuration of a run directory; its data are read only where its task
+    or an evaluation needs them.
 
     Args:
         path: the run directory.
@@ -103,7 +131,7 @@ def load_run(
 
     Raises:
         UsageError: the directory holds no run, or the checkpoint does not fit its configuration.
-        DataError: the checkpoint or the data are missing or damaged.
+        DataError: the checkpoint is missing or damaged.
     """
     directory = Path(path)
     file = config_file_of(directory)
@@ -124,13 +152,8 @@ def load_run(
     else:
         step, state = store.load(checkpoint)
     place = torch.device(device)
-    data = load_data(config, offline)
-    if state.get("data") != data.digest:
-        raise DataError(
-            f"the data are not those that {directory} was trained on: name the folder that has "
-            "those, with --data-dir"
-        )
-    model = build_model(config, outputs_of(data), place)
+    data = DataSummary(**state["data"])
+    model = build_model(config, data.outputs, place)
     load_weights(model, state["model"])
     config = config.model_copy(update={"precision": native_precision(config.precision, place)})
-    return SavedRun(config, model.eval(), build_task(config, data, place), step)
+    return SavedRun(config, model.eval(), data, step, directory, offline)

@@ -16,7 +16,7 @@ from egtrain.build import (
     load_data,
     locate_data,
     native_precision,
-    outputs_of,
+    summary_of,
     worker_state_bytes,
 )
 from egtrain.checkpoint import CheckpointStore
@@ -306,7 +306,7 @@ def print_plan(config: Config, directory: Path, nproc: int | None, as_json: bool
             if steps.local_start is None
             else f"from step {steps.local_start:,}, "
             f"weights averaged every {config.post_local.period} steps",
-            "worker_state_bytes": worker_state_bytes(config, outputs_of(data)),
+            "worker_state_bytes": worker_state_bytes(config, summary_of(data).outputs),
             "learning_rate": {
                 s: round(schedule(s), 6) for s in sorted(phases) if 0 <= s < steps.steps
             },

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 import torch
 from helpers import command_line, config_of, metrics_in, newest_checkpoint, run_here, write_images
+from torch import nn
 
 import egtrain
 from egtrain.errors import DataError, UsageError
+from egtrain.tasks import Split
+from egtrain.tasks.image import ImageTask
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -42,13 +45,15 @@ def test_eval_finds_the_final_metrics(plain: Path, capsys: pytest.CaptureFixture
     result = command_line(capsys, "eval", str(plain), "--json")
     assert (result.code, result.stderr) == (0, "")
     found = json.loads(result.stdout)
-    assert found == {"run": str(plain), "step": 12, "split": "test", **final_of(plain)["test"]}
+    told = {"run": str(plain), "step": 12, "split": "test", "precision": "fp32"}
+    assert found == {**told, **final_of(plain)["test"]}
 
     result = command_line(capsys, "eval", str(plain))
     final = final_of(plain)["test"]
     assert (
         result.stdout
-        == f"test: accuracy {final['accuracy']:.2%}, loss {final['loss']:.4f} after 12 steps\n"
+        == f"test: accuracy {final['accuracy']:.2%}, loss {final['loss']:.4f} "
+        "after 12 steps, in fp32\n"
     )
 
 
@@ -131,6 +136,56 @@ def test_fp32_is_not_evaluated_in_tf32(plain: Path, monkeypatch: pytest.MonkeyPa
     run.evaluate("test")
     assert set(seen) == {("ieee", "ieee")}
     assert (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision) == before
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)]
+)
+def test_evaluation_is_in_the_precision_of_the_run_and_says_so(
+    precision: str,
+    dtype: torch.dtype,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    seen: list[torch.dtype] = []
+    evaluate_batch = ImageTask.evaluate_batch
+
+    def noted(self: ImageTask, model: nn.Module, split: Split, index: int) -> torch.Tensor:
+        hook = model.get_submodule("stem").register_forward_hook(
+            lambda module, inputs, output: seen.append(output.dtype)
+        )
+        sums = evaluate_batch(self, model, split, index)
+        hook.remove()
+        return sums
+
+    monkeypatch.setattr(ImageTask, "evaluate_batch", noted)
+    directory = run_here(tmp_path / "run", config_of(images, f"precision={precision}", "steps=1"))
+    assert set(seen) == {dtype}
+    seen.clear()
+    found = json.loads(command_line(capsys, "eval", str(directory), "--json").stdout)
+    assert set(seen) == {dtype}
+    assert found["precision"] == precision
+    assert found["loss"] == final_of(directory)["test"]["loss"]
+    assert command_line(capsys, "eval", str(directory)).stdout.endswith(f", in {precision}\n")
+
+
+def test_without_its_data_a_run_gives_its_model_and_says_which_are_missing(
+    tmp_path: Path,
+) -> None:
+    file = write_images(tmp_path / "some.npz")
+    directory = run_here(tmp_path / "run", config_of(file, "steps=2"))
+    pixels = torch.rand(5, 3, 8, 8)
+    with torch.inference_mode():
+        expected = egtrain.load_run(directory).model(pixels)
+    file.unlink()
+    run = egtrain.load_run(directory)
+    with torch.inference_mode():
+        assert torch.equal(run.model(pixels), expected)
+    for ask in (run.evaluate, lambda: run.task):
+        with pytest.raises(DataError, match=r"some\.npz: no such file"):
+            ask()
 
 
 def test_a_run_knows_its_data_again_elsewhere_and_when_they_have_changed(

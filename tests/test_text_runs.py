@@ -4,11 +4,13 @@ evaluation.
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import metrics_in, newest_checkpoint, outcome, run_here, run_on_ranks, write_texts
 from typer.testing import CliRunner
 
@@ -18,7 +20,8 @@ from egtrain.checkpoint import read_checkpoint
 from egtrain.cli import app
 from egtrain.config.files import load_config
 from egtrain.config.schema import Config
-from egtrain.errors import InterruptedRun, UsageError
+from egtrain.data.pairs import Subwords
+from egtrain.errors import DataError, InterruptedRun, UsageError
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -200,7 +203,9 @@ def test_evaluation_by_beam_search_writes_the_hypotheses_and_shows_some(translat
         app, ["eval", str(translating), "--beam", "3"], catch_exceptions=False
     )
     lines = result.stdout.splitlines()
-    assert re.fullmatch(rf"test: bleu \d+\.\d\d, loss \d+\.\d{{4}} after {STEPS} steps", lines[0])
+    assert re.fullmatch(
+        rf"test: bleu \d+\.\d\d, loss \d+\.\d{{4}} after {STEPS} steps, in fp32", lines[0]
+    )
     assert re.match(r"beam 3, nrefs:1\|case:mixed\|eff:no\|tok:13a\|smooth:exp\|version:", lines[1])
     assert sum(line.startswith("source: ") for line in lines) == 3
     written = (translating / "hypotheses-test-beam3.txt").read_text().splitlines()
@@ -217,6 +222,45 @@ def test_greedy_evaluation_gives_what_training_logged(translating: Path) -> None
     assert found["bleu"] == pytest.approx(final["bleu"], abs=1e-9)
     assert found["loss"] == pytest.approx(final["loss"])
     assert (found["beam"], Path(found["hypotheses"]).name) == (1, "hypotheses-test-beam1.txt")
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)]
+)
+def test_translations_are_made_in_the_precision_of_the_run(
+    precision: str, dtype: torch.dtype, texts: Path, tmp_path: Path
+) -> None:
+    config = config_of("transformer-eg", texts, f"precision={precision}")
+    run = egtrain.load_run(run_here(tmp_path / "run", config))
+    seen: list[torch.dtype] = []
+    for module in run.model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    run.translate()
+    assert set(seen) == {dtype}
+
+
+@pytest.mark.parametrize("preset", ["lstm-eg", "transformer-eg"])
+def test_without_its_text_a_run_gives_its_model_and_words_and_says_which_are_missing(
+    preset: str, texts: Path, tmp_path: Path
+) -> None:
+    moved = tmp_path / "texts"
+    shutil.copytree(texts, moved)
+    directory = run_here(tmp_path / "run", config_of(preset, moved))
+    weights = egtrain.load_run(directory).model.state_dict()
+    shutil.rmtree(moved)
+    run = egtrain.load_run(directory)
+    torch.testing.assert_close(run.model.state_dict(), weights, rtol=0, atol=0)
+    if preset == "lstm-eg":
+        assert run.data.vocabulary is not None
+        assert run.data.vocabulary[:2] == ("<unk>", "<eos>")
+        assert "alpha" in run.data.vocabulary
+    else:
+        assert run.data.subwords is not None
+        subwords = Subwords(run.data.subwords)
+        assert subwords.decode(subwords.encode(["alpha beta."])[0]) == "alpha beta."
+    with pytest.raises(DataError, match=f"there is no folder {moved}"):
+        run.evaluate()
 
 
 def test_language_runs_are_evaluated_without_a_beam(

@@ -75,16 +75,12 @@ def evaluate_run(
             "signature": translations.signature,
             "hypotheses": str(file),
         }
+    precision = saved.config.precision
     if as_json:
-        print(
-            json.dumps(
-                finite(
-                    {"run": str(run), "step": saved.step, "split": split.value, **metrics, **told}
-                )
-            )
-        )
+        found = {"run": str(run), "step": saved.step, "split": split.value, "precision": precision}
+        print(json.dumps(finite({**found, **metrics, **told})))
         return
-    print(f"{split.value}: {headline(metrics)} after {saved.step:,} steps")
+    print(f"{split.value}: {headline(metrics)} after {saved.step:,} steps, in {precision}")
     if translations:
         print(f"beam {translations.beam}, {translations.signature}; the hypotheses are in {file}")
         for number in range(min(EXAMPLES, len(translations.sources))):

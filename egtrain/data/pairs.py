@@ -36,6 +36,7 @@ class Subwords:
     def __init__(self, model: bytes) -> None:
         from sentencepiece import SentencePieceProcessor
 
+        self.model = model
         self._processor: Any = SentencePieceProcessor(model_proto=model)
         self.size: int = self._processor.vocab_size()
 
