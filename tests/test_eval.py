@@ -51,8 +51,7 @@ def test_eval_finds_the_final_metrics(plain: Path, capsys: pytest.CaptureFixture
     result = command_line(capsys, "eval", str(plain))
     final = final_of(plain)["test"]
     assert (
-        result.stdout
-        == f"test: accuracy {final['accuracy']:.2%}, loss {final['loss']:.4f} "
+        result.stdout == f"test: accuracy {final['accuracy']:.2%}, loss {final['loss']:.4f} "
         "after 12 steps, in fp32\n"
     )
 

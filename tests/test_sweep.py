@@ -256,8 +256,9 @@ def egtrain_command(
             "--preset quickstartt --batch-sizes 64",
             "unknown preset 'quickstartt'; did you mean 'quickstart'",
         ),
-        ("--batch-sizes 64", "--preset has no values"),
-        ("--preset quickstart", "--batch-sizes has no values"),
+        ("--batch-sizes 64", "--preset is missing: add --preset NAME|FILE"),
+        ("--preset quickstart", "--batch-sizes is missing: add --batch-sizes B,B,..."),
+        ("--preset quickstart --batch-sizes ''", "--batch-sizes has no values"),
         (
             "--preset quickstart --batch-sizes 64,100",
             "100 is not a multiple of a worker's batch of 32 in quickstart:",

@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from egtrain.cli.importing import ending_at_interrupt
-from egtrain.cli.options import AsJson, DataDir, DataName, Device, Offline, Settings, overrides_of
+from egtrain.cli.options import (
+    BATCH,
+    LENGTH,
+    WHAT,
+    AsJson,
+    DataDir,
+    DataName,
+    Device,
+    Offline,
+    Settings,
+    overrides_of,
+)
 from egtrain.errors import UsageError
 
 if TYPE_CHECKING:
@@ -17,13 +28,36 @@ if TYPE_CHECKING:
 
 def bench(
     preset: Annotated[
-        str, typer.Option(help="Whose model, data, base optimizer and batch are used.")
+        str,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="The preset whose model, data, base optimizer and batch are used.",
+            rich_help_panel=WHAT,
+        ),
     ],
     variants: Annotated[
-        str | None, typer.Option(help="Names of ζ, with commas between; default: all.")
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="Variants of extrapolation, such as local,sam; default: all.",
+            rich_help_panel=WHAT,
+        ),
     ] = None,
-    rounds: Annotated[int, typer.Option(min=2, help="Times that every variant is timed.")] = 20,
-    workers: Annotated[int, typer.Option(min=1, help="Number K of logical workers.")] = 1,
+    rounds: Annotated[
+        int,
+        typer.Option(
+            min=2,
+            metavar="N",
+            help="How often every variant is timed.",
+            rich_help_panel=LENGTH,
+        ),
+    ] = 20,
+    workers: Annotated[
+        int,
+        typer.Option(
+            min=1, metavar="K", help="Number K of logical workers.", rich_help_panel=BATCH
+        ),
+    ] = 1,
     settings: Settings = None,
     data: DataName = None,
     data_dir: DataDir = None,
@@ -33,14 +67,14 @@ def bench(
 ) -> None:
     """Measure what each variant of extrapolation costs on this machine, beside plain training.
 
-    Steps of all variants alternate in one process; the ratio of step times is a median with its 95
-    % interval.
+    Steps of all variants alternate in one process. A step time is given as a multiple of a plain
+    step's, with its 95 % interval.
 
     Example: egtrain bench --preset resnet-eg --variants local,sam --rounds 50
     """
     wanted = None if variants is None else [name.strip() for name in variants.split(",")]
     if wanted is not None and "" in wanted:
-        raise UsageError("--variants wants names with commas between them, such as local,sam")
+        raise UsageError("--variants takes names with commas between them, such as local,sam")
     overrides = overrides_of(data, data_dir, offline, device, {})
     overrides += settings or []
     from egtrain.config.files import load_config

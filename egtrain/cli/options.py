@@ -9,41 +9,71 @@ from typer.core import TyperCommand
 
 from egtrain.errors import UsageError
 
+WHAT, LENGTH, BATCH, PLACE, OUTPUT = "What", "How long", "Batch", "Where it runs", "Output"
+"""Titles of the groups of options in --help."""
+
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. optimizer.lr=0.2."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change a setting, e.g. optimizer.lr=0.2.",
+        rich_help_panel=WHAT,
+    ),
 ]
 DataName = Annotated[
     str | None,
     typer.Option(
         "--data",
+        metavar="NAME",
         help="cifar10, cifar100, npz:FILE; wikitext2, text:FOLDER; multi30k, "
         "pairs:FOLDER; or synthetic.",
+        rich_help_panel=WHAT,
     ),
 ]
-DataDir = Annotated[Path | None, typer.Option(help="Folder that holds the data.")]
-MovedDataDir = Annotated[
-    Path | None, typer.Option(help="Folder that holds the data, if they have moved.")
+DataDir = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Folder that holds the data.", rich_help_panel=WHAT),
 ]
-Offline = Annotated[bool, typer.Option("--offline", help="Never download data.")]
-Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+MovedDataDir = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR", help="Folder that holds the data, if they have moved.", rich_help_panel=WHAT
+    ),
+]
+Offline = Annotated[
+    bool, typer.Option("--offline", help="Never download data.", rich_help_panel=WHAT)
+]
+Device = Annotated[
+    str | None,
+    typer.Option(metavar="auto|cpu|cuda", help="Where to compute.", rich_help_panel=PLACE),
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=OUTPUT)
+]
 
 
 class OnceEach(TyperCommand):
-    """A command that refuses an option given twice, where only the last would count."""
+    """A command that refuses an option given twice, where only the last would count, and names a
+    missing one.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the command line.
 
         Raises:
-            UsageError: an option that takes one value is given twice.
+            UsageError: an option that takes one value is given twice, or a required one is missing.
         """
         _, _, given = self.make_parser(ctx).parse_args(args=list(args))
         for option in given:
             single = not getattr(option, "multiple", True) and not getattr(option, "is_flag", True)
             if single and given.count(option) > 1:
                 raise UsageError(f"{option.opts[0]} is given twice, and takes one value: give one")
+        if not any(parameter.is_eager for parameter in given):  # such as --help
+            for option in self.get_params(ctx):
+                if option.required and option not in given:
+                    value = option.metavar or "VALUE"
+                    raise UsageError(f"{option.opts[0]} is missing: add {option.opts[0]} {value}")
         return super().parse_args(ctx, args)
 
 

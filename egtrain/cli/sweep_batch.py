@@ -10,7 +10,20 @@ from typing import Annotated, TypeVar
 import typer
 
 from egtrain.cli.importing import ending_at_interrupt
-from egtrain.cli.options import AsJson, DataDir, DataName, Device, Offline, Settings, overrides_of
+from egtrain.cli.options import (
+    BATCH,
+    LENGTH,
+    OUTPUT,
+    PLACE,
+    WHAT,
+    AsJson,
+    DataDir,
+    DataName,
+    Device,
+    Offline,
+    Settings,
+    overrides_of,
+)
 from egtrain.errors import UsageError
 
 N = TypeVar("N", int, float)
@@ -33,93 +46,150 @@ class RateScaling(StrEnum):
 
 def sweep_batch(
     preset: Annotated[
-        list[str] | None,
-        typer.Option(help="Name of a preset or a YAML file; once for each that is compared."),
-    ] = None,
+        list[str],
+        typer.Option(
+            metavar="NAME|FILE",
+            help="A preset or YAML file to compare; once for each. The first is what the others "
+            "are compared with.",
+            rich_help_panel=WHAT,
+        ),
+    ],
     batch_sizes: Annotated[
-        str, typer.Option(metavar="B,B,...", help="Batch sizes, such as 256,1024,4096.")
-    ] = "",
-    seeds: Annotated[int, typer.Option(help="Runs of each cell, with consecutive seeds.")] = 1,
+        str,
+        typer.Option(
+            metavar="B,B,...",
+            help="Batch sizes, such as 256,1024,4096.",
+            rich_help_panel=BATCH,
+        ),
+    ],
+    seeds: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Runs of each combination, with consecutive seeds.",
+            rich_help_panel=WHAT,
+        ),
+    ] = 1,
     settings: Settings = None,
+    data: DataName = None,
+    data_dir: DataDir = None,
+    offline: Offline = False,
+    validation: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Training samples held out to select from a grid; default with a grid: a tenth "
+            "of them.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Length of every run in epochs: equal samples, if B divides them.",
+            rich_help_panel=LENGTH,
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Length of every run in updates: larger batches see more samples.",
+            rich_help_panel=LENGTH,
+        ),
+    ] = None,
+    grow: Annotated[
+        Growth,
+        typer.Option(
+            help="What makes a batch larger: more workers, or more samples for each.",
+            rich_help_panel=BATCH,
+        ),
+    ] = Growth.workers,
+    lr_scaling: Annotated[
+        RateScaling | None,
+        typer.Option(
+            help="How the learning rate follows the batch size; default: as each preset says, else "
+            "linear.",
+            rich_help_panel=BATCH,
+        ),
+    ] = None,
     lr_grid: Annotated[
         str,
-        typer.Option(metavar="F,F,...", help="Factors of the scaled learning rate to choose from."),
+        typer.Option(
+            metavar="F,F,...",
+            help="Factors of the scaled learning rate to select from.",
+            rich_help_panel=BATCH,
+        ),
     ] = "1",
     ratio_grid: Annotated[
         str,
         typer.Option(
             metavar="F,F,...",
-            help="Factors of a preset's ratio (or rate, size, radius) to choose from.",
+            help="Factors of a preset's ratio (or rate, size, radius) to select from.",
+            rich_help_panel=BATCH,
         ),
     ] = "1",
-    lr_scaling: Annotated[
-        RateScaling | None,
-        typer.Option(
-            help="Learning rate with the batch size; default: each preset's own, else linear."
-        ),
-    ] = None,
-    grow: Annotated[
-        Growth,
-        typer.Option(help="What makes a batch larger: more workers, or more samples for each."),
-    ] = Growth.workers,
-    validation: Annotated[
-        int | None,
-        typer.Option(
-            help="Training samples held out for choosing; default with a grid: a tenth "
-            "of their number."
-        ),
-    ] = None,
-    epochs: Annotated[
-        int | None,
-        typer.Option(help="Length of every run in epochs: equal samples, if B divides them."),
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Length of every run in updates: equal steps.")
-    ] = None,
-    data: DataName = None,
-    data_dir: DataDir = None,
-    offline: Offline = False,
     device: Device = None,
     jobs: Annotated[
         str,
         typer.Option(
-            metavar="N|auto", help="Runs at a time; auto: one a GPU, or as many as the cores carry."
+            metavar="N|auto",
+            help="Runs at a time; auto: one for each GPU, or as many as the cores can carry.",
+            rich_help_panel=PLACE,
         ),
     ] = "auto",
-    target: Annotated[
-        float | None,
-        typer.Option(
-            help="Steps are counted to this metric; default: the best that all runs reach."
-        ),
-    ] = None,
-    within: Annotated[
-        float, typer.Option(metavar="PERCENT", help="What counts as as good as the smallest batch.")
-    ] = 1,
     retry: Annotated[
-        bool, typer.Option("--retry", help="Run failed and diverged cells again.")
+        bool,
+        typer.Option("--retry", help="Run failed and diverged cells again.", rich_help_panel=WHAT),
     ] = False,
     output: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of the sweep; default: runs/sweep-PRESETS. The same one goes "
-            "on, and may grow."
+            metavar="DIR",
+            help="Folder of the sweep; default: runs/sweep-PRESETS. A sweep that is there goes on, "
+            "and may grow.",
+            rich_help_panel=OUTPUT,
         ),
     ] = None,
+    target: Annotated[
+        float | None,
+        typer.Option(
+            metavar="VALUE",
+            help="Count the steps to this value of the metric; default: the best that every run "
+            "reaches.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    within: Annotated[
+        float,
+        typer.Option(
+            metavar="PERCENT",
+            help="How much worse than the smallest batch counts as equally good.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = 1,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan; run and download nothing.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print the plan; train and download nothing.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = False,
     estimate: Annotated[
         bool,
         typer.Option(
-            "--estimate/--no-estimate", help="Time a few steps of each preset for the plan."
+            "--estimate/--no-estimate",
+            help="Time a few steps of each preset for the plan.",
+            rich_help_panel=OUTPUT,
         ),
     ] = True,
     as_json: AsJson = False,
 ) -> None:
     """Compare presets at growing batch sizes: run every cell, then make a table and a picture.
 
-    Example: egtrain sweep-batch --preset quickstart --preset quickstart-sgd --batch-sizes
-    64,256,1024 --seeds 3
+    Example: egtrain sweep-batch --preset quickstart --preset quickstart-sgd --batch-sizes 64,1024
     """
     # Imported here, like torch below, so that --help does not wait for it.
     from egtrain.sweep.request import Request, checked_presets
@@ -130,7 +200,7 @@ def sweep_batch(
         settings or []
     )
     request = Request(
-        presets=tuple(preset or ()),
+        presets=tuple(preset),
         batch_sizes=tuple(_numbers("--batch-sizes", batch_sizes, int)),
         seeds=seeds,
         settings=tuple(given),
