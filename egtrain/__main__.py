@@ -2,12 +2,17 @@
 code.
 """
 
+import io
 import os
 import sys
 
 
 def main() -> None:
     """Run the command line and exit with the code that the README documents."""
+    for stream in (sys.stdout, sys.stderr):
+        # What the encoding of a terminal lacks is replaced: no run ends for the sake of a "±".
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     from egtrain.cli import app
     from egtrain.errors import EgtrainError
 

@@ -2,7 +2,7 @@
 them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,18 +14,25 @@ from egtrain.workers import Ranks, sum_over_ranks
 
 
 def evaluate(
-    task: Task, model: nn.Module, split: Split, ranks: Ranks, precision: str = "fp32"
+    task: Task,
+    model: nn.Module,
+    split: Split,
+    ranks: Ranks,
+    precision: str = "fp32",
+    progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> dict[str, float]:
     """Return the mean loss and the task's metric over a split; a collective where there are several
     ranks.
 
     Each evaluation batch is a slot of its own in the sum over ranks, so the result does not depend
     on who computed it. The model's buffers are used as they are; its training mode is restored.
+    `progress` is told how many batches of how many are done.
     """
     sums = torch.zeros(task.evaluation_batches(split), len(task.sums), dtype=torch.float64)
     with evaluating(model, ranks.device, precision):
         for index in range(ranks.rank, len(sums), ranks.count):
             sums[index] = task.evaluate_batch(model, split, index).cpu()
+            progress(min(index + ranks.count, len(sums)), len(sums))
     return task.metrics_of(sum_over_ranks(sums, ranks).sum(dim=0).tolist(), split)
 
 

@@ -1,91 +1,78 @@
-"""The progress display: a live bar on a terminal, now and then a plain line everywhere else."""
+"""Every progress bar: live on a terminal, now and then a plain line everywhere else."""
 
-import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from types import TracebackType
-from typing import Self, TextIO
+from typing import Any, Self, TextIO
 
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich import progress as rich_progress
+from rich.console import Console, RenderableType
+from rich.table import Column
 from rich.text import Text
 
 from egtrain.formatting import duration as duration
+from egtrain.formatting import percent
 
 REFRESHES_PER_SECOND = 4
+NAME_WIDTH = 30
 FRACTIONS = {"accuracy", "token_accuracy"}
-"""Metrics that are shown in percent."""
 
 
-class Display:
-    """Shows how far a run is; a context manager, which gives the terminal back however the run
-    ends.
+class Progress:
+    """Bars and lines; a context manager, which gives the terminal back however the work ends.
 
-    A stream that can no longer be written (a closed pipe) ends the display, never the run.
+    A stream that can no longer be written (a closed pipe, a terminal that has gone) ends the
+    display, never the work. Characters that its encoding lacks are replaced.
 
     Args:
-        name: of the run.
-        epochs: of the whole run.
-        steps: of the whole run.
-        start_step: where a resumed run goes on.
-        shown: the training metrics to show.
         stream: the terminal, file or pipe; standard output if None.
-        seconds_between_lines: at least so many between two plain lines on training.
+        silent: show nothing, on ranks other than the first.
+        seconds_between_lines: at least so many between two plain lines of a bar.
     """
 
     def __init__(
         self,
-        name: str,
-        *,
-        epochs: float,
-        steps: int,
-        start_step: int = 0,
-        shown: Sequence[str] = ("loss", "accuracy"),
         stream: TextIO | None = None,
+        *,
+        silent: bool = False,
         seconds_between_lines: float = 10.0,
     ) -> None:
-        self._name = name
-        self._epochs = math.ceil(epochs - 1e-9)
-        self._steps = steps
-        self._step = self._start_step = start_step
-        self._shown = tuple(shown)
-        self._stream = sys.stdout if stream is None else stream
-        self._seconds_between_lines = seconds_between_lines
-        self._status = "starting"
-        self._speed: float | None = None
-        self._started = self._last_line = time.monotonic()
-        self._first: tuple[int, float] | None = None
-        """Step and time of the first update, from which the time left is reckoned; what came before
-        was start-up."""
-        self._seconds_left: float | None = None
-        console = Console(file=self._stream, highlight=False)
-        self._live: Live | None = None
-        if can_redraw(console):
-            self._live = Live(
+        stream = sys.stdout if stream is None else stream
+        self.seconds_between_lines = seconds_between_lines
+        self._silent = silent
+        self._stream = _Stream(stream)
+        self._reported: dict[str, Bar] = {}
+        console = Console(file=self._stream, highlight=False)  # type: ignore[arg-type]
+        self._live: _LiveBars | None = None
+        if not silent and can_redraw(console):
+            self._live = _LiveBars(
+                rich_progress.TextColumn(
+                    "{task.description}",
+                    markup=False,
+                    table_column=Column(no_wrap=True, overflow="ellipsis", max_width=NAME_WIDTH),
+                ),
+                rich_progress.BarColumn(None, table_column=Column(ratio=1, min_width=8)),
+                *(
+                    rich_progress.TextColumn(
+                        f"{{task.fields[{name}]}}",
+                        markup=False,
+                        table_column=Column(no_wrap=True, justify="right"),
+                    )
+                    for name in ("part", "beside", "left")
+                ),
                 console=console,
-                get_renderable=self._render,
                 refresh_per_second=REFRESHES_PER_SECOND,
                 transient=True,
-                vertical_overflow="crop",
+                expand=True,
+                redirect_stdout=stream is not sys.stderr,
             )
 
     def __enter__(self) -> Self:
-        self._started = self._last_line = time.monotonic()
-        start = (
-            f"from step {self._start_step:,}"
-            if self._start_step
-            else f"{_counted(self._epochs, 'epoch')}"
-        )
-        self.message(
-            f"{self._name}: {start}, "
-            f"{_counted(self._steps, 'step')}{' in all' if self._start_step else ''}"
-        )
         if self._live is not None:
-            self._live.start(refresh=True)
+            self._live.start()
         return self
 
     def __exit__(
@@ -96,85 +83,114 @@ class Display:
     ) -> None:
         if self._live is not None:
             self._live.stop()
-        done = "done" if kind is None and self._step >= self._steps else "stopped"
-        self.message(
-            f"{self._name}: {done} at step {self._step:,} of {self._steps:,} "
-            f"after {duration(time.monotonic() - self._started)}"
-        )
 
-    def step(
-        self,
-        step: int,
-        epoch: float,
-        metrics: Mapping[str, float],
-        samples_per_second: float | None = None,
-    ) -> None:
-        """Take a completed update; `epoch` may be the running number or the fraction of epochs
-        done.
+    @property
+    def is_live(self) -> bool:
+        """Whether there is a terminal on which bars move."""
+        return self._live is not None
+
+    def bar(self, name: str, total: float | None, done: float = 0.0) -> "Bar":
+        """Add a bar, below those that are there; a context manager that removes it.
+
+        Args:
+            name: what is under way.
+            total: the amount of work, in any unit; None: not known.
+            done: how much of it was done before.
         """
-        now = time.monotonic()
-        self._step, self._speed = step, samples_per_second
-        if self._first is None:
-            self._first = step, now
-        elif step > self._first[0]:
-            self._seconds_left = (
-                (now - self._first[1]) / (step - self._first[0]) * max(self._steps - step, 0)
-            )
-        values = {name: metrics[name] for name in self._shown if name in metrics}
-        self._status = f"{self._position(step, epoch)}  {_described(values)}"
-        if self._live is None and now - self._last_line >= self._seconds_between_lines:
-            self._last_line = now
-            self.message(
-                "  ".join(
-                    part for part in (self._status, self._speed_text(), self._left_text()) if part
-                )
-            )
+        return Bar(self, self._live, name, total, done)
 
-    def evaluation(self, step: int, epoch: float, split: str, metrics: Mapping[str, float]) -> None:
-        """Take the metrics of an evaluation; it stays on the screen."""
-        self.message(f"{self._position(step, epoch)}  {split}: {_described(metrics)}")
+    def report(self, name: str, done: int, total: int) -> None:
+        """Show how much of some work is done, in a bar that is there until all of it is."""
+        if name not in self._reported:
+            self._reported[name] = self.bar(name, total)
+        self._reported[name].update(done)
+        if done >= total:
+            self._reported.pop(name).remove()
 
     def message(self, text: str) -> None:
-        """Print a line of its own, above the bar where there is one."""
-        try:
-            if self._live is not None:
-                self._live.console.print(Text(text), soft_wrap=True)
-            else:
-                print(text, file=self._stream, flush=True)
-        except BrokenPipeError:
-            # The reader is gone. From here on all goes nowhere, also what Python still writes there
-            # when it exits.
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
-        except (OSError, ValueError):
-            # The terminal is gone, or the stream was closed: nobody looks, and the training matters
-            # more.
+        """Print a line, above the bars where there are any."""
+        if self._silent:
             return
+        if self._live is not None:
+            self._live.console.print(Text(text), soft_wrap=True)
+        else:
+            self._stream.write(f"{text}\n")
+            self._stream.flush()
 
-    def _position(self, step: int, epoch: float) -> str:
-        epochs, steps = str(self._epochs), f"{self._steps:,}"
-        current = min(math.ceil(epoch - 1e-9), self._epochs)
-        return f"epoch {current:>{len(epochs)}}/{epochs}  step {step:>{len(steps)},}/{steps}"
 
-    def _speed_text(self) -> str:
-        return "" if self._speed is None else f"{self._speed:,.0f} samples/s"
+class Bar:
+    """How far one piece of work is; made by `Progress.bar`."""
 
-    def _left_text(self) -> str:
-        return "" if self._seconds_left is None else f"{duration(self._seconds_left)} left"
+    def __init__(
+        self,
+        progress: Progress,
+        live: "_LiveBars | None",
+        name: str,
+        total: float | None,
+        done: float,
+    ) -> None:
+        self._progress, self._live = progress, live
+        self._name, self._total, self._done = name, total, done
+        self._last_line = time.monotonic()
+        self._first: tuple[float, float] | None = None
+        """Amount and time of the first update, from which the time left is reckoned; what came
+        before was start-up."""
+        self._seconds_left: float | None = None
+        if live is not None:
+            self._task = live.add_task(name, total=total, part="", beside="", left="", status="")
+            live.update(self._task, completed=done)
 
-    def _render(self) -> RenderableType:
-        fraction = self._step / self._steps if self._steps else 1.0
-        first_line = Table.grid(expand=True, padding=(0, 1))
-        first_line.add_column(no_wrap=True, overflow="ellipsis", max_width=26)
-        first_line.add_column(ratio=1, min_width=8)
-        for _ in range(3):
-            first_line.add_column(no_wrap=True, justify="right")
-        bar = ProgressBar(total=max(self._steps, 1), completed=self._step)
-        first_line.add_row(
-            Text(self._name), bar, f"{fraction:.0%}", self._speed_text(), self._left_text()
-        )
-        return Group(first_line, Text(self._status, no_wrap=True, overflow="ellipsis"))
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def update(self, done: float, status: str = "", beside: str = "") -> None:
+        """Show how much is done.
+
+        Args:
+            done: in the unit of the total.
+            status: a line below the bars.
+            beside: a few words beside the bar, such as a speed.
+        """
+        now = time.monotonic()
+        self._done = done
+        if self._first is None:
+            self._first = done, now
+        elif self._total is not None and done > self._first[0]:
+            pace = (now - self._first[1]) / (done - self._first[0])
+            self._seconds_left = pace * max(self._total - done, 0.0)
+        left = "" if self._seconds_left is None else f"{duration(self._seconds_left)} left"
+        if self._live is not None:
+            self._live.update(
+                self._task,
+                completed=done,
+                part=self._part(),
+                beside=beside,
+                left=left,
+                status=status,
+            )
+        elif now - self._last_line >= self._progress.seconds_between_lines:
+            self._last_line = now
+            parts = [status or f"{self._name} {self._part()}".rstrip(), beside, left]
+            self._progress.message("  ".join(part for part in parts if part))
+
+    def watch(self, look: Callable[[], tuple[float, str]]) -> None:
+        """On a terminal, call `look` before each redrawing, for what is done and a text beside
+        it.
+        """
+        if self._live is not None:
+            self._live.looks[self._task] = lambda: self.update(*_beside(look()))
+
+    def remove(self) -> None:
+        """Take the bar off the terminal."""
+        if self._live is not None:
+            self._live.looks.pop(self._task, None)
+            self._live.remove_task(self._task)
+
+    def _part(self) -> str:
+        return percent(self._done / self._total, decimals=0) if self._total else ""
 
 
 def can_redraw(console: Console) -> bool:
@@ -184,27 +200,68 @@ def can_redraw(console: Console) -> bool:
     return console.file.isatty() and console.is_terminal and not console.is_dumb_terminal
 
 
-def _counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+def show_cursor() -> None:
+    """Show the cursor of the terminal again, for a process that ends without leaving its
+    displays.
+    """
+    for stream in (1, 2):
+        if os.isatty(stream) and os.environ.get("TERM", "dumb") != "dumb":
+            with suppress(OSError):
+                os.write(stream, b"\x1b[?25h")
 
 
-def _described(metrics: Mapping[str, float]) -> str:
-    """Return metrics in words; fractions in percent, the others with four significant digits."""
-    parts = [
-        f"{name.replace('_', ' ')} {f'{value:.2%}' if name in FRACTIONS else f'{value:#.4g}'}"
-        for name, value in metrics.items()
-    ]
-    return "  ".join(parts)
+class _LiveBars(rich_progress.Progress):
+    """Rich's bars, with the status of each on a line below."""
+
+    def __init__(self, *columns: Any, **options: Any) -> None:
+        self.looks: dict[rich_progress.TaskID, Callable[[], None]] = {}
+        super().__init__(*columns, **options)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Return the table of bars and the lines below it."""
+        for look in list(self.looks.values()):
+            look()
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            if status := task.fields["status"]:
+                yield Text(status, no_wrap=True, overflow="ellipsis")
 
 
-def headline(metrics: Mapping[str, float | None]) -> str:
-    """Return final metrics in words, the loss last."""
-    parts = []
-    for name, value in sorted(metrics.items(), key=lambda item: item[0] == "loss"):
-        number = math.nan if value is None else value
-        parts.append(
-            f"{name} {number:.2%}"
-            if name in FRACTIONS
-            else f"{name} {number:.{4 if name == 'loss' else 2}f}"
-        )
-    return ", ".join(parts)
+def _beside(seen: tuple[float, str]) -> tuple[float, str, str]:
+    done, text = seen
+    return done, "", text
+
+
+class _Stream:
+    """A text stream whose writing never fails."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except UnicodeEncodeError:
+            encoding = self._stream.encoding
+            return self.write(text.encode(encoding, "replace").decode(encoding))
+        except (OSError, ValueError) as error:
+            self._give_up(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except (OSError, ValueError) as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        # The reader is gone. From here on all goes nowhere, also what Python still writes there
+        # when it exits. A terminal that has gone, or a closed stream, need no more than silence.
+        if isinstance(error, BrokenPipeError):
+            with suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self._stream.fileno())
+                os.close(nowhere)

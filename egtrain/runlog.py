@@ -22,7 +22,7 @@ import torch
 from egtrain import __version__
 from egtrain.checkpoint import write_atomically
 from egtrain.errors import EgtrainError
-from egtrain.progress import Display
+from egtrain.training_display import TrainingDisplay
 
 TAGS = {
     "learning_rate": "schedule/learning_rate",
@@ -66,7 +66,7 @@ class RunLog:
         tensorboard: bool = True,
         resume_step: int | None = None,
         every: int = 1,
-        display: Display | None = None,
+        display: TrainingDisplay | None = None,
         warn: Callable[[str], None] | None = None,
     ) -> None:
         self._display = display
@@ -273,7 +273,7 @@ class _Events:
             event_pb2.SessionLog,
             summary_pb2.Summary,
         )
-        self._trial = folder.parent.resolve().name
+        self._trial = os.fsencode(folder.parent.resolve().name).decode(errors="replace")
         self.described: dict[str, int] = {}
         """The step that each tag other than a curve was last written at, with those that earlier
         files keep."""

@@ -1,5 +1,6 @@
 """A finished or interrupted run, read back: its configuration, model and task."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -55,8 +56,13 @@ class SavedRun:
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def evaluate(self, split: Split = "test") -> dict[str, float]:
-        """Return the mean loss and the task's metric over a split, in the run's precision.
+    def evaluate(
+        self,
+        split: Split = "test",
+        progress: Callable[[int, int], object] = lambda done, total: None,
+    ) -> dict[str, float]:
+        """Return the mean loss and the task's metric over a split, in the run's precision;
+        `progress` is told how many batches of how many are done.
 
         Raises:
             DataError: the data are missing or damaged, or are not those of the run.
@@ -66,16 +72,21 @@ class SavedRun:
             raise UsageError(
                 f"this run held out no {split} samples: evaluate the test split instead"
             )
-        return evaluate(
-            self.task, self.model, split, Ranks(device=self._device), self.config.precision
-        )
+        ranks, precision = Ranks(device=self._device), self.config.precision
+        return evaluate(self.task, self.model, split, ranks, precision, progress)
 
-    def translate(self, split: Split = "test", beam: int | None = None) -> "Translations":
+    def translate(
+        self,
+        split: Split = "test",
+        beam: int | None = None,
+        progress: Callable[[int, int], object] = lambda done, total: None,
+    ) -> "Translations":
         """Return the translations of a split by beam search, in the run's precision.
 
         Args:
             split: `test` or `validation`.
             beam: hypotheses kept for a sentence, 1 for greedy; None: the configuration's.
+            progress: is told how many sentences of how many are done.
 
         Raises:
             DataError: the data are missing or damaged, or are not those of the run.
@@ -88,7 +99,11 @@ class SavedRun:
         beam = settings.beam if beam is None else beam
         with evaluating(self.model, self._device, self.config.precision):
             hypotheses = self.task.translate(
-                self.model, split, beam=beam, length_penalty=settings.length_penalty
+                self.model,
+                split,
+                beam=beam,
+                length_penalty=settings.length_penalty,
+                progress=progress,
             )
         bleu, signature = self.task.score(hypotheses, split)
         sentences = self.task.sentences(split)

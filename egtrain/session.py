@@ -24,12 +24,12 @@ from egtrain.config.files import config_file_of
 from egtrain.config.schema import Config, config_to_yaml, flat_settings
 from egtrain.errors import DataError, InterruptedRun, NotDownloaded, UsageError
 from egtrain.plan import build_plan, build_schedule, with_fitting_warmup
-from egtrain.progress import Display, headline
 from egtrain.run import Run
 from egtrain.run_directory import CHECKPOINTS, SUMMARY, RunDirectory
 from egtrain.runlog import RunLog, finite, git_commit, hardware, versions, write_summary
-from egtrain.tasks import Split
+from egtrain.tasks import LOSS, Metric, Split, metrics_text
 from egtrain.train import train
+from egtrain.training_display import TrainingDisplay
 from egtrain.workers import Ranks
 
 
@@ -93,11 +93,8 @@ def _train_until(
         if newest is not None and run.step == run.steps and (directory / SUMMARY).is_file():
             if first:
                 print(f"{directory} is complete: there is nothing left to train", file=sys.stderr)
-                print_result(
-                    json.loads((directory / SUMMARY).read_text(encoding="utf-8")),
-                    directory,
-                    as_json,
-                )
+                summary = json.loads((directory / SUMMARY).read_text(encoding="utf-8"))
+                print_result(summary, run.task.metric, directory, as_json)
             return
         recorders: list[Recorder] = []
         launch.only_first_rank(
@@ -114,7 +111,7 @@ def _train_until(
         if first:
             summary = recorders[0].finish(run, final)
             closing.close()
-            print_result(summary, directory, as_json)
+            print_result(summary, run.task.metric, directory, as_json)
 
 
 def load_into(run: Run, state: dict[str, Any], directory: Path) -> None:
@@ -141,6 +138,9 @@ class NoRecorder:
 
     def trained(self, run: Run, step: int, metrics: dict[str, float]) -> None:
         """Ignore the metrics."""
+
+    def evaluating(self, split: Split, done: int, total: int) -> None:
+        """Ignore the progress."""
 
     def evaluated(self, run: Run, split: Split, metrics: dict[str, float]) -> None:
         """Ignore the metrics."""
@@ -171,12 +171,12 @@ class Recorder:
         self._store = store
         self._started = time.monotonic()
         self._display = closing.enter_context(
-            Display(
+            TrainingDisplay(
                 directory.name,
                 epochs=run.steps / run.task.steps_per_epoch,
                 steps=run.steps,
                 start_step=run.step,
-                shown=("loss", run.task.training_metric.name),
+                metrics=(LOSS, run.task.training_metric, run.task.metric),
                 stream=sys.stderr if as_json else None,
             )
         )
@@ -194,6 +194,10 @@ class Recorder:
     def trained(self, run: Run, step: int, metrics: dict[str, float]) -> None:
         """Log the metrics of an update."""
         self._log.train_step(step, self._epoch(run, step), metrics, run.task.batch_size)
+
+    def evaluating(self, split: Split, done: int, total: int) -> None:
+        """Show how far an evaluation is."""
+        self._display.evaluating(split, done, total)
 
     def evaluated(self, run: Run, split: Split, metrics: dict[str, float]) -> None:
         """Log the metrics of an evaluation."""
@@ -217,6 +221,9 @@ class Recorder:
             "name": self._directory.name,
             "preset": self._config.preset,
             "final": final,
+            "best_possible": None
+            if run.task.best_possible is None
+            else {"test": {run.task.metric.name: run.task.best_possible}},
             "best": None
             if best is None
             else {"step": best[0], "validation": {run.task.metric.name: best[1]}},
@@ -252,13 +259,14 @@ class Recorder:
         return round(step / run.task.steps_per_epoch, 4)
 
 
-def print_result(summary: dict[str, Any], directory: Path, as_json: bool) -> None:
+def print_result(summary: dict[str, Any], metric: Metric, directory: Path, as_json: bool) -> None:
     """Print the final metrics, for people or as JSON."""
     if as_json:
         print(json.dumps(finite({"directory": str(directory), **summary})))
         return
     for split, metrics in summary["final"].items():
-        print(f"{split}: {headline(metrics)}")
+        limit = (summary["best_possible"] or {}).get(split, {}).get(metric.name)
+        print(f"{split}: {metrics_text(metrics, [metric, LOSS], limit)}")
     print(
         f"{summary['gradient_evaluations']:,} gradient evaluations in {summary['steps']:,} steps; "
         f"see {directory}"

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +22,9 @@ class Observer(Protocol):
 
     def trained(self, run: Run, step: int, metrics: dict[str, float]) -> None:
         """Take the metrics of a completed update."""
+
+    def evaluating(self, split: Split, done: int, total: int) -> None:
+        """Take how many batches of a split have been evaluated."""
 
     def evaluated(self, run: Run, split: Split, metrics: dict[str, float]) -> None:
         """Take the metrics of an evaluation after `run.step` updates."""
@@ -60,7 +64,7 @@ def train(
 
         validation = None
         if evaluation_due:
-            final = evaluate_splits(run, splits if last else splits[:1])
+            final = evaluate_splits(run, observer, splits if last else splits[:1])
             for split, metrics in final.items():
                 observer.evaluated(run, split, metrics)
             validation = final.get("validation")
@@ -68,16 +72,21 @@ def train(
             observer.save(run, run.state_dict(), validation)
         if stop and not last:
             raise InterruptedRun(f"interrupted after step {run.step}; a checkpoint was saved")
-    return final or evaluate_splits(run, splits)
+    return final or evaluate_splits(run, observer, splits)
 
 
-def evaluate_splits(run: Run, splits: list[Split]) -> dict[Split, dict[str, float]]:
+def evaluate_splits(
+    run: Run, observer: Observer, splits: list[Split]
+) -> dict[Split, dict[str, float]]:
     """Return the metrics of each split; the mean of the workers is evaluated."""
     run.workers.average_for_evaluation()
-    return {
-        split: evaluate(run.task, run.model, split, run.workers.ranks, run.precision)
-        for split in splits
-    }
+    final = {}
+    for split in splits:
+        progress = partial(observer.evaluating, split)
+        final[split] = evaluate(
+            run.task, run.model, split, run.workers.ranks, run.precision, progress
+        )
+    return final
 
 
 def take_step(

@@ -21,6 +21,7 @@ LAYERS = [
     {"train"},
     {"run", "evaluate"},
     {"launch", "run_directory", "runlog", "figures"},
+    {"training_display"},
     {"workers", "checkpoint", "tables", "tasks"},
     {"models", "data", "optim", "statistics"},
     {"config"},

@@ -1,14 +1,11 @@
 import io
 import json
 import math
-import os
-import pty
 import resource
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +15,8 @@ from tensorboard.plugins.hparams import metadata as hparams_metadata
 
 from egtrain import runlog
 from egtrain.errors import EgtrainError
-from egtrain.progress import Display
 from egtrain.runlog import RunLog, git_commit, hardware, versions, write_summary
+from egtrain.training_display import TrainingDisplay
 
 STEPS_PER_EPOCH = 4
 
@@ -391,116 +388,17 @@ def test_by_default_a_warning_is_shown(tmp_path: Path, capsys: pytest.CaptureFix
     with RunLog(tmp_path, tensorboard=False) as log:
         log._warn("no room")
     with RunLog(
-        tmp_path, tensorboard=False, display=Display("x", epochs=1, steps=1, stream=stream)
+        tmp_path, tensorboard=False, display=TrainingDisplay("x", epochs=1, steps=1, stream=stream)
     ) as log:
         log._warn("no room")
     assert capsys.readouterr().err == "warning: no room\n"
     assert stream.getvalue() == "warning: no room\n"
 
 
-# ---- the display
-
-
-def show(display: Display, steps: int) -> None:
-    with display:
-        for step in range(1, steps + 1):
-            display.step(
-                step, step / 4, {"loss": 2.0 / step, "accuracy": 0.5, "gradient_norm": 9.0}, 1234.5
-            )
-            if step % 4 == 0:
-                display.evaluation(step, step / 4, "test", {"loss": 1.0, "accuracy": 0.4321})
-
-
-def test_on_a_pipe_the_display_is_a_few_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    stream = io.StringIO()
-    show(Display("resnet-eg", epochs=500, steps=2000, stream=stream), 8)
-    assert stream.getvalue().splitlines() == [
-        "resnet-eg: 500 epochs, 2,000 steps",
-        "epoch   1/500  step     4/2,000  test: loss 1.000  accuracy 43.21%",
-        "epoch   2/500  step     8/2,000  test: loss 1.000  accuracy 43.21%",
-        "resnet-eg: stopped at step 8 of 2,000 after 0:00:00",
-    ]
-
-
-def test_on_a_pipe_there_is_at_most_one_training_line_every_ten_seconds(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    now = 0.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    stream = io.StringIO()
-    with Display("x", epochs=1, steps=100, stream=stream) as display:
-        for step in range(1, 101):
-            now += 1.0
-            display.step(
-                step, step / 100, {"loss": 0.5, "accuracy": 0.25, "gradient_norm": 9.0}, 1234.5
-            )
-    lines = stream.getvalue().splitlines()
-    assert len(lines) == 12
-    assert (
-        lines[1]
-        == "epoch 1/1  step  10/100  loss 0.5000  accuracy 25.00%  1,234 samples/s  0:01:30 left"
-    )
-    assert lines[-1] == "x: done at step 100 of 100 after 0:01:40"
-
-
-def test_a_closed_pipe_ends_the_display_and_not_the_run() -> None:
-    reader, writer = os.pipe()
-    os.close(reader)
-    stream = os.fdopen(writer, "w")
-    show(Display("x", epochs=2, steps=8, stream=stream), 8)
-    stream.close()
-
-
-@pytest.mark.parametrize(
-    "variables",
-    [{"TERM": "xterm-256color"}, {"TERM": "xterm", "NO_COLOR": "1"}, {"TERM": "dumb"}],
-    ids=["colour", "no colour", "dumb"],
-)
-def test_a_terminal_is_given_back_as_it_was_also_after_an_exception(
-    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]
-) -> None:
-    for name in ("NO_COLOR", "FORCE_COLOR", "COLORTERM"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in {**variables, "COLUMNS": "80"}.items():
-        monkeypatch.setenv(name, value)
-    controller, terminal = pty.openpty()
-    stdout, stderr = sys.stdout, sys.stderr
-
-    def interrupted_run(display: Display) -> None:
-        with display:
-            display.step(1, 0.25, {"loss": 2.0, "accuracy": 0.5}, 1e6)
-            time.sleep(0.3)
-            display.message("a message")
-            raise KeyboardInterrupt
-
-    with os.fdopen(terminal, "w") as stream:
-        name = "a-name-that-is-much-too-long-for-its-column"
-        display = Display(name, epochs=2, steps=8, stream=stream, seconds_between_lines=0)
-        with pytest.raises(KeyboardInterrupt):
-            interrupted_run(display)
-        os.set_blocking(controller, False)
-        output = ""
-        with suppress(BlockingIOError):
-            while True:
-                output += os.read(controller, 4096).decode()
-    os.close(controller)
-    assert (sys.stdout, sys.stderr) == (stdout, stderr)
-    assert "a message" in output
-    assert "stopped at step 1 of 8" in output
-    if variables["TERM"] == "dumb":
-        assert "\x1b" not in output
-        assert "epoch 1/2  step 1/8  loss 2.000  accuracy 50.00%  1,000,000 samples/s\r\n" in output
-        return
-    assert "epoch 1/2  step 1/8  loss 2.000  accuracy 50.00%" in output
-    assert output.count("\x1b[?25l") == output.count("\x1b[?25h") == 1, "the cursor is shown again"
-    assert ("\x1b[3" in output) == ("NO_COLOR" not in variables)
-
-
 def test_the_log_tells_the_display(tmp_path: Path) -> None:
     stream = io.StringIO()
     with (
-        Display("x", epochs=2, steps=8, stream=stream, seconds_between_lines=0) as display,
+        TrainingDisplay("x", epochs=2, steps=8, stream=stream, seconds_between_lines=0) as display,
         RunLog(tmp_path, tensorboard=False, every=100, display=display) as log,
     ):
         log_steps(log, 1, 8)

@@ -179,6 +179,9 @@ class Watcher:
         """Pass the metrics on."""
         self.after_update(step, metrics)
 
+    def evaluating(self, split: Split, done: int, total: int) -> None:
+        """Ignore the progress."""
+
     def evaluated(self, run: Run, split: Split, metrics: dict[str, float]) -> None:
         """Ignore evaluations."""
 

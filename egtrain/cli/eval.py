@@ -1,7 +1,9 @@
 """`egtrain eval`: parse, hand over, print."""
 
 import json
+import sys
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +11,7 @@ import typer
 
 from egtrain.cli.importing import ending_at_interrupt
 from egtrain.cli.options import AsJson, MovedDataDir, Offline
+from egtrain.formatting import counted
 
 EXAMPLES = 3
 """Translations to show."""
@@ -48,9 +51,10 @@ def evaluate_run(
     with ending_at_interrupt():
         from egtrain.checkpoint import write_atomically
         from egtrain.launch import pick_device
-        from egtrain.progress import headline
+        from egtrain.progress import Progress
         from egtrain.runlog import finite
         from egtrain.saved_run import load_run
+        from egtrain.tasks import LOSS, metrics_text
 
     saved = load_run(
         run,
@@ -59,13 +63,16 @@ def evaluate_run(
         offline=offline,
         device=str(pick_device(device)),
     )
-    metrics = saved.evaluate(split.value)
     told: dict[str, object] = {}
-    translations = (
-        saved.translate(split.value, beam)
-        if beam or saved.config.task.name == "translation"
-        else None
-    )
+    translations = None
+    with Progress(sys.stderr) as progress:
+        metrics = saved.evaluate(
+            split.value, partial(progress.report, f"evaluating on {split.value}")
+        )
+        if beam or saved.config.task.name == "translation":
+            translations = saved.translate(
+                split.value, beam, partial(progress.report, f"translating {split.value}")
+            )
     if translations:
         file = run / f"hypotheses-{split.value}-beam{translations.beam}.txt"
         write_atomically(file, "".join(f"{line}\n" for line in translations.hypotheses).encode())
@@ -80,7 +87,9 @@ def evaluate_run(
         found = {"run": str(run), "step": saved.step, "split": split.value, "precision": precision}
         print(json.dumps(finite({**found, **metrics, **told})))
         return
-    print(f"{split.value}: {headline(metrics)} after {saved.step:,} steps, in {precision}")
+    limit = saved.task.best_possible if split is SplitName.test else None
+    text = metrics_text(metrics, [saved.task.metric, LOSS], limit)
+    print(f"{split.value}: {text} after {counted(saved.step, 'step')}, in {precision}")
     if translations:
         print(f"beam {translations.beam}, {translations.signature}; the hypotheses are in {file}")
         for number in range(min(EXAMPLES, len(translations.sources))):

@@ -90,6 +90,7 @@ def metrics_text(
     values: Mapping[str, float | None],
     metrics: Sequence[Metric],
     best_possible: float | None = None,
+    between: str = ", ",
 ) -> str:
     """Return those of the values that are metrics, in words: `accuracy 71.20 %, loss 0.8912`.
 
@@ -97,6 +98,7 @@ def metrics_text(
         values: by the name of the metric.
         metrics: in the order in which they are told.
         best_possible: of the first of them.
+        between: what stands between two metrics.
     """
     parts = []
     for metric in metrics:
@@ -106,4 +108,4 @@ def metrics_text(
         if metric is metrics[0] and best_possible is not None:
             text += f" of at best {short_value_text(best_possible, metric.unit)}"
         parts.append(text)
-    return ", ".join(parts)
+    return between.join(parts)

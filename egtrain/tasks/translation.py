@@ -1,6 +1,6 @@
 """Translation: cross-entropy over subwords, and BLEU of what a model translates."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -172,12 +172,21 @@ class TranslationTask:
         return {"loss": nats / subwords, self.metric.name: score.score}
 
     def translate(
-        self, model: nn.Module, split: Split, *, beam: int, length_penalty: float
+        self,
+        model: nn.Module,
+        split: Split,
+        *,
+        beam: int,
+        length_penalty: float,
+        progress: Callable[[int, int], object] = lambda done, total: None,
     ) -> list[str]:
-        """Return the translations of a split's sentences, in their order."""
+        """Return the translations of a split's sentences, in their order; `progress` is told how
+        many of how many there are.
+        """
         translations = [""] * self.evaluation_size(split)
         training = model.training
         model.eval()
+        done = 0
         with torch.inference_mode():
             for chosen in self._by_length(split):
                 source = _padded([self.sentences(split).source[i] for i in chosen], self.device)
@@ -186,6 +195,8 @@ class TranslationTask:
                 )
                 for place, text in zip(chosen, translated, strict=True):
                     translations[place] = text
+                done += len(chosen)
+                progress(done, len(translations))
         model.train(training)
         return translations
 

@@ -1,0 +1,104 @@
+"""What `train` shows while it trains: a bar, the latest metrics and each evaluation."""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Self, TextIO
+
+from egtrain.formatting import count, counted, duration
+from egtrain.progress import Progress
+from egtrain.tasks import LOSS, Metric, metrics_text
+
+
+class TrainingDisplay:
+    """Shows how far a run is; a context manager, which gives the terminal back however the run
+    ends.
+
+    Args:
+        name: of the run.
+        epochs: of the whole run.
+        steps: of the whole run.
+        start_step: where a resumed run goes on.
+        metrics: the metrics to show of mini-batches and evaluations.
+        stream: the terminal, file or pipe; standard output if None.
+        seconds_between_lines: at least so many between two plain lines on training.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        epochs: float,
+        steps: int,
+        start_step: int = 0,
+        metrics: Sequence[Metric] = (LOSS,),
+        stream: TextIO | None = None,
+        seconds_between_lines: float = 10.0,
+    ) -> None:
+        self._name = name
+        self._epochs = math.ceil(epochs - 1e-9)
+        self._steps = steps
+        self._step = self._start_step = start_step
+        self._metrics = tuple(dict.fromkeys(metrics))
+        self._progress = Progress(stream, seconds_between_lines=seconds_between_lines)
+        self._started = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self._started = time.monotonic()
+        start = (
+            f"from step {count(self._start_step)}"
+            if self._start_step
+            else counted(self._epochs, "epoch")
+        )
+        total = counted(self._steps, "step") + (" in all" if self._start_step else "")
+        self.message(f"{self._name}: {start}, {total}")
+        self._progress.__enter__()
+        self._bar = self._progress.bar(self._name, self._steps, self._start_step)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._progress.__exit__(kind, error, traceback)
+        done = "done" if kind is None and self._step >= self._steps else "stopped"
+        self.message(
+            f"{self._name}: {done} at step {count(self._step)} of {count(self._steps)} "
+            f"after {duration(time.monotonic() - self._started)}"
+        )
+
+    def step(
+        self,
+        step: int,
+        epoch: float,
+        metrics: Mapping[str, float],
+        samples_per_second: float | None = None,
+    ) -> None:
+        """Take a completed update; `epoch` may be the running number or the fraction of epochs
+        done.
+        """
+        self._step = step
+        speed = "" if samples_per_second is None else f"{count(samples_per_second)} samples/s"
+        text = metrics_text(metrics, self._metrics, between="  ")
+        self._bar.update(step, f"{self._position(step, epoch)}  {text}", speed)
+
+    def evaluating(self, split: str, done: int, total: int) -> None:
+        """Take how many batches of a split are evaluated."""
+        self._progress.report(f"evaluating on {split}", done, total)
+
+    def evaluation(self, step: int, epoch: float, split: str, metrics: Mapping[str, float]) -> None:
+        """Take the metrics of an evaluation; it stays on the screen."""
+        text = metrics_text(metrics, self._metrics, between="  ")
+        self.message(f"{self._position(step, epoch)}  {split}: {text}")
+
+    def message(self, text: str) -> None:
+        """Print a line, above the bar where there is one."""
+        self._progress.message(text)
+
+    def _position(self, step: int, epoch: float) -> str:
+        epochs, steps = str(self._epochs), count(self._steps)
+        current = min(math.ceil(epoch - 1e-9), self._epochs)
+        return f"epoch {current:>{len(epochs)}}/{epochs}  step {step:>{len(steps)},}/{steps}"
