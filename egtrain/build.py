@@ -10,9 +10,11 @@ from torch import nn
 from egtrain.config.optimizers import Optimizer
 from egtrain.config.schema import Config
 from egtrain.config.tasks import LanguageSettings, TranslationSettings
-from egtrain.data.images import ImageData, load_images, locate_images
-from egtrain.data.pairs import PairData, load_pairs, locate_pairs
-from egtrain.data.text import TextData, load_text, locate_text
+from egtrain.data.finding import locate
+from egtrain.data.images import ImageData, load_images
+from egtrain.data.pairs import PairData, load_pairs
+from egtrain.data.sets import OF_TASK
+from egtrain.data.text import TextData, load_text
 from egtrain.launch import first_rank_first
 from egtrain.models.lstm import LSTMLanguageModel
 from egtrain.models.resnet import ResNet
@@ -83,7 +85,6 @@ def load_data(config: Config, offline: bool = False) -> Data:
         name,
         data_dir=folder,
         offline=offline,
-        seed=config.seed,
         train_samples=limit,
         validation=config.data.validation,
     )
@@ -92,10 +93,8 @@ def load_data(config: Config, offline: bool = False) -> Data:
 def locate_data(config: Config) -> str:
     """Say in a few words where the data of a configuration are, or would come from."""
     folder = Path(config.data.dir) if config.data.dir else None
-    locate = {"image": locate_images, "language": locate_text, "translation": locate_pairs}[
-        config.task.name
-    ]
-    return locate(config.data.name, data_dir=folder, offline=config.data.offline)
+    data_set = OF_TASK[config.task.name].get(config.data.name)
+    return locate(config.data.name, data_set, folder, config.data.offline)
 
 
 def build_task(config: Config, data: Data, device: torch.device) -> Task:

@@ -7,7 +7,6 @@ it can be verified wherever it is copied to, and `torch.load(path, weights_only=
 does not name is ignored.
 """
 
-import errno
 import hashlib
 import json
 import math
@@ -29,6 +28,7 @@ from typing import IO, Any, BinaryIO, Literal, Self, cast
 import torch
 from torch import Tensor
 
+from egtrain.disk import FULL, sync_folder
 from egtrain.errors import DataError, EgtrainError, UsageError
 
 FORMAT = 1
@@ -465,7 +465,7 @@ def _replacing(path: Path, kill_at: Callable[[str], None] = _ignore) -> Iterator
             os.fsync(file.fileno())
         kill_at("save-before-rename")
         temporary.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
@@ -474,22 +474,10 @@ def _replacing(path: Path, kill_at: Callable[[str], None] = _ignore) -> Iterator
         raise
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        # Some network file systems cannot sync a folder, and need not.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(handle)
-
-
 def _cannot_write(path: Path, error: OSError) -> EgtrainError:
     """Return the error that tells the user; to be called after the temporary file is gone."""
     folder = next(folder for folder in [*path.parents, Path()] if folder.is_dir())
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    full = error.errno in FULL
     return EgtrainError(
         f"cannot write {path}: {error.strerror or error}, {shutil.disk_usage(folder).free} bytes "
         "are free there; "

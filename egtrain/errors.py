@@ -24,7 +24,11 @@ class DataError(EgtrainError):
 
 
 class NotDownloaded(DataError):
-    """Data that a download would bring, where none is allowed."""
+    """A public data set that is not on this machine, where a download is not allowed."""
+
+
+class MissingExtra(UsageError):
+    """A package is not installed that only an extra of this one brings."""
 
 
 class DivergedError(EgtrainError):

@@ -22,7 +22,7 @@ from egtrain.build import (
 from egtrain.checkpoint import CheckpointStore
 from egtrain.config.files import config_file_of
 from egtrain.config.schema import Config, config_to_yaml, flat_settings
-from egtrain.errors import DataError, InterruptedRun, NotDownloaded, UsageError
+from egtrain.errors import DataError, InterruptedRun, MissingExtra, NotDownloaded, UsageError
 from egtrain.plan import build_plan, build_schedule, with_fitting_warmup
 from egtrain.run import Run
 from egtrain.run_directory import CHECKPOINTS, SUMMARY, RunDirectory
@@ -286,7 +286,7 @@ def print_plan(config: Config, directory: Path, nproc: int | None, as_json: bool
     device = launch.pick_device(config.device)
     try:
         data, missing = load_data(config, offline=True), None
-    except NotDownloaded as error:
+    except (NotDownloaded, MissingExtra) as error:
         data, missing = None, f"steps and rates are not known, since {error}"
     plan: dict[str, Any] = {
         "directory": str(directory),

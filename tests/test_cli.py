@@ -461,9 +461,9 @@ def test_a_dry_run_without_the_data_says_so(egtrain_command: Run) -> None:
     [
         ("quickstart", "npz:{}/none.npz", "none.npz: no such file"),
         ("quickstart", "npz:{}/text.npz", "text.npz: not a readable .npz file"),
-        ("quickstart-lstm", "text:{}/none", "there is no folder"),
+        ("quickstart-lstm", "text:{}/none", "no such file or folder"),
         ("quickstart-lstm", "text:{}", "train.txt"),
-        ("quickstart-transformer", "pairs:{}/none", "there is no folder"),
+        ("quickstart-transformer", "pairs:{}/none", "no such file or folder"),
         ("quickstart-transformer", "pairs:{}", "train.en: the file is missing"),
     ],
 )

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from egtrain.data.images import ImageData, load_images, locate_images
-from egtrain.errors import DataError, UsageError
+from egtrain.data.images import ImageData, load_images
+from egtrain.errors import UsageError
 
 
 @pytest.fixture
@@ -20,14 +20,11 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def load(
-    file: Path, train_samples: int | None = None, validation: int = 0, seed: int = 0
-) -> ImageData:
+def load(file: Path, train_samples: int | None = None, validation: int = 0) -> ImageData:
     return load_images(
         f"npz:{file}",
         data_dir=None,
         offline=True,
-        seed=seed,
         train_samples=train_samples,
         validation=validation,
     )
@@ -56,10 +53,6 @@ def test_the_splits_are_disjoint_and_keep_each_label_with_its_image(file: Path) 
         len(set(data.y_validation.tolist())) == 4
     )  # drawn at random, not cut off the end of a sorted file
     assert torch.equal(data.x_test, whole.x_test)
-
-
-def test_the_split_does_not_depend_on_the_seed_of_the_run(file: Path) -> None:
-    assert load(file, 100, 60, seed=0).digest == load(file, 100, 60, seed=5).digest
 
 
 def test_the_split_is_the_same_for_ever(file: Path) -> None:
@@ -124,27 +117,14 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
             UsageError,
             match=f"unknown image data '{name}'; use cifar10, cifar100, synthetic or npz:",
         ):
-            load_images(name, data_dir=None, offline=True, seed=0, train_samples=None, validation=0)
-        with pytest.raises(UsageError):
-            locate_images(name, data_dir=None, offline=True)
+            load_images(name, data_dir=None, offline=True, train_samples=None, validation=0)
 
 
-def test_a_dry_run_can_say_where_the_data_lie(
-    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("EGTRAIN_DATA", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert locate_images("synthetic", data_dir=None, offline=True) == "made when needed"
-    assert locate_images(f"npz:{file}", data_dir=None, offline=True) == f"found: {file}"
-    assert locate_images("npz:nowhere.npz", data_dir=None, offline=True) == "missing: nowhere.npz"
-    assert locate_images("cifar10", data_dir=tmp_path, offline=True).startswith(
-        f"missing: not in {tmp_path}, "
+def test_whoever_trains_on_a_part_of_the_images_is_told(file: Path) -> None:
+    assert load(file).notes == ()
+    assert load(file, validation=60).notes == ()
+    assert load(file, 300).notes == ()
+    assert load(file, 50, 60).notes == (
+        "data.train_samples uses 50 of 240 training images; use all of them with "
+        "--set data.train_samples=null",
     )
-    planned = locate_images("cifar10", data_dir=tmp_path, offline=False)
-    assert planned == f"to be downloaded (170 MB) to {tmp_path}"
-    folder = tmp_path / "cifar-10-batches-bin"
-    folder.mkdir()
-    (folder / "data_batch_1.bin").touch()
-    with pytest.raises(DataError, match=r"incomplete, data_batch_2\.bin"):
-        locate_images("cifar10", data_dir=tmp_path, offline=True)
-    assert not list((tmp_path / "cache").glob("*"))

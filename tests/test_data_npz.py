@@ -33,9 +33,7 @@ def write(path: Path, contents: dict[str, Any]) -> Path:
 
 
 def load(path: Path) -> ImageData:
-    return load_images(
-        f"npz:{path}", data_dir=None, offline=True, seed=0, train_samples=None, validation=0
-    )
+    return load_images(f"npz:{path}", data_dir=None, offline=True, train_samples=None, validation=0)
 
 
 @pytest.fixture
@@ -83,7 +81,11 @@ WRONG = [
     ),
     ({"x_train": np.array([None] * 12)}, "x_train holds object"),
     ({"y_train": np.arange(12) / 2}, r"y_train holds float64 .* y_train\.astype\('int64'\)"),
-    ({"y_test": np.array(list("abcdef"))}, "y_test holds <U1 where integers"),
+    (
+        {"y_test": np.array(list("abcdef"))},
+        r"y_test holds <U1 where integers are expected; convert with "
+        r"numpy\.searchsorted\(numpy\.unique\(y_train\), y_test\)",
+    ),
     ({"y_test": np.array([None] * 6)}, "y_test holds object where integers"),
     ({"y_train": np.ones(12, bool)}, "y_train holds bool where integers"),
     (
@@ -99,8 +101,14 @@ WRONG = [
     ({"y_train": np.arange(11) % 3}, r"y_train has shape \[11\] where x_train holds 12 images"),
     (
         {"y_train": (np.arange(12) % 3)[:, None]},
-        r"y_train has shape \[12, 1\] .* with shape \[12\]",
+        r"y_train is a column of labels, \[12, 1\]; convert with y_train\.ravel\(\)$",
     ),
+    (
+        {"y_train": np.eye(3)[np.arange(12) % 3]},
+        r"y_train holds one-hot labels, \[12, 3\]; convert with y_train\.argmax\(1\)$",
+    ),
+    ({"y_test": np.eye(3, dtype=bool)[np.arange(6) % 3]}, r"convert with y_test\.argmax\(1\)$"),
+    ({"y_test": np.eye(3, dtype=int)[np.arange(6) % 3]}, r"convert with y_test\.argmax\(1\)$"),
     ({"y_test": np.arange(7) % 3}, r"y_test has shape \[7\] where x_test holds 6 images"),
     (
         {"x_test": np.zeros((6, 10, 8, 3), np.uint8)},
@@ -110,6 +118,15 @@ WRONG = [
     ({"x_train": np.zeros((12, 10, 7), np.uint8)}, "images of 10 x 7 pixels; at least 8 x 8"),
     ({"y_train": np.arange(12) % 3 - 1}, "y_train has labels from -1 to 1"),
     (
+        {"y_train": np.arange(12) % 10 + 1, "y_test": np.arange(6) + 1},
+        r"the labels begin with 1, and classes are numbered from 0; store y_train - 1 and "
+        r"y_test - 1$",
+    ),
+    (
+        {"y_train": np.arange(12) % 2 + 5, "y_test": np.arange(6) % 2 + 5},
+        "the labels begin with 5, .* store y_train - 5 and y_test - 5$",
+    ),
+    (
         {"y_test": np.arange(6) - 1},
         "y_test has labels from -1 to 4 where y_train has classes 0 to 2",
     ),
@@ -117,8 +134,15 @@ WRONG = [
         {"y_test": np.arange(6) % 4},
         "y_test has labels from 0 to 3 where y_train has classes 0 to 2",
     ),
+    (
+        {"y_train": np.arange(12) % 3 + 1},
+        "y_test has labels from 0 to 2 where y_train has classes 1 to 3; .* alike in both",
+    ),
     ({"y_train": np.arange(12) * 1000}, "highest label in y_train is 11000 for 12 images"),
-    ({"y_train": np.full(12, 2**63, np.uint64)}, "highest label in y_train is 9223372036854775808"),
+    (
+        {"y_train": np.array([0, 2**63] * 6, np.uint64)},
+        "highest label in y_train is 9223372036854775808",
+    ),
     ({"y_train": np.zeros(12, np.int64), "y_test": np.zeros(6, np.int64)}, "have at least two"),
 ]
 
@@ -143,7 +167,7 @@ def test_missing_arrays_are_all_named(path: Path) -> None:
 def test_a_file_that_is_not_there_and_one_that_is_something_else(
     path: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(DataError, match=r"no such file or folder, here or in .* npz:images.npz"):
         load(path)
     path.write_bytes(b"not a zip archive")
     with pytest.raises(DataError, match=r"not a readable \.npz file"):

@@ -202,7 +202,7 @@ def test_evaluation_leaves_the_model_as_it_was(data: ImageData) -> None:
 def test_held_out_samples_are_not_trained_on() -> None:
     """On the real loader: training, validation and test share no image."""
     loaded = load_images(
-        "synthetic", data_dir=None, offline=True, seed=0, train_samples=None, validation=500
+        "synthetic", data_dir=None, offline=True, train_samples=None, validation=500
     )
     task = task_on(loaded, workers=1, worker_batch_size=1)
     splits = {

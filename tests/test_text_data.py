@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from egtrain.data.pairs import EOS, PairData, load_pairs, locate_pairs
-from egtrain.data.text import TextData, load_text, locate_text
+from egtrain.data.pairs import PairData, load_pairs
+from egtrain.data.subwords import EOS
+from egtrain.data.text import TextData, load_text
 from egtrain.errors import DataError, UsageError
 
 TEXT = {"train.txt": "b a b\n\n a  c b \n", "valid.txt": "a d\n", "test.txt": "<unk> b\r\nc"}
@@ -76,6 +77,32 @@ def test_only_a_line_feed_ends_a_line(tmp_path: Path) -> None:
     assert data.train.tolist().count(1) == 1
 
 
+def test_a_byte_order_mark_is_not_part_of_the_first_word(tmp_path: Path) -> None:
+    plain = text_in(put(tmp_path / "t", TEXT))
+    marked = {name: f"\ufeff{text}" for name, text in TEXT.items()}
+    assert text_in(put(tmp_path / "u", marked)).vocabulary == plain.vocabulary
+    assert text_in(tmp_path / "u").digest == plain.digest
+    pairs = pairs_in(put(tmp_path / "p", PAIRS))
+    marked = {name: f"\ufeff{text}" for name, text in PAIRS.items()}
+    assert pairs_in(put(tmp_path / "q", marked)).digest == pairs.digest
+    packed = {f"{name}.gz": gzip.compress(text.encode()) for name, text in marked.items()}
+    assert pairs_in(put(tmp_path / "r", packed)).digest == pairs.digest
+    with pytest.raises(DataError, match="the file is empty"):
+        text_in(put(tmp_path / "u", {"test.txt": "\ufeff"}))
+
+
+def test_whoever_trains_on_a_part_of_a_text_is_told(tmp_path: Path) -> None:
+    folder, pairs = put(tmp_path / "t", TEXT), put(tmp_path / "p", PAIRS)
+    assert text_in(folder).notes == pairs_in(pairs).notes == ()
+    assert text_in(folder, train_tokens=4).notes == (
+        "data.train_samples uses 5 of 9 training words; use all of them with "
+        "--set data.train_samples=null",
+    )
+    assert pairs_in(pairs, train_samples=8).notes == ()
+    (note,) = pairs_in(pairs, train_samples=3).notes
+    assert note.startswith("data.train_samples uses 3 of 8 training pairs; ")
+
+
 def test_equal_texts_have_equal_digests_and_others_do_not(tmp_path: Path) -> None:
     first = text_in(put(tmp_path / "t", TEXT)).digest
     assert text_in(put(tmp_path / "u", TEXT)).digest == first
@@ -88,7 +115,8 @@ def test_a_smaller_training_text_is_the_beginning_and_keeps_the_vocabulary(tmp_p
     assert data.train.tolist() == [2, 3, 2, 1, 1]
     assert len(data.vocabulary) == 5
     with pytest.raises(
-        DataError, match=r"asks for 10 words, and the training text has 9; lower it"
+        DataError,
+        match=r"asks for 10 words, and the training text has 9; lower it, or .* null",
     ):
         text_in(folder, train_tokens=9)
 
@@ -99,10 +127,8 @@ def test_a_folder_is_looked_for_here_and_where_data_are(
     put(tmp_path / "home" / "mine", TEXT)
     options: dict[str, Any] = {"offline": True, "max_vocabulary": None, "train_tokens": None}
     assert len(load_text("text:mine", data_dir=tmp_path / "home", **options).train) == 9
-    assert locate_text("text:mine", data_dir=tmp_path / "home", offline=True).startswith("found: ")
-    assert locate_text("text:mine", data_dir=None, offline=True) == "missing: mine"
     with pytest.raises(
-        DataError, match=r"there is no folder mine, here or in .*; name one with train.txt"
+        DataError, match=r"mine: no such .*, here or in .*; give a folder that holds train"
     ):
         load_text("text:mine", data_dir=None, **options)
     monkeypatch.chdir(tmp_path / "home")
@@ -153,9 +179,7 @@ def test_an_altered_wikitext_is_refused(tmp_path: Path) -> None:
         tmp_path / "wikitext-2",
         {"wiki.train.tokens": "a", "wiki.valid.tokens": "b", "wiki.test.tokens": "c"},
     )
-    with pytest.raises(
-        DataError, match=r"wiki.train.tokens: not the official file .* --data text:FOLDER"
-    ):
+    with pytest.raises(DataError, match=r"wiki.train.tokens: not the official file .* text:FOLDER"):
         load_text(
             "wikitext2", data_dir=tmp_path, offline=True, max_vocabulary=None, train_tokens=None
         )
@@ -211,7 +235,7 @@ def test_subwords_are_learned_once_and_learned_again_where_what_is_kept_is_damag
     kept.write_bytes(content[: len(content) // 2])
     assert pairs_in(folder).digest == first.digest
     assert kept.read_bytes() == content
-    monkeypatch.setattr("egtrain.data.pairs._train", lambda *_: pytest.fail("learned again"))
+    monkeypatch.setattr("egtrain.data.subwords._train", lambda *_: pytest.fail("learned again"))
     assert pairs_in(folder).digest == first.digest
 
 
@@ -307,7 +331,6 @@ def test_a_language_that_there_is_not_is_named(tmp_path: Path) -> None:
         pairs_in(folder, target="fr")
     with pytest.raises(UsageError, match=r"task.source and task.target are both 'en'"):
         pairs_in(folder, target="en")
-    assert locate_pairs(f"pairs:{folder}", data_dir=None, offline=True) == f"found: {folder}"
 
 
 def multi30k(folder: Path, **changes: Any) -> PairData:
@@ -335,7 +358,7 @@ def test_the_real_multi30k_is_read_packed_or_not_and_refused_where_it_is_altered
     with (tmp_path / "multi30k" / "test_2016_flickr.de").open("a") as file:
         file.write("Ein Satz mehr.\n")
     with pytest.raises(
-        DataError, match=r"test_2016_flickr.de: not the official .* mirrors have another test split"
+        DataError, match=r"test_2016_flickr.de: not the official file of Multi30k .* pairs:FOLDER"
     ):
         multi30k(tmp_path)
 

@@ -20,7 +20,7 @@ from egtrain.checkpoint import read_checkpoint
 from egtrain.cli import app
 from egtrain.config.files import load_config
 from egtrain.config.schema import Config
-from egtrain.data.pairs import Subwords
+from egtrain.data.subwords import Subwords
 from egtrain.errors import DataError, InterruptedRun, UsageError
 
 pytestmark = pytest.mark.timeout(180)

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from sacrebleu.metrics.bleu import BLEU
 from torch import Tensor, nn
 
-from egtrain.data.pairs import BOS, EOS, PAD, PairData, Sentences, Subwords
+from egtrain.data.pairs import PairData, Sentences
+from egtrain.data.subwords import BOS, EOS, PAD, Subwords
 from egtrain.errors import UsageError
 from egtrain.evaluate import evaluate
 from egtrain.models.transformer import Transformer

@@ -5,17 +5,18 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from egtrain.config.section import Count, NotNegative, Section
+from egtrain.data.sets import OF_TASK
 
 
 class DataConfig(Section):
     """What is trained on."""
 
     name: str = "cifar10"
-    """synthetic (embedded, no download), or what the task reads.
+    """synthetic (embedded, no download), a public data set such as cifar10, cifar100, wikitext2 or
+    multi30k, or data of your own.
 
-    image: cifar10, cifar100 or npz:FILE (x_train, y_train, x_test, y_test); language: wikitext2 or
-    text:FOLDER (train.txt, valid.txt, test.txt); translation: multi30k or pairs:FOLDER (train.en,
-    train.de and so on)."""
+    Those are npz:FILE (x_train, y_train, x_test, y_test), text:FOLDER (train.txt, valid.txt,
+    test.txt) or pairs:FOLDER (train.en, train.de and so on)."""
     dir: str | None = None
     """Folder that holds the data; null: $EGTRAIN_DATA, then the user cache, then a download."""
     offline: bool = False
@@ -75,11 +76,14 @@ class TranslationSettings(Section):
 Task = ImageSettings | LanguageSettings | TranslationSettings
 
 DATA: dict[str, tuple[list[str], str]] = {
-    "image": (["cifar10", "cifar100", "synthetic"], "npz:FILE"),
-    "language": (["wikitext2", "synthetic"], "text:FOLDER"),
-    "translation": (["multi30k", "synthetic"], "pairs:FOLDER"),
+    task: ([*OF_TASK[task], "synthetic"], form)
+    for task, form in (
+        ("image", "npz:FILE"),
+        ("language", "text:FOLDER"),
+        ("translation", "pairs:FOLDER"),
+    )
 }
-"""The data that a task reads: the names, and the form of one's own."""
+"""The data that a task reads: the names, and the form of a user's own."""
 
 MODELS: dict[str, list[str]] = {
     "image": ["resnet", "vgg"],

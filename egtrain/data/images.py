@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from egtrain.data.arrays import ImageArrays
-from egtrain.data.cifar import CIFAR10, CIFAR100, read_layout
-from egtrain.data.fetch import data_folders, find_or_download, locate
+from egtrain.data.arrays import ImageArrays, fixed_order
+from egtrain.data.download import find_or_download
+from egtrain.data.finding import note_of_part, require_own
 from egtrain.data.npz import read_npz
+from egtrain.data.sets import IMAGES
 from egtrain.data.synthetic_images import make_synthetic_images
 from egtrain.errors import UsageError
 
@@ -47,6 +47,8 @@ class ImageData:
     leaves."""
     digest: str
     """SHA-256 over all arrays with their shapes: equal digests mean equal data in equal splits."""
+    notes: tuple[str, ...] = ()
+    """What the user is told of the data before training."""
 
 
 def load_images(
@@ -54,64 +56,31 @@ def load_images(
     *,
     data_dir: Path | None,
     offline: bool,
-    seed: int,
     train_samples: int | None,
     validation: int,
 ) -> ImageData:
-    """Load `cifar10`, `cifar100`, `synthetic` or `npz:FILE`, and hold out `validation` training
-    images.
+    """Load a public data set, `synthetic` or `npz:FILE`, and hold out `validation` training images.
 
     The validation images, and `train_samples` of the rest, are the first of one fixed permutation,
-    so that smaller training sets are subsets of larger ones; `seed`, the run's, therefore changes
-    nothing. Data are looked for in `data_dir`, $EGTRAIN_DATA and the user cache, then downloaded
-    unless `offline`. Raises `DataError` for data that are missing or damaged, `UsageError` for an
-    unknown name or an impossible split.
+    so that smaller training sets are subsets of larger ones, and the same in every run. Data are
+    looked for in `data_dir`, $EGTRAIN_DATA and the user cache, then downloaded unless `offline`.
+    Raises `DataError` for data that are missing or damaged, `UsageError` for an unknown name or an
+    impossible split.
     """
-    del seed
     ceiling: float | None = None
-    if name in _CIFAR:
-        folder, layout = find_or_download(_CIFAR[name], data_dir, offline)
-        arrays = read_layout(_CIFAR[name], folder, layout)
-    elif name == "synthetic":
+    if name == "synthetic":
         drawn = make_synthetic_images()
         arrays, ceiling = drawn.arrays, drawn.ceiling
     elif name.startswith("npz:"):
-        arrays = read_npz(_npz_path(name, data_dir))
+        path = require_own(name, data_dir, "the path of an .npz file, as in --data npz:images.npz")
+        arrays = read_npz(path)
+    elif name in IMAGES:
+        arrays = IMAGES[name].read(find_or_download(IMAGES[name], data_dir, offline))
     else:
-        raise _unknown(name)
+        raise UsageError(
+            f"unknown image data '{name}'; use {', '.join(IMAGES)}, synthetic or npz:FILE"
+        )
     return _split(name, arrays, ceiling, train_samples, validation)
-
-
-def locate_images(name: str, *, data_dir: Path | None, offline: bool) -> str:
-    """Say in a few words where `load_images` would take the data from; reads no data and downloads
-    nothing.
-
-    Raises `DataError` where a data set on disk lacks files, `UsageError` for an unknown name.
-    """
-    if name == "synthetic":
-        return "made when needed"
-    if name.startswith("npz:"):
-        path = _npz_path(name, data_dir)
-        return f"found: {path}" if path.is_file() else f"missing: {path}"
-    if name not in _CIFAR:
-        raise _unknown(name)
-    return locate(_CIFAR[name], data_dir, offline)
-
-
-_CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
-
-
-def _npz_path(name: str, data_dir: Path | None) -> Path:
-    """Return the file as it is named, or else within the first of the data folders that has it."""
-    path = Path(name.removeprefix("npz:")).expanduser()
-    places = [path, *(folder / path for folder in data_folders(data_dir))]
-    if data_dir is not None:
-        places.append(data_dir / path.name)  # it has moved there
-    return next((place for place in places if place.is_file()), path)
-
-
-def _unknown(name: str) -> UsageError:
-    return UsageError(f"unknown image data '{name}'; use cifar10, cifar100, synthetic or npz:FILE")
 
 
 def _split(
@@ -125,18 +94,17 @@ def _split(
     if not 0 <= validation < count:
         raise UsageError(
             f"data.validation: {validation} is not possible, as {name} has {count:,} training "
-            "images of which one must"
-            f" remain; use 0 to {count - 1}"
+            f"images of which one must remain; use 0 to {count - 1}"
         )
     if train_samples is not None and not 1 <= train_samples <= count - validation:
         raise UsageError(
             f"data.train_samples: {train_samples} is not possible, as {name} has {count:,} "
-            "training images of which"
-            f" {validation:,} are held out; use 1 to {count - validation}"
+            f"training images of which {validation:,} are held out; use 1 to "
+            f"{count - validation}, or null for all"
         )
     kept, held_out = np.arange(count), np.arange(0)
     if validation or train_samples is not None:
-        order = _fixed_permutation(count)
+        order = fixed_order(count, _SPLIT_SEED)
         end = count if train_samples is None else validation + train_samples
         held_out, kept = np.sort(order[:validation]), np.sort(order[validation:end])
     whole = len(kept) == count
@@ -158,13 +126,8 @@ def _split(
         std=std,
         ceiling=ceiling,
         digest=_digest(x_train, y_train, x_validation, y_validation, x_test, y_test),
+        notes=note_of_part(len(kept), count - validation, "images"),
     )
-
-
-def _fixed_permutation(count: int) -> NDArray[np.intp]:
-    # Raw bits of PCG64 never change between NumPy versions; Generator.permutation promises no such
-    # thing.
-    return np.argsort(np.random.PCG64(_SPLIT_SEED).random_raw(count), kind="stable")
 
 
 def _channel_statistics(

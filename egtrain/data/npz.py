@@ -23,8 +23,8 @@ def read_npz(path: Path) -> ImageArrays:
 
     The file's images are uint8 `[images, height, width, 3]`, `[images, 3, height, width]` or grey
     `[images, height, width]` (also with one channel); they come back as uint8 `[images, height,
-    width, 3]`. Labels are integers from 0. Nothing is unpickled. Raises `DataError` that names the
-    file, the array, what was found and what to do.
+    width, 3]`. Labels are integers from 0, `[images]`. Nothing is unpickled. Raises `DataError`
+    that names the file, the array, what was found and what to do.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -35,10 +35,6 @@ def read_npz(path: Path) -> ImageArrays:
                     " numpy.savez(FILE, x_train=…, y_train=…, x_test=…, y_test=…)"
                 )
             x_train, y_train, x_test, y_test = (_read_array(path, archive, key) for key in KEYS)
-    except FileNotFoundError as problem:
-        raise DataError(
-            f"{path}: no such file; give the path of an .npz file, as in --data npz:images.npz"
-        ) from problem
     except (
         OSError,
         zipfile.BadZipFile,
@@ -56,24 +52,28 @@ def read_npz(path: Path) -> ImageArrays:
     if train.shape[1:] != test.shape[1:]:
         raise DataError(
             f"{path}: x_train has images of {_size(train)} and x_test of {_size(test)} (height x "
-            "width);"
-            " bring them to one size"
+            "width); bring them to one size"
         )
     for key, labels, images in (("train", y_train, train), ("test", y_test, test)):
         if labels.shape != (len(images),):
             raise DataError(
                 f"{path}: y_{key} has shape {list(labels.shape)} where x_{key} holds "
-                f"{len(images):,} images;"
-                f" give one label for each image, with shape [{len(images)}]"
+                f"{len(images):,} images; give one label for each image, with shape "
+                f"[{len(images)}]"
             )
-    classes = int(y_train.max()) + 1
+    lowest, classes = int(y_train.min()), int(y_train.max()) + 1
     for key, labels in (("y_train", y_train), ("y_test", y_test)):
-        if int(labels.min()) < 0 or int(labels.max()) >= classes:
+        if int(labels.min()) < max(lowest, 0) or int(labels.max()) >= classes:
             raise DataError(
                 f"{path}: {key} has labels from {labels.min()} to {labels.max()} where y_train "
-                "has classes 0 to"
-                f" {classes - 1}; number the classes 0, 1, 2 … alike in both"
+                f"has classes {max(lowest, 0)} to {classes - 1}; number the classes 0, 1, 2 … "
+                "alike in both"
             )
+    if lowest > 0:
+        raise DataError(
+            f"{path}: the labels begin with {lowest}, and classes are numbered from 0; store "
+            f"y_train - {lowest} and y_test - {lowest}"
+        )
     if not 2 <= classes <= len(train):
         raise DataError(
             f"{path}: the highest label in y_train is {classes - 1} for {len(train):,} images;"
@@ -87,24 +87,9 @@ def _read_array(path: Path, archive: zipfile.ZipFile, key: str) -> NDArray[np.in
     name = f"{key}.npy"
     with archive.open(name) as member:
         shape, dtype, header = _read_header(path, key, member)
-    images = key.startswith("x_")
-    if images and dtype != np.uint8:
-        advice = (
-            f"(255 * {key}).round().astype('uint8') if they lie between 0 and 1, "
-            f"{key}.round().astype('uint8') if they"
-            " lie between 0 and 255"
-            if dtype.kind == "f"
-            else f"{key}.astype('uint8') if they lie between 0 and 255"
-        )
-        raise DataError(
-            f"{path}: {key} holds {dtype} where uint8 from 0 to 255 is expected; convert with "
-            f"{advice}"
-        )
-    if not images and dtype.kind not in "iu":
-        raise DataError(
-            f"{path}: {key} holds {dtype} where integers are expected; convert with "
-            f"{key}.astype('int64')"
-        )
+    wrong = _wrong_images(key, dtype) if key[0] == "x" else _wrong_labels(key, shape, dtype)
+    if wrong:
+        raise DataError(f"{path}: {wrong}")
     if 0 in shape or not shape:
         raise DataError(
             f"{path}: {key} has shape {list(shape)} and so holds no image; store at least one"
@@ -113,8 +98,7 @@ def _read_array(path: Path, archive: zipfile.ZipFile, key: str) -> NDArray[np.in
     if declared != archive.getinfo(name).file_size:
         raise DataError(
             f"{path}: {key} declares {declared:,} bytes and holds "
-            f"{archive.getinfo(name).file_size:,};"
-            " the file is damaged, write it anew"
+            f"{archive.getinfo(name).file_size:,}; the file is damaged, write it anew"
         )
     with archive.open(name) as member:
         try:
@@ -124,6 +108,35 @@ def _read_array(path: Path, archive: zipfile.ZipFile, key: str) -> NDArray[np.in
                 f"{path}: {key} cannot be read ({problem}); write the file anew"
             ) from problem
     return array
+
+
+def _wrong_images(key: str, dtype: np.dtype[np.generic]) -> str:
+    """Say what is wrong with the type of images, and how to convert them; empty if nothing is."""
+    if dtype == np.uint8:
+        return ""
+    advice = f"{key}.astype('uint8') if they lie between 0 and 255"
+    if dtype.kind == "f":
+        advice = (
+            f"(255 * {key}).round().astype('uint8') if they lie between 0 and 1, "
+            f"{key}.round().astype('uint8') if they lie between 0 and 255"
+        )
+    return f"{key} holds {dtype} where uint8 from 0 to 255 is expected; convert with {advice}"
+
+
+def _wrong_labels(key: str, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> str:
+    """Say what is wrong with the type or shape of labels, and how to convert them; empty if nothing
+    is.
+    """
+    if len(shape) == 2 and dtype.kind in "iufb":
+        if shape[1] == 1:
+            return f"{key} is a column of labels, {list(shape)}; convert with {key}.ravel()"
+        return f"{key} holds one-hot labels, {list(shape)}; convert with {key}.argmax(1)"
+    if dtype.kind in "iu":
+        return ""
+    advice = f"{key}.astype('int64')"
+    if dtype.kind in "USO":
+        advice = f"numpy.searchsorted(numpy.unique(y_train), {key}), which numbers them by name"
+    return f"{key} holds {dtype} where integers are expected; convert with {advice}"
 
 
 def _read_header(
@@ -159,8 +172,7 @@ def _colour(path: Path, key: str, images: NDArray[np.integer]) -> Bytes:
     if min(array.shape[1:3]) < SMALLEST:
         raise DataError(
             f"{path}: {key} has images of {_size(array)} pixels; at least {SMALLEST} x {SMALLEST} "
-            "are needed,"
-            " so enlarge or pad them"
+            "are needed, so enlarge or pad them"
         )
     return np.repeat(array, 3, axis=3) if array.shape[3] == 1 else np.ascontiguousarray(array)
 

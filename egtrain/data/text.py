@@ -1,18 +1,19 @@
-"""Text for language modelling as streams of word indices: WikiText-2, a user's own files, or
+"""Text for language modelling as streams of word indices: a public one, a user's own files, or
 embedded.
 """
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from egtrain.data.fetch import Archive, data_folders, find_or_download, locate
-from egtrain.data.lines import found_folder, lines_of, read_text
+from egtrain.data.download import find_or_download
+from egtrain.data.finding import note_of_part, require_own
+from egtrain.data.lines import lines_of, read_lines
+from egtrain.data.sets import TEXTS
 from egtrain.data.synthetic_text import make_synthetic_text
 from egtrain.errors import DataError
 
@@ -37,68 +38,8 @@ class TextData:
     """Lowest expected perplexity of the test text, where it is known."""
     digest: str
     """SHA-256 over the streams and the vocabulary: equal digests mean equal data."""
-
-
-@dataclass(frozen=True)
-class TextFile:
-    """A file of WikiText-2."""
-
-    name: str
-    size: int
-    """Bytes."""
-    sha1: str
-
-
-@dataclass(frozen=True)
-class TextLayout:
-    """Training, validation and test file of a text, in this order."""
-
-    folder: str
-    files: tuple[TextFile, TextFile, TextFile]
-
-
-@dataclass(frozen=True)
-class WikiText:
-    """WikiText-2, words as tokens (Merity et al. 2016, arXiv 1609.07843)."""
-
-    title: str
-    layouts: tuple[TextLayout, ...]
-    archives: tuple[Archive, ...]
-
-
-def _layout(*names: str) -> TextLayout:
-    sizes = (10_797_148, 1_121_681, 1_256_449)
-    # As GluonNLP lists them.
-    digests = (
-        "863f29c46ef9d167fff4940ec821195882fe29d1",
-        "0418625c8b4da6e4b5c7a0b9e78d4ae8f7ee5422",
-        "c7b8ce0aa086fb34dab808c5c49224211eb2b172",
-    )
-    train, validation, test = (TextFile(*file) for file in zip(names, sizes, digests, strict=True))
-    return TextLayout("wikitext-2", (train, validation, test))
-
-
-WIKITEXT2 = WikiText(
-    title="WikiText-2",
-    layouts=(
-        _layout("wiki.train.tokens", "wiki.valid.tokens", "wiki.test.tokens"),
-        _layout("train.txt", "valid.txt", "test.txt"),
-    ),
-    archives=(
-        Archive(
-            name="wikitext-2-v1.zip",
-            # As the Hugging Face datasets library lists it.
-            sha256="92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c",
-            size=4_475_746,
-            addresses=(
-                # The official address; it has not answered for years.
-                "https://s3.amazonaws.com/research.metamind.io/wikitext/wikitext-2-v1.zip",
-                # The first author's.
-                "https://wikitext.smerity.com/wikitext-2-v1.zip",
-            ),
-        ),
-    ),
-)
+    notes: tuple[str, ...] = ()
+    """What the user is told of the data before training."""
 
 
 def load_text(
@@ -109,7 +50,7 @@ def load_text(
     max_vocabulary: int | None,
     train_tokens: int | None,
 ) -> TextData:
-    """Load `wikitext2`, `synthetic` or `text:FOLDER`, which holds train.txt, valid.txt and
+    """Load a public text, `synthetic` or `text:FOLDER`, which holds train.txt, valid.txt and
     test.txt.
 
     A word is what stands between spaces; an empty line is a line without words. The vocabulary is
@@ -130,88 +71,53 @@ def load_text(
     """
     if name == "synthetic":
         drawn = make_synthetic_text()
-        _check_vocabulary(drawn.vocabulary, max_vocabulary, "the embedded text", 0)
+        if max_vocabulary is not None and len(drawn.vocabulary) > max_vocabulary:
+            raise _too_many_words("the embedded text", len(drawn.vocabulary), max_vocabulary)
         streams = [torch.from_numpy(words) for words in (drawn.train, drawn.validation, drawn.test)]
         return _data(streams, drawn.vocabulary, drawn.floor, train_tokens)
-    if name == "wikitext2":
-        folder, layout = find_or_download(WIKITEXT2, data_dir, offline)
-        paths = [folder / file.name for file in layout.files]
-        contents = [_official(folder / file.name, file) for file in layout.files]
+    if name in TEXTS:
+        found = find_or_download(TEXTS[name], data_dir, offline)
+        paths = [found.folder / file.name for file in found.layout.files]
+        texts = [lines_of(found.read(path.name), path) for path in paths]
     else:
-        folder = _own_folder(name, data_dir)
+        folder = require_own(
+            name,
+            data_dir,
+            "a folder that holds train.txt, valid.txt and test.txt, as in --data text:FOLDER",
+        )
         paths = [folder / file for file in ("train.txt", "valid.txt", "test.txt")]
-        contents = [read_text(path) for path in paths]
-    texts = [_sentences(content, path) for content, path in zip(contents, paths, strict=True)]
-    vocabulary = _vocabulary(texts[0], max_vocabulary, paths[0])
+        texts = [read_lines(path) for path in paths]
+    words = [[line.split() for line in text] for text in texts]
+    vocabulary = _vocabulary(words[0], max_vocabulary, paths[0])
     index = {word: number for number, word in enumerate(vocabulary)}
     streams = [
         torch.tensor(
-            [number for words in text for number in (*(index.get(w, UNK) for w in words), EOS)]
+            [number for line in text for number in (*(index.get(word, UNK) for word in line), EOS)]
         )
-        for text in texts
+        for text in words
     ]
     return _data(streams, vocabulary, None, train_tokens)
 
 
-def locate_text(name: str, *, data_dir: Path | None, offline: bool) -> str:
-    """Say in a few words where `load_text` would take the text from; reads nothing and downloads
-    nothing.
-    """
-    if name == "synthetic":
-        return "made when needed"
-    if name == "wikitext2":
-        return locate(WIKITEXT2, data_dir, offline)
-    folder = found_folder(name.removeprefix("text:"), data_folders(data_dir))
-    return f"found: {folder}" if folder else f"missing: {name.removeprefix('text:')}"
-
-
-def _own_folder(name: str, data_dir: Path | None) -> Path:
-    wanted, folders = name.removeprefix("text:"), data_folders(data_dir)
-    folder = found_folder(wanted, folders)
-    if folder is None:
-        raise DataError(
-            f"there is no folder {wanted}, here or in {', '.join(map(str, folders))}; name one "
-            "with train.txt, "
-            "valid.txt and test.txt, such as --data text:FOLDER"
-        )
-    return folder
-
-
-def _official(path: Path, file: TextFile) -> bytes:
-    content = read_text(path)
-    if hashlib.sha1(content, usedforsecurity=False).hexdigest() != file.sha1:
-        raise DataError(
-            f"{path}: not the official file (its SHA-1 is not {file.sha1}); read a text of your "
-            "own with --data "
-            "text:FOLDER, or name a folder without this file with --data-dir, to have WikiText-2 "
-            "downloaded"
-        )
-    return content
-
-
-def _sentences(content: bytes, path: Path) -> list[list[str]]:
-    return [line.split() for line in lines_of(content, path)]
-
-
 def _vocabulary(text: list[list[str]], limit: int | None, path: Path) -> tuple[str, ...]:
-    counts = Counter(word for words in text for word in words)
-    found = dict.fromkeys([*SPECIAL, *sorted(counts, key=lambda word: -counts[word])])
-    if limit is not None and len(found) > limit:
-        seen = set(SPECIAL)
-        for number, words in enumerate(text, start=1):
-            seen.update(words)
-            if len(seen) > limit:
-                _check_vocabulary(list(found), limit, str(path), number)
-    return tuple(found)
-
-
-def _check_vocabulary(vocabulary: Sequence[str], limit: int | None, source: str, line: int) -> None:
+    counts = Counter(word for line in text for word in line)
+    vocabulary = tuple(
+        dict.fromkeys([*SPECIAL, *sorted(counts, key=lambda word: -counts[word])]),
+    )
     if limit is not None and len(vocabulary) > limit:
-        raise DataError(
-            f"{source}{f':{line}' * bool(line)}: the vocabulary of {len(vocabulary):,} words is "
-            "larger than "
-            f"task.max_vocabulary = {limit:,}; raise it, or replace rare words by <unk>"
-        )
+        seen = set(SPECIAL)
+        for number, line in enumerate(text, start=1):
+            seen.update(line)
+            if len(seen) > limit:
+                raise _too_many_words(f"{path}:{number}", len(vocabulary), limit)
+    return vocabulary
+
+
+def _too_many_words(place: str, words: int, limit: int) -> DataError:
+    return DataError(
+        f"{place}: the vocabulary of {words:,} words is larger than task.max_vocabulary = "
+        f"{limit:,}; raise it, or replace rare words by <unk>"
+    )
 
 
 def _data(
@@ -220,12 +126,12 @@ def _data(
     floor: float | None,
     train_tokens: int | None,
 ) -> TextData:
+    whole = len(streams[0])
     if train_tokens is not None:
-        if len(streams[0]) <= train_tokens:
+        if whole <= train_tokens:
             raise DataError(
                 f"data.train_samples asks for {train_tokens + 1:,} words, and the training text "
-                "has "
-                f"{len(streams[0]):,}; lower it"
+                f"has {whole:,}; lower it, or set it to null for all"
             )
         # One more, which the last of them is followed by.
         streams[0] = streams[0][: train_tokens + 1]
@@ -234,4 +140,5 @@ def _data(
         digest.update(f"{len(stream)}\n".encode())
         digest.update(stream.numpy().data)
     train, validation, test = streams
-    return TextData(train, validation, test, vocabulary, floor, digest.hexdigest())
+    notes = note_of_part(len(train), whole, "words")
+    return TextData(train, validation, test, vocabulary, floor, digest.hexdigest(), notes)

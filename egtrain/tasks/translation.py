@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from egtrain.data.pairs import BOS, EOS, PAD, PairData, Sentences
+from egtrain.data.pairs import PairData, Sentences
+from egtrain.data.subwords import BOS, EOS, PAD
 from egtrain.formatting import FRACTION
 from egtrain.models.decoding import Decodable, beam_search
 from egtrain.optim.randomness import generator_for

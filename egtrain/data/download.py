@@ -1,0 +1,236 @@
+"""The download of a public data set, which leaves either the checked files or nothing behind."""
+
+import contextlib
+import fcntl
+import gzip
+import hashlib
+import http.client
+import os
+import shutil
+import tarfile
+import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from egtrain import disk
+from egtrain.data.finding import Archive, DataSet, Found, Layout, data_folders, find, not_found
+from egtrain.errors import DataError, EgtrainError
+
+TIMEOUT = 20.0
+"""Seconds without a byte after which a server is given up."""
+PATIENCE = 30.0
+"""Seconds after which a server that has been slower than `SLOWEST` is given up for the next one."""
+SLOWEST = 100_000
+"""Bytes per second."""
+CHUNK = 1 << 18
+_TEMPORARY = ".egtrain-download-"
+
+
+def find_or_download(data_set: DataSet, data_dir: Path | None, offline: bool) -> Found:
+    """As `find`, but data that are not there are downloaded into the first folder of the search
+    order.
+
+    Several processes may ask at once: one downloads, the others wait for it. Raises `DataError`,
+    with every place that was looked at, where `offline` forbids the download or no server delivers;
+    `EgtrainError` where the disk is full.
+    """
+    if found := find(data_set, data_dir):
+        return found
+    if offline:
+        raise not_found(data_set, data_dir)
+    target = data_folders(data_dir)[0]
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        with _lock(target) as alone:
+            if found := find(data_set, data_dir):
+                return found
+            _download(data_set, target, alone)
+    except OSError as problem:
+        if problem.errno in disk.FULL:
+            raise EgtrainError(
+                f"{target}: the disk is full, {shutil.disk_usage(target).free:,} bytes are free; "
+                f"make room for {data_set.title}, or name another folder with --data-dir"
+            ) from problem
+        raise DataError(
+            f"{target}: cannot be written ({problem.strerror or problem}); name another folder "
+            "with --data-dir"
+        ) from problem
+    return Found(data_set, target / data_set.layouts[0].folder, data_set.layouts[0])
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[bool]:
+    """Wait for and hold the folder itself, so that no lock file is left behind; False on file
+    systems without locks.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            alone = True
+        except OSError:
+            alone = False
+        yield alone
+    finally:
+        os.close(descriptor)
+
+
+def _download(data_set: DataSet, target: Path, alone: bool) -> None:
+    layout = data_set.layouts[0]
+    for leftover in target.glob(f"{_TEMPORARY}*") if alone else ():
+        # Of a process that was killed: nobody else is at work.
+        shutil.rmtree(leftover, ignore_errors=True)
+    destination = target / layout.folder
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise DataError(
+            f"{destination}: in the way of the download, and not {data_set.title}; move it, or "
+            "name another folder with --data-dir"
+        )
+    # The folder goes away with everything in it, whatever happens: also on Ctrl-C.
+    with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=target) as temporary:
+        whole = Path(temporary) / layout.folder
+        whole.mkdir()
+        for archive in data_set.archives:
+            file = Path(temporary) / archive.name
+            if problems := _receive_from_any(archive, file, target):
+                raise DataError(
+                    f"{data_set.title} could not be downloaded to {target} "
+                    f"({'; '.join(problems)}); check the network, name the folder that holds "
+                    f"{data_set.folders} with --data-dir, or use --data synthetic"
+                )
+            unpack(file, layout, whole)
+            file.unlink()
+        disk.sync_folder(whole)
+        whole.rename(destination)
+        disk.sync_folder(target)
+
+
+def _receive_from_any(archive: Archive, file: Path, target: Path) -> list[str]:
+    """Download an archive from the first server that delivers it; where none does, say why."""
+    problems = []
+    for number, address in enumerate(archive.addresses, start=1):
+        try:
+            _receive(address, file, archive, target, hasten=number < len(archive.addresses))
+            return []
+        except _Refused as problem:
+            problems.append(f"{urllib.parse.urlsplit(address).hostname}: {problem}")
+    return problems
+
+
+class _Refused(Exception):
+    """What a server sent, or did not send, cannot be used; the message says why."""
+
+
+def _open(address: str) -> contextlib.AbstractContextManager[IO[bytes]]:
+    request = urllib.request.Request(address, headers={"User-Agent": "egtrain"})
+    response: contextlib.AbstractContextManager[IO[bytes]] = urllib.request.urlopen(
+        request, timeout=TIMEOUT
+    )
+    return response
+
+
+def _receive(address: str, file: Path, archive: Archive, target: Path, hasten: bool) -> None:
+    """Download to `file`; refuse anything but the archive with the known size and hash."""
+    console = Console(stderr=True)
+    console.print(
+        f"downloading {archive.name} ({archive.size / 1e6:.0f} MB) from "
+        f"{urllib.parse.urlsplit(address).hostname} to {target}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    digest = hashlib.sha256()
+    received = 0
+    start = time.monotonic()
+    with _network_problems():
+        connection = _open(address)
+    with (
+        connection as response,
+        file.open("wb") as output,
+        Progress(
+            *columns, console=console, transient=True, disable=not console.is_terminal
+        ) as progress,
+    ):
+        bar = progress.add_task(archive.name, total=archive.size)
+        while True:
+            with _network_problems():
+                chunk = response.read(CHUNK)
+            if not chunk:
+                break
+            received += len(chunk)
+            if received > archive.size:
+                raise _Refused(f"it sends more than the {archive.size:,} bytes expected")
+            digest.update(chunk)
+            output.write(chunk)
+            progress.update(bar, completed=received)
+            waited = time.monotonic() - start
+            if hasten and waited > PATIENCE and received < SLOWEST * waited:
+                raise _Refused(f"it sends only {received / waited / 1000:.0f} kB a second")
+    if received < archive.size:
+        raise _Refused(f"it sent {received:,} of {archive.size:,} bytes")
+    if digest.hexdigest() != archive.sha256:
+        raise _Refused(f"it sent sha256 {digest.hexdigest()}, expected {archive.sha256}")
+
+
+@contextlib.contextmanager
+def _network_problems() -> Iterator[None]:
+    """Only around what talks to the server: an OSError of the disk is another matter."""
+    try:
+        yield
+    except (http.client.HTTPException, OSError) as problem:
+        status = isinstance(problem, urllib.error.HTTPError)
+        reason = problem if status else getattr(problem, "reason", problem)
+        raise _Refused(str(reason) or type(problem).__name__) from problem
+
+
+def unpack(file: Path, layout: Layout, target: Path) -> None:
+    """Write the files of `layout` that an archive holds, and nothing else, into `target`.
+
+    Names in the archive only choose among the layout's files, so that nothing can be written
+    anywhere else.
+    """
+    wanted = {f"{layout.folder}/{each.name}": target / each.name for each in layout.files}
+    for name, content in _members(file, layout.folder):
+        if path := wanted.get(str(PurePosixPath(name))):
+            with content, path.open("wb") as output:
+                shutil.copyfileobj(content, output, CHUNK)
+                output.flush()
+                os.fsync(output.fileno())
+
+
+def _members(file: Path, folder: str) -> Iterator[tuple[str, IO[bytes] | gzip.GzipFile]]:
+    """Yield the path in the archive and the content of each plain file."""
+    if file.name.endswith(".tar.gz"):
+        with tarfile.open(file, "r:gz") as tar:
+            for member in tar:
+                if member.isreg() and (content := tar.extractfile(member)):
+                    yield member.name, content
+    elif file.name.endswith(".zip"):
+        with zipfile.ZipFile(file) as archive:
+            for name in archive.namelist():
+                yield name, archive.open(name)
+    else:
+        with gzip.open(file) as unpacked:
+            yield f"{folder}/{file.name.removesuffix('.gz')}", unpacked
