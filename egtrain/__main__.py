@@ -16,21 +16,27 @@ def main() -> None:
     from egtrain.cli import app
     from egtrain.errors import EgtrainError
 
+    is_rank = "LOCAL_RANK" in os.environ
     code = 0
+    failure: BaseException | None = None
     try:
         app(standalone_mode=True)
     except EgtrainError as error:
-        code = error.exit_code
-        if os.environ.get("RANK", "0") == "0":
-            print(f"egtrain: {error}", file=sys.stderr)
+        code, failure = error.exit_code, error
     except KeyboardInterrupt:
         code = 130
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
-    if "LOCAL_RANK" in os.environ:
-        from egtrain.launch import leave_rank
+    except BaseException as error:
+        if not is_rank:
+            raise
+        code, failure = 1, error
+    if is_rank:
+        from egtrain.distributed import end_rank
 
-        leave_rank(code)
+        end_rank(code, failure)
+    if failure is not None:
+        print(f"egtrain: {failure}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -19,8 +19,8 @@ from torch.autograd.profiler import profile
 from egtrain.build import build_run, load_data
 from egtrain.config.files import load_config
 from egtrain.config.schema import Config
+from egtrain.distributed import pick_device
 from egtrain.errors import UsageError, did_you_mean
-from egtrain.launch import pick_device
 from egtrain.run import Run
 from egtrain.train import take_step
 from egtrain.workers import Ranks

@@ -15,7 +15,7 @@ from egtrain.data.images import ImageData, load_images
 from egtrain.data.pairs import PairData, load_pairs
 from egtrain.data.sets import OF_TASK
 from egtrain.data.text import TextData, load_text
-from egtrain.launch import first_rank_first
+from egtrain.distributed import first_rank_first
 from egtrain.models.lstm import LSTMLanguageModel
 from egtrain.models.resnet import ResNet
 from egtrain.models.transformer import Transformer

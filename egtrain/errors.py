@@ -9,6 +9,8 @@ class EgtrainError(Exception):
     """A failure that is reported in one line, without a traceback; the message names the fix."""
 
     exit_code = 1
+    reported_by: int | None = None
+    """The rank that reports it where all ranks raise it together; None: the one that raises it."""
 
 
 class UsageError(EgtrainError):
@@ -35,12 +37,14 @@ class DivergedError(EgtrainError):
     """The loss became infinite or not a number."""
 
     exit_code = 4
+    reported_by = 0
 
 
 class InterruptedRun(EgtrainError):
     """A signal ended the run after a checkpoint was saved; it can be resumed."""
 
     exit_code = 75
+    reported_by = 0
 
 
 def did_you_mean(word: str, known: list[str]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from egtrain import launch
+from egtrain import distributed, launch
 from egtrain.build import (
     build_run,
     build_task,
@@ -41,25 +41,25 @@ def train_in(directory: RunDirectory, config: Config, *, as_json: bool = False) 
     """
     try:
         # Before the ranks meet, so that a signal during the start-up is not lost either.
-        with launch.StopSignal() as stop:
+        with distributed.StopSignal() as stop:
             _train_until(stop, directory, config, as_json)
-    except launch.StoppedEarly:
+    except distributed.StoppedEarly:
         raise InterruptedRun(
             f"interrupted before the training; go on with --resume {directory.path}"
         ) from None
 
 
 def _train_until(
-    stop: launch.StopSignal, run_directory: RunDirectory, config: Config, as_json: bool
+    stop: distributed.StopSignal, run_directory: RunDirectory, config: Config, as_json: bool
 ) -> None:
-    with launch.joined_ranks(config.device) as ranks, ExitStack() as closing:
-        made_before = launch.directory_made_before()
+    with distributed.joined_ranks(config.device) as ranks, ExitStack() as closing:
+        made_before = distributed.directory_made_before()
         if made_before is not None:
             run_directory = RunDirectory(
                 made_before, goes_on_from=config_file_of(made_before).read_bytes()
             )
         going_on = run_directory.goes_on
-        directory = Path(launch.agreed(str(run_directory.path), ranks))
+        directory = Path(distributed.agreed(str(run_directory.path), ranks))
         config = config.model_copy(
             update={"precision": native_precision(config.precision, ranks.device)}
         )
@@ -69,9 +69,9 @@ def _train_until(
             closing.enter_context(run_directory)
             run_directory.write_config(config_to_yaml(config))
             if not run_directory.held_by_launcher:
-                launch.remember_directory(directory)
+                distributed.remember_directory(directory)
 
-        launch.only_first_rank(ranks, begin)
+        distributed.only_first_rank(ranks, begin)
         try:
             run = build_run(config, ranks)
             config = with_fitting_warmup(config, run.task.steps_per_epoch)
@@ -83,7 +83,8 @@ def _train_until(
                 higher_is_better=run.task.metric.higher_is_better,
                 warn=None if first else lambda message: None,
             )
-            newest = launch.first_rank_first(ranks, store.load_newest) if going_on else None
+            newest = distributed.first_rank_first(ranks, store.load_newest) if going_on else None
+            require_same_step(None if newest is None else newest[0], directory, ranks)
             if newest is not None:
                 load_into(run, newest[1], directory)
         except (UsageError, DataError):
@@ -97,7 +98,7 @@ def _train_until(
                 print_result(summary, run.task.metric, directory, as_json)
             return
         recorders: list[Recorder] = []
-        launch.only_first_rank(
+        distributed.only_first_rank(
             ranks,
             lambda: recorders.append(
                 Recorder(directory, config, run, ranks, store, closing, as_json)
@@ -112,6 +113,16 @@ def _train_until(
             summary = recorders[0].finish(run, final)
             closing.close()
             print_result(summary, run.task.metric, directory, as_json)
+
+
+def require_same_step(step: int | None, directory: Path, ranks: Ranks) -> None:
+    """Raise UsageError on a rank whose newest checkpoint is not rank 0's; a collective."""
+    first = distributed.agreed(str(step), ranks)
+    if first != str(step):
+        raise UsageError(
+            f"the newest checkpoint in {directory} is of step {step} here and of step {first} on "
+            "rank 0: put the run into a folder that all nodes share"
+        )
 
 
 def load_into(run: Run, state: dict[str, Any], directory: Path) -> None:
@@ -147,7 +158,7 @@ class NoRecorder:
 
     def save(self, run: Run, state: dict[str, Any], validation: dict[str, float] | None) -> None:
         """Ignore the state, and fail if the first rank could not write it."""
-        launch.only_first_rank(self._ranks, lambda: None)
+        distributed.only_first_rank(self._ranks, lambda: None)
 
 
 class Recorder:
@@ -208,7 +219,7 @@ class Recorder:
         self._log.flush()
         metric = None if validation is None else validation[run.task.metric.name]
         final = run.step == run.steps
-        launch.only_first_rank(
+        distributed.only_first_rank(
             self._ranks, lambda: self._store.save(state, run.step, metric=metric, final=final)
         )
         self._log.restart_clock()
@@ -283,7 +294,7 @@ def print_plan(config: Config, directory: Path, nproc: int | None, as_json: bool
     """
     ranks = nproc if nproc is not None else launch.default_ranks(config.device, config.workers)
     launch.require_dividing(config.workers, ranks)
-    device = launch.pick_device(config.device)
+    device = distributed.pick_device(config.device)
     try:
         data, missing = load_data(config, offline=True), None
     except (NotDownloaded, MissingExtra) as error:

@@ -29,7 +29,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from egtrain import build, launch, session
+from egtrain import build, distributed, session
 from egtrain.__main__ import main
 from egtrain.checkpoint import read_checkpoint
 from egtrain.config.files import load_config
@@ -120,7 +120,7 @@ def arguments(
     ]
 
 
-class StopAfter(launch.StopSignal):
+class StopAfter(distributed.StopSignal):
     """Is asked to stop in the n-th step that this process makes."""
 
     def __init__(self, steps: int) -> None:
@@ -155,15 +155,15 @@ def run_here(
     directory: Path, config: Config, *, resume: bool = False, stop_after: int | None = None
 ) -> Path:
     """Train in this process, to the end or until the n-th step; return the directory."""
-    original = launch.StopSignal
+    original = distributed.StopSignal
     with torch_as_it_was():
         try:
             if stop_after is not None:
-                launch.StopSignal = lambda: StopAfter(stop_after)  # type: ignore[assignment, misc]
+                distributed.StopSignal = lambda: StopAfter(stop_after)  # type: ignore[assignment, misc]
             before = (directory / CONFIG).read_bytes() if resume else None
             session.train_in(RunDirectory(directory, goes_on_from=before), config)
         finally:
-            launch.StopSignal = original  # type: ignore[misc]
+            distributed.StopSignal = original  # type: ignore[misc]
     return directory
 
 
@@ -381,6 +381,7 @@ def _run_command_line(
         handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
         os.dup2(handle, stream)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    heed_signals()
     os.environ.clear()
     os.environ.update(everything)
     tempfile.tempdir = None  # the server has found its own
@@ -430,6 +431,14 @@ def run_on_ranks(arguments: list[str], folder: Path, count: int) -> list[Forked]
     return ranks
 
 
+def heed_signals() -> None:
+    """Let this process be interrupted, even where a script has started the tests in the
+    background.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @contextlib.contextmanager
 def started(command: list[str], folder: Path, **further: str) -> Iterator["subprocess.Popen[str]"]:
     """Start a real command; in the end nothing of it is left, even if the test fails."""
@@ -442,6 +451,7 @@ def started(command: list[str], folder: Path, **further: str) -> Iterator["subpr
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=heed_signals,
     )
     try:
         yield process
@@ -567,4 +577,4 @@ class Stop:
     def __call__(self) -> None:
         """Put it in place, for the rest of the process."""
         if os.environ.get("RANK", "0") == str(self.rank):
-            launch.StopSignal = functools.partial(StopAfter, self.after)  # type: ignore[assignment, misc]
+            distributed.StopSignal = functools.partial(StopAfter, self.after)  # type: ignore[assignment, misc]

@@ -19,13 +19,13 @@ LAYERS = [
     {"build"},
     {"plan"},
     {"train"},
-    {"run", "evaluate"},
-    {"launch", "run_directory", "runlog", "figures"},
+    {"run", "evaluate", "launch"},
+    {"distributed", "run_directory", "runlog", "figures"},
     {"training_display"},
     {"workers", "checkpoint", "tables", "tasks"},
     {"config"},
     {"models", "data", "optim", "statistics"},
-    {"progress"},
+    {"progress", "signals"},
     {"formatting"},
     {"disk", "errors", "__init__"},
 ]
@@ -35,7 +35,7 @@ LAZY_UPWARD = {("__init__", "saved_run")}
 """`egtrain.load_run` is the one name that the package hands out, and it is imported when asked
 for."""
 
-TALKS_TO_RANKS = {"workers.py", "launch.py", "optim/ddp.py"}
+TALKS_TO_RANKS = {"workers.py", "distributed.py", "optim/ddp.py"}
 """Files that may import torch.distributed: a worker is never a rank, and only these know ranks."""
 
 KNOWS_CONFIG = {
@@ -164,7 +164,7 @@ def test_only_these_files_talk_to_other_ranks() -> None:
         if any(f"{i.module}.".startswith("torch.distributed.") for i in imports_of(p))
     }
     assert users <= TALKS_TO_RANKS
-    assert {"workers.py", "launch.py"} <= users
+    assert {"workers.py", "distributed.py"} <= users
 
 
 def test_nothing_below_the_builder_sees_a_configuration() -> None:

@@ -1,5 +1,6 @@
 """K is the algorithm, R is only how it is run; and what happens to one rank happens to the run."""
 
+import contextlib
 import json
 import os
 import random
@@ -8,8 +9,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from helpers import (
     digest,
     flattened,
     forked_ranks,
+    free_port,
     kill,
     kill_all,
     metrics_in,
@@ -43,8 +46,8 @@ from torch.distributed import TCPStore
 
 from egtrain import launch, session
 from egtrain.checkpoint import read_checkpoint
+from egtrain.distributed import OUTCOMES
 from egtrain.errors import DataError, UsageError
-from egtrain.launch import OUTCOMES
 from egtrain.run_directory import RunLock
 
 pytestmark = pytest.mark.timeout(180)
@@ -272,27 +275,34 @@ def save_once_alone(torchrun):
     (notes / "exit").write_text("75")
 {what}
 """
+STOPPED_AT_START = """
+while not (notes / 'stop').exists(): time.sleep(0.01)
+(notes / 'exit').write_text('75')
+"""
 
 
 @pytest.mark.parametrize(
     ("what", "signals", "code"),
     [
         # The ranks are not ready yet: they will find that they were asked to stop.
+        (STOPPED_AT_START, [signal.SIGTERM], 75),
+        (STOPPED_AT_START, [signal.SIGINT], 75),
+        (STOPPED_AT_START, [signal.SIGHUP], 75),
+        ("start_ranks(save_once_alone)\nos.kill(os.getpid(), 9)", [], 75),
         (
-            "while not (notes / 'stop').exists(): time.sleep(0.01)\n(notes / "
-            "'exit').write_text('75')",
-            1,
-            75,
+            "start_ranks(lambda _: time.sleep(60))\nos.wait()",
+            [signal.SIGHUP, signal.SIGTERM],
+            128 + signal.SIGTERM,
         ),
-        ("start_ranks(save_once_alone)\nos.kill(os.getpid(), 9)", 0, 75),
-        ("start_ranks(lambda _: time.sleep(60))\nos.wait()", 2, 128 + signal.SIGTERM),
-        ("(notes / 'exit').write_text('4')", 0, 4),
-        ("os._exit(1)", 0, 1),
-        ("os.kill(os.getpid(), 9)", 0, 1),
-        ("", 0, 0),
+        ("(notes / 'exit').write_text('4')", [], 4),
+        ("os._exit(1)", [], 1),
+        ("os.kill(os.getpid(), 9)", [], 1),
+        ("", [], 0),
     ],
     ids=[
-        "signal at the start",
+        "SIGTERM at the start",
+        "Ctrl-C at the start",
+        "SIGHUP at the start",
         "torchrun killed",
         "second signal",
         "noted",
@@ -302,21 +312,34 @@ def save_once_alone(torchrun):
     ],
 )
 def test_the_launcher_returns_the_code_of_the_run_and_leaves_no_process(
-    what: str, signals: int, code: int, images: Path, tmp_path: Path
+    what: str, signals: list[int], code: int, images: Path, tmp_path: Path
 ) -> None:
-    stub = tmp_path / "torchrun"
-    stub.write_text(TORCHRUN.format(python=sys.executable, what=what))
-    stub.chmod(0o755)
     with launched(
-        [*arguments(images), "--output", "run"], tmp_path, UseAsPython(str(stub))
+        [*arguments(images), "--output", "run"], tmp_path, stub_of_torchrun(tmp_path, what)
     ) as process:
-        for _ in range(signals):
+        for number in signals:
             wait_until(lambda: any(tmp_path.glob("egtrain-*/launcher")))
-            time.sleep(2.2 if signals == 2 else 0.2)
-            process.send(signal.SIGTERM)
+            time.sleep(2.2 if len(signals) == 2 else 0.2)
+            process.send(number)
         assert process.wait(30) == code
         assert wait_until(lambda: processes_of(tmp_path) == [], 5)
     assert list(tmp_path.glob("egtrain-*")) == []
+
+
+def ignore_hangups() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+def test_a_launcher_under_nohup_outlives_its_terminal(images: Path, tmp_path: Path) -> None:
+    what = "time.sleep(1)\n(notes / 'exit').write_text('75' if (notes / 'stop').exists() else '0')"
+    stub = stub_of_torchrun(tmp_path, what)
+    with launched(
+        [*arguments(images), "--output", "run"], tmp_path, InTurn(ignore_hangups, stub)
+    ) as process:
+        wait_until(lambda: any(tmp_path.glob("egtrain-*/launcher")))
+        time.sleep(0.2)
+        process.send(signal.SIGHUP)
+        assert process.wait(30) == 0
 
 
 @pytest.mark.parametrize("launcher_killed", [False, True])
@@ -326,12 +349,9 @@ def test_of_two_starts_at_once_the_second_is_refused_and_changes_nothing(
     """The ranks of the first take their seconds to start, or to save after their launcher died."""
     run_here(tmp_path / "run", config_of(images, "steps=2"))
     before = outcome(tmp_path / "run"), (tmp_path / "run/config.yaml").read_bytes()
-    stub = tmp_path / "torchrun"
-    what = "start_ranks(lambda _: time.sleep(60))\nos.wait()"
-    stub.write_text(TORCHRUN.format(python=sys.executable, what=what))
-    stub.chmod(0o755)
+    stub = stub_of_torchrun(tmp_path, "start_ranks(lambda _: time.sleep(60))\nos.wait()")
     resume = ["train", "--resume", "run"]
-    with launched(resume, tmp_path, UseAsPython(str(stub))) as first:
+    with launched(resume, tmp_path, stub) as first:
         ranks = wait_until(lambda: noted_ranks(tmp_path))
         if launcher_killed:
             kill_all([first.pid])
@@ -358,6 +378,26 @@ class UseAsPython:
 
     def __call__(self) -> None:
         sys.executable = self.path
+
+
+def stub_of_torchrun(folder: Path, what: str) -> UseAsPython:
+    """Return what puts a stub that does `what` in place of torchrun."""
+    stub = folder / "torchrun"
+    stub.write_text(TORCHRUN.format(python=sys.executable, what=what))
+    stub.chmod(0o755)
+    return UseAsPython(str(stub))
+
+
+@dataclass(frozen=True)
+class InTurn:
+    """Several things to be done in a forked process before its command line."""
+
+    first: Callable[[], None]
+    second: Callable[[], None]
+
+    def __call__(self) -> None:
+        self.first()
+        self.second()
 
 
 def launched(command: list[str], folder: Path, before: Callable[[], None] | None = None) -> Forked:
@@ -432,7 +472,7 @@ def small_files_only() -> None:
         (
             Fault(fail_to_read, in_data=True, rank=1),
             3,
-            "this machine cannot read them: mount the disk",
+            "rank 1: this machine cannot read them: mount the disk",
         ),
         (
             Fault(fail_to_read, in_data=True, rank=0),
@@ -457,9 +497,157 @@ def test_what_fails_on_one_rank_fails_on_all_in_one_line(
 ) -> None:
     with forked_ranks([*arguments(images), "--output", "run"], tmp_path, 2, fault) as ranks:
         assert [rank.wait() for rank in ranks] == [code, code], ranks[1].stderr
-    (line,) = [line for line in ranks[0].stderr.splitlines() if not line.startswith("warning: ")]
+    printed = [
+        [line for line in rank.stderr.splitlines() if not line.startswith("warning: ")]
+        for rank in ranks
+    ]
+    (line,) = printed.pop(1 if message.startswith("rank 1: ") else 0)
     assert line.startswith(f"egtrain: {message}")
-    assert ranks[1].stderr == ""
+    assert printed == [[]]
+
+
+def fail_unexpectedly() -> None:
+    raise ZeroDivisionError("nobody has thought of this")
+
+
+@dataclass(frozen=True)
+class HangOnRank0:
+    """Lets rank 0 hang in the step in which rank 1 fails; NCCL hangs so when a rank is lost."""
+
+    fault: Fault
+
+    def __call__(self) -> None:
+        Fault(partial(time.sleep, 100), step=2, rank=0)()
+        self.fault()
+
+
+@pytest.mark.parametrize("first_rank_hangs", [False, True])
+@pytest.mark.parametrize("expected", [True, False])
+def test_what_fails_on_one_rank_alone_is_told_by_it_and_ends_the_others_within_seconds(
+    expected: bool, first_rank_hangs: bool, images: Path, tmp_path: Path
+) -> None:
+    fault = Fault(fail_to_read if expected else fail_unexpectedly, step=2, worker=2, rank=1)
+    before = HangOnRank0(fault) if first_rank_hangs else fault
+    with (
+        torchruns_store() as agent,
+        forked_ranks([*arguments(images), "--output", "run"], tmp_path, 2, before, agent) as ranks,
+    ):
+        wait_until(lambda: steps_logged(tmp_path / "run") == 2)
+        code = 3 if expected else 1
+        assert [rank.wait(10) for rank in ranks] == [code, code], ranks[0].stderr
+    assert ranks[0].stderr == ""
+    lines = ranks[1].stderr.splitlines()
+    if expected:
+        assert lines == ["egtrain: rank 1: this machine cannot read them: mount the disk"]
+    else:
+        assert lines[0] == "egtrain: rank 1: an unexpected failure"
+        assert ranks[1].stderr.count("Traceback") == 1
+        assert lines[-1].endswith("ZeroDivisionError: nobody has thought of this")
+
+
+def test_one_failing_rank_gives_the_launcher_its_code_and_is_restarted_only_if_unexpected(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes = notes_of_launcher(tmp_path, os.getpid())
+    monkeypatch.setenv(OUTCOMES, str(notes))
+    for act, codes, noted in (
+        (fail_unexpectedly, [1, 1], None),  # torchrun restarts these
+        (fail_to_read, [0, 0], "3"),
+    ):
+        output = f"run-{noted}"
+        fault = Fault(act, step=2, worker=2, rank=1)
+        with (
+            torchruns_store() as agent,
+            forked_ranks([*arguments(images), "--output", output], tmp_path, 2, fault, agent) as r,
+        ):
+            assert [rank.wait() for rank in r] == codes, r[0].stderr
+        file = notes / "exit"
+        assert (file.read_text() if file.exists() else None) == noted
+
+
+def test_ranks_that_do_not_share_a_folder_do_not_go_on_from_different_steps(
+    images: Path, tmp_path: Path
+) -> None:
+    for node in (0, 1):
+        (tmp_path / f"node-{node}").mkdir()
+        run_here(tmp_path / f"node-{node}/run", config_of(images, f"steps={4 - 2 * node}"))
+    resume = ["train", "--resume", "run", "--steps", "6", "--allow-changes"]
+    with torchruns_store() as agent, contextlib.ExitStack() as stack:
+        shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", **agent}
+        ranks = [
+            stack.enter_context(
+                Forked(resume, tmp_path / f"node-{node}", {**shared, "RANK": str(node)})
+            )
+            for node in (0, 1)
+        ]
+        assert [rank.wait() for rank in ranks] == [2, 2]
+    assert [line for line in ranks[0].stderr.splitlines() if not line.startswith("changed: ")] == []
+    assert ranks[1].stderr.splitlines()[-1] == (
+        "egtrain: rank 1: the newest checkpoint in run is of step 2 here and of step 4 on rank 0: "
+        "put the run into a folder that all nodes share"
+    )
+    assert outcome(tmp_path / "node-0/run")["step"] == 4
+
+
+@contextlib.contextmanager
+def torchruns_store() -> Iterator[dict[str, str]]:
+    """Hold the store that torchrun holds for its ranks, which it outlives; give the variables that
+    name it.
+    """
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    yield {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+
+
+@contextlib.contextmanager
+def two_nodes(command: list[str], folders: list[Path]) -> Iterator[list["subprocess.Popen[str]"]]:
+    """Start the two commands of the README on one machine, a rank each."""
+    port = free_port()
+    with contextlib.ExitStack() as stack:
+        yield [
+            stack.enter_context(
+                started(
+                    [
+                        *[sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"],
+                        *["--node-rank", str(node), "--nproc-per-node", "1"],
+                        *["--master-addr", "127.0.0.1", "--master-port", str(port)],
+                        *["-m", "egtrain", *command],
+                    ],
+                    folder,
+                )
+            )
+            for node, folder in enumerate(folders)
+        ]
+
+
+@pytest.mark.slow
+def test_two_nodes_that_share_a_folder_give_the_run_of_one_process(
+    images: Path, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    with two_nodes(arguments(images), [tmp_path, tmp_path]) as nodes:
+        ends = [node.communicate(timeout=120) for node in nodes]
+        assert [node.returncode for node in nodes] == [0, 0], ends
+    (directory,) = tmp_path.glob("runs/*")
+    assert outcome(directory) == undisturbed()
+
+
+@pytest.mark.slow
+def test_a_node_that_lacks_the_run_says_so_and_ends_the_other_within_seconds(
+    images: Path, tmp_path: Path
+) -> None:
+    folders = [tmp_path / "here", tmp_path / "there"]
+    for folder in folders:
+        folder.mkdir()
+    run_here(folders[0] / "run", config_of(images, "steps=2"))
+    resume = ["train", "--resume", "run", "--steps", "2000", "--allow-changes"]
+    with two_nodes(resume, folders) as nodes:
+        stderr = [node.communicate(timeout=60)[1] for node in nodes]
+        assert [node.returncode for node in nodes] == [1, 1]  # torchrun's code for every failure
+    assert "egtrain: " not in stderr[0]
+    assert stderr[1].count("egtrain: rank 1: run holds no run: there is no config.yaml; ") == 1
 
 
 def test_a_directory_in_use_is_refused_on_all_ranks(images: Path, tmp_path: Path) -> None:
@@ -491,18 +679,14 @@ def test_ranks_that_are_restarted_go_on_in_the_directory_that_they_had_made(
     images: Path, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     """Nobody has named it, and the time in its name has passed."""
-    store = TCPStore(
-        "127.0.0.1", 0, is_master=True, wait_for_workers=False
-    )  # torchrun's, which outlives the ranks
-    agent = {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    with forked_ranks(arguments(images), tmp_path, 2, Fault(kill, step=6), agent) as ranks:
-        assert ranks[0].wait() == -signal.SIGKILL
-    (directory,) = tmp_path.glob("runs/*")
-    time.sleep(1)
-    with forked_ranks(
-        arguments(images), tmp_path, 2, None, {**agent, "TORCHELASTIC_RESTART_COUNT": "1"}
-    ) as ranks:
-        assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].stderr
+    with torchruns_store() as agent:
+        with forked_ranks(arguments(images), tmp_path, 2, Fault(kill, step=6), agent) as ranks:
+            assert ranks[0].wait() == -signal.SIGKILL
+        (directory,) = tmp_path.glob("runs/*")
+        time.sleep(1)
+        restarted = {**agent, "TORCHELASTIC_RESTART_COUNT": "1"}
+        with forked_ranks(arguments(images), tmp_path, 2, None, restarted) as ranks:
+            assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].stderr
     assert list(tmp_path.glob("runs/*")) == [directory]
     assert ": from step 4, " in ranks[0].stdout
     assert outcome(directory) == undisturbed()

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -212,7 +213,7 @@ def test_a_run_that_was_killed_again_and_again_ends_as_if_it_was_not(
     assert outcome(tmp_path / "run") == undisturbed()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_lets_the_step_end_saves_and_returns_75(
     number: int, images: Path, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
@@ -235,6 +236,30 @@ def test_a_signal_lets_the_step_end_saves_and_returns_75(
     assert outcome(tmp_path / "run") == undisturbed()
 
 
+@dataclass(frozen=True)
+class Ignoring:
+    """As `nohup` (SIGHUP) or a script's background (Ctrl-C) does; and the run waits in a step."""
+
+    number: int
+
+    def __call__(self) -> None:
+        signal.signal(self.number, signal.SIG_IGN)
+        Fault(partial(time.sleep, 1), step=5)()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_that_the_process_was_started_to_ignore_is_ignored(
+    number: int, images: Path, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    with Forked(
+        [*arguments(images), "--output", "run"], tmp_path, before=Ignoring(number)
+    ) as process:
+        wait_until(lambda: steps_logged(tmp_path / "run") == 5)
+        process.send(number)
+        assert process.wait() == 0, process.stderr
+    assert outcome(tmp_path / "run") == undisturbed()
+
+
 @pytest.mark.slow
 def test_a_second_signal_ends_the_process_at_once_and_harms_nothing(
     images: Path, undisturbed: Undisturbed, tmp_path: Path
@@ -246,7 +271,7 @@ def test_a_second_signal_ends_the_process_at_once_and_harms_nothing(
     ) as process:
         wait_until(lambda: steps_logged(tmp_path / "run") == 5)
         process.send(signal.SIGINT)
-        time.sleep(2.2)
+        time.sleep(3)
         process.send(signal.SIGTERM)
         assert process.wait(10) == 128 + signal.SIGTERM
     assert outcome(tmp_path / "run")["step"] == 4

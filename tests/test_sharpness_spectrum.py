@@ -28,8 +28,8 @@ from sharpness_models import (
 )
 from torch import Tensor, nn
 
+from egtrain.distributed import joined_ranks
 from egtrain.errors import DivergedError, UsageError
-from egtrain.launch import joined_ranks
 from egtrain.models.resnet import ResNet
 from egtrain.sharpness.adaptive import average_sharpness, epsilon_sharpness, worst_sharpness
 from egtrain.sharpness.frozen_loss import FrozenLoss, LossFunction, flattened

@@ -50,7 +50,7 @@ def evaluate_run(
     """
     with ending_at_interrupt():
         from egtrain.checkpoint import write_atomically
-        from egtrain.launch import pick_device
+        from egtrain.distributed import pick_device
         from egtrain.progress import Progress
         from egtrain.runlog import finite
         from egtrain.saved_run import load_run

@@ -60,7 +60,8 @@ def plot_sharpness(
     Example: egtrain plot-sharpness runs/sgd runs/eg --metrics eigenvalues,trace --samples 256
     """
     with ending_at_interrupt():
-        from egtrain.launch import launch, started_by_torchrun
+        from egtrain.distributed import started_by_torchrun
+        from egtrain.launch import launch
         from egtrain.sharpness.comparison import plot
 
     if nproc > 1 and not started_by_torchrun():

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from egtrain import launch
+from egtrain import distributed
 from egtrain.build import threads_of_a_rank
 from egtrain.errors import EgtrainError, InterruptedRun, UsageError
 from egtrain.figures import ENDINGS, save_figure
@@ -77,14 +77,14 @@ def plot(
     works: list[list[Work]] = []
     try:
         with (
-            launch.StopSignal() as stop,
-            launch.joined_ranks(device) as ranks,
+            distributed.StopSignal() as stop,
+            distributed.joined_ranks(device) as ranks,
             ExitStack() as closing,
         ):
             if ranks.count > 1:
                 torch.set_num_threads(threads_of_a_rank())  # torchrun leaves them one
-            launch.only_first_rank(ranks, lambda: closing.enter_context(RunLock(output)))
-            models, task, sample, precisions = launch.first_rank_first(
+            distributed.only_first_rank(ranks, lambda: closing.enter_context(RunLock(output)))
+            models, task, sample, precisions = distributed.first_rank_first(
                 ranks,
                 lambda: load_subjects(subjects, samples, data_dir, offline, str(ranks.device)),
             )
@@ -102,7 +102,7 @@ def plot(
             if ranks.rank == 0:
                 write(comparison, subjects, output)
                 print_comparison(comparison, output, json_wanted)
-    except launch.StoppedEarly:
+    except distributed.StoppedEarly:
         jobs = [job for run in works for work in run for job in work.jobs]
         stored = sum(store.get(job.key) is not None for job in jobs)
         if not stored:

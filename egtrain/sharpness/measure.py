@@ -20,9 +20,9 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from egtrain.checkpoint import read_checkpoint
+from egtrain.distributed import StoppedEarly, agreed, only_first_rank
 from egtrain.errors import UsageError, did_you_mean
 from egtrain.evaluate import evaluate
-from egtrain.launch import StoppedEarly, agreed, only_first_rank
 from egtrain.progress import can_redraw, duration
 from egtrain.sharpness.adaptive import average_sharpness, epsilon_sharpness, worst_sharpness
 from egtrain.sharpness.frozen_loss import FrozenLoss

@@ -4,22 +4,21 @@ never repeated. Before, a few steps say how long they will take.
 
 import json
 import os
-import signal
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import FrameType
+from threading import Event
 
 from rich.console import Console
 
+from egtrain.distributed import require_cuda
 from egtrain.errors import EgtrainError, InterruptedRun, UsageError
-from egtrain.launch import require_cuda
 from egtrain.run_directory import LOCK, RunLock
+from egtrain.signals import stop_signals
 from egtrain.sweep.cells import Folder, Status, last_words, start_egtrain, wait_for_server
 from egtrain.sweep.display import Display
 from egtrain.sweep.plan import Cell, Plan
@@ -30,36 +29,6 @@ ORPHAN_SECONDS = 120.0
 POLL_SECONDS = 0.05
 MEASURED_STEPS = 4
 """For the estimate of the time."""
-
-
-class StopRequest:
-    """Notes SIGTERM and Ctrl-C in a `with` block; a second one, later than two seconds, is an order
-    to end at once.
-    """
-
-    def __init__(self) -> None:
-        self._first: float | None = None
-        self.at_once = False
-
-    def __bool__(self) -> bool:
-        return self._first is not None
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if self._first is None:
-            self._first = now
-        elif now - self._first > 2:
-            self.at_once = True
-
-    @contextmanager
-    def watching(self) -> Iterator["StopRequest"]:
-        """Take over the signals."""
-        previous = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield self
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
 
 @dataclass
@@ -110,25 +79,26 @@ def run_cells(
         if statuses[cell.name] is not Status.waiting:
             display.skipped(cell, statuses[cell.name])
     running: list[_RunningCell] = []
-    with StopRequest().watching() as stop:
+    stop, at_once = Event(), Event()
+    with stop_signals(stop.set, lambda number: at_once.set()):
         try:
-            while running or (waiting and not stop):
-                while waiting and not stop and len(running) < jobs:
+            while running or (waiting and not stop.is_set()):
+                while waiting and not stop.is_set() and len(running) < jobs:
                     slot = min(set(range(jobs)) - {other.slot for other in running})
                     cell = waiting.popleft()
                     process = start_cell(cell, folder, gpus[slot % len(gpus)] if gpus else None)
                     running.append(_RunningCell(cell, process, slot))
                     display.started(cell, folder.run(cell))
                 for one in list(running):
-                    if stop and not one.told_to_stop:
+                    if stop.is_set() and not one.told_to_stop:
                         one.told_to_stop = True
                         one.process.terminate()
-                    if stop.at_once:
+                    if at_once.is_set():
                         one.process.kill()
                     code = one.process.exitcode
                     if code is not None:
                         running.remove(one)
-                        if stop and code < 0:
+                        if stop.is_set() and code < 0:
                             code = InterruptedRun.exit_code  # stopped before it could save
                         statuses[one.cell.name] = folder.note_end(one.cell, code)
                         display.ended(one.cell, statuses[one.cell.name])
