@@ -23,11 +23,13 @@ class Zeta:
     ratio: float | None = None
     rate: float | None = None
     size: float | None = None
-    """s; for `sam` and `momentum` the radius r."""
+    """s; for `sam` and `msam` the radius r."""
     scaling: str = "none"
     samples: str = "same"
     norm_and_bias: bool = False
     precondition: str = "base"
+    decay: float = 0.0
+    """Of an average, from step to step."""
     until: int = 10**9
     """Steps with extrapolation, from the start."""
     every: int = 1
@@ -105,6 +107,8 @@ class Reference:
         self.past_own = [[torch.zeros_like(x) for x in self.weights] for _ in range(workers)]
         self.past_mean = [torch.zeros_like(x) for x in self.weights]
         self.past_factor = 1.0
+        self.average_own = [[torch.zeros_like(x) for x in self.weights] for _ in range(workers)]
+        self.average_update = [torch.zeros_like(x) for x in self.weights]
         self.steps = 0
         self.gradients_taken = 0
 
@@ -128,7 +132,16 @@ class Reference:
         if self.base.clip_norm is not None:
             factor = min(1.0, self.base.clip_norm / (norm_of_mean + 1e-6))
         clipped = [factor * m for m in mean]
+        before, d = self.weights, self.zeta.decay
         self.update(clipped, learning_rate)
+        self.average_update = [
+            d * m + (1 - d) * (x - y)
+            for m, x, y in zip(self.average_update, self.weights, before, strict=True)
+        ]
+        self.average_own = [
+            [d * a + (1 - d) * g for a, g in zip(average, gradient, strict=True)]
+            for average, gradient in zip(self.average_own, gradients, strict=True)
+        ]
 
         dot = sum(float((a * b).sum()) for a, b in zip(gradients[0], self.past_own[0], strict=True))
         norms = math.sqrt(squared_norm(gradients[0]) * squared_norm(self.past_own[0]))
@@ -273,6 +286,11 @@ class Reference:
             velocity = self.velocity or [torch.zeros_like(x) for x in self.weights]
             norm = math.sqrt(squared_norm(velocity))
             return [zeta.size * v / norm if norm > 0 else v for v in velocity]
+        if zeta.name == "average of updates":
+            return [-zeta.ratio * learning_rate * m for m in self.average_update]
+        if zeta.name == "average of gradients":
+            unbiased = zeta.ratio / (1 - zeta.decay ** max(1, self.steps))
+            return [unbiased * learning_rate * a for a in self.average_own[worker]]
         if zeta.name == "local":
             direction = own
         elif zeta.name == "optimistic":

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from own_directions import AverageOfGradients, AverageOfUpdates
 from reference import Base, Reference, Zeta
 from tiny_run import RATES, TinyTask, tiny_net, tiny_run, train_watched
 from torch import Tensor, nn
@@ -149,6 +150,24 @@ ROWS: list[tuple[Zeta, Direction | None, Base]] = [
     ),
     *((Zeta("sam", size=0.1), SAM(radius=0.1), base) for base in OTHER_BASES),
     *((Zeta(), None, base) for base in OTHER_BASES),
+    *(
+        (
+            Zeta("average of updates", ratio=2.5, decay=0.7),
+            AverageOfUpdates(factor=0.5, decay=0.7, peak_rate=0.2),
+            base,
+        )
+        for base in (NESTEROV, PLAIN, *OTHER_BASES)
+    ),
+    (
+        Zeta("average of updates", ratio=2.5, decay=0.7, every=2),
+        AverageOfUpdates(factor=0.5, decay=0.7, peak_rate=0.2),
+        NESTEROV,
+    ),
+    (
+        Zeta("average of gradients", ratio=0.25, decay=0.6),
+        AverageOfGradients(ratio=0.25, decay=0.6),
+        NESTEROV,
+    ),
 ]
 
 
@@ -280,6 +299,8 @@ DIRECTIONS: dict[str, Direction] = {
     "extragradient-filter": Extragradient(size=0.1, scaling="filter"),
     "sam": SAM(radius=0.1),
     "msam": MSAM(radius=0.1),
+    "average-of-updates": AverageOfUpdates(factor=0.5, decay=0.7, peak_rate=0.1),
+    "average-of-gradients": AverageOfGradients(ratio=0.5, decay=0.6),
     "gaussian-none": GaussianNoise(size=0.1, scaling="none", norm_and_bias=True),
     "gaussian-filter": GaussianNoise(size=0.1, norm_and_bias=True),
     "smoothout-layer": SmoothOut(size=0.1, scaling="layer", norm_and_bias=True),
@@ -1115,6 +1136,7 @@ def test_sizes_that_are_not_sizes_are_refused(
         (SAM(radius=0.1), 1),
         (MSAM(radius=0.1), 1),
         (GaussianNoise(size=0.1), 1),
+        (AverageOfUpdates(factor=0.5, decay=0.7, peak_rate=0.1), 2),
     ],
     ids=[
         "local",
@@ -1125,6 +1147,7 @@ def test_sizes_that_are_not_sizes_are_refused(
         "sam",
         "msam",
         "noise",
+        "average-of-updates",
     ],
 )
 def test_it_keeps_one_buffer_a_worker_and_one_for_the_return(

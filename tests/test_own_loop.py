@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import forked_ranks, torch_as_it_was
+from own_directions import AverageOfGradients, AverageOfUpdates
 from test_readme import DDP, SECOND_GRADIENT
 from tiny_run import train_watched
 from torch import Tensor, nn
@@ -49,6 +50,8 @@ DIRECTIONS: dict[str, Direction] = {
     "extragradient": Extragradient(ratio=0.5),
     "sam": SAM(radius=0.05),
     "gaussian": GaussianNoise(size=0.05),
+    "average of updates": AverageOfUpdates(factor=0.5, decay=0.7, peak_rate=0.5),
+    "average of gradients": AverageOfGradients(ratio=0.5, decay=0.6),
 }
 
 

@@ -141,11 +141,12 @@ def tiny_run(
     until: int | None = None,
     every: int = 1,
     seed: int = 3,
+    ranks: Ranks | None = None,
 ) -> Run:
     """Return a run at step 0."""
     model = tiny_net(dtype, dropout)
     optimizer = base_optimizer(base, list(model.parameters()))
-    engine = Workers(model, workers, Ranks())
+    engine = Workers(model, workers, ranks or Ranks(), deterministic=ranks is not None)
     return Run(
         task=TinyTask(workers, dtype, same_for_all),
         model=model,
