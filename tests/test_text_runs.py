@@ -259,7 +259,7 @@ def test_without_its_text_a_run_gives_its_model_and_words_and_says_which_are_mis
         assert run.data.subwords is not None
         subwords = Subwords(run.data.subwords)
         assert subwords.decode(subwords.encode(["alpha beta."])[0]) == "alpha beta."
-    with pytest.raises(DataError, match=f"there is no folder {moved}"):
+    with pytest.raises(DataError, match=f"{moved}: no such file or folder, here or in "):
         run.evaluate()
 
 
