@@ -109,13 +109,15 @@ COMPLETE = [FOLDER, f"{FOLDER}/test.bin", f"{FOLDER}/train.bin"]
 
 
 def test_a_good_archive_is_unpacked_and_nothing_else_is_left(
-    home: Path, monkeypatch: pytest.MonkeyPatch
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     content = archive_of(GOOD)
     server = serve(monkeypatch, one=content)
     data_set = described(content)
     found = find_or_download(data_set, home, offline=False)
     assert found == Found(data_set, home / FOLDER, LAYOUT)
+    told = f"downloading tiny.tar.gz ({len(content)} bytes) from one.example to {home}\n"
+    assert capsys.readouterr() == ("", told)
     assert everything_in(home) == COMPLETE
     assert {name: (home / FOLDER / name).read_bytes() for name in FILES} == FILES
     # The second time it is there.

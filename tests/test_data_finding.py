@@ -104,7 +104,7 @@ def test_a_dry_run_can_say_where_public_data_lie(home: Path, tmp_path: Path) -> 
     cifar10 = IMAGES["cifar10"]
     assert locate("cifar10", cifar10, home, True).startswith(f"missing: not in {home}, ")
     planned = locate("cifar10", cifar10, home, False)
-    assert planned == f"to be downloaded (170 MB) to {home}"
+    assert planned == f"to be downloaded (162.2 MiB) to {home}"
     assert locate("tiny", TINY, put_data(home).parent, True) == f"found: {home / FOLDER}"
     folder = home / "cifar-10-batches-bin"
     folder.mkdir()

@@ -7,6 +7,7 @@ import hashlib
 import http.client
 import os
 import shutil
+import sys
 import tarfile
 import tempfile
 import time
@@ -18,19 +19,11 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-
 from egtrain import disk
 from egtrain.data.finding import Archive, DataSet, Found, Layout, data_folders, find, not_found
 from egtrain.errors import DataError, EgtrainError
+from egtrain.formatting import size_text
+from egtrain.progress import Progress
 
 TIMEOUT = 20.0
 """Seconds without a byte after which a server is given up."""
@@ -147,47 +140,31 @@ def _open(address: str) -> contextlib.AbstractContextManager[IO[bytes]]:
 
 def _receive(address: str, file: Path, archive: Archive, target: Path, hasten: bool) -> None:
     """Download to `file`; refuse anything but the archive with the known size and hash."""
-    console = Console(stderr=True)
-    console.print(
-        f"downloading {archive.name} ({archive.size / 1e6:.0f} MB) from "
-        f"{urllib.parse.urlsplit(address).hostname} to {target}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
     digest = hashlib.sha256()
     received = 0
     start = time.monotonic()
-    with _network_problems():
-        connection = _open(address)
-    with (
-        connection as response,
-        file.open("wb") as output,
-        Progress(
-            *columns, console=console, transient=True, disable=not console.is_terminal
-        ) as progress,
-    ):
-        bar = progress.add_task(archive.name, total=archive.size)
-        while True:
-            with _network_problems():
-                chunk = response.read(CHUNK)
-            if not chunk:
-                break
-            received += len(chunk)
-            if received > archive.size:
-                raise _Refused(f"it sends more than the {archive.size:,} bytes expected")
-            digest.update(chunk)
-            output.write(chunk)
-            progress.update(bar, completed=received)
-            waited = time.monotonic() - start
-            if hasten and waited > PATIENCE and received < SLOWEST * waited:
-                raise _Refused(f"it sends only {received / waited / 1000:.0f} kB a second")
+    with Progress(sys.stderr) as progress, progress.bar(archive.name, archive.size) as bar:
+        progress.message(
+            f"downloading {archive.name} ({size_text(archive.size)}) from "
+            f"{urllib.parse.urlsplit(address).hostname} to {target}"
+        )
+        with _network_problems():
+            connection = _open(address)
+        with connection as response, file.open("wb") as output:
+            while True:
+                with _network_problems():
+                    chunk = response.read(CHUNK)
+                if not chunk:
+                    break
+                received += len(chunk)
+                if received > archive.size:
+                    raise _Refused(f"it sends more than the {archive.size:,} bytes expected")
+                digest.update(chunk)
+                output.write(chunk)
+                waited = time.monotonic() - start
+                bar.update(received, beside=f"{size_text(received / max(waited, 1e-9))}/s")
+                if hasten and waited > PATIENCE and received < SLOWEST * waited:
+                    raise _Refused(f"it sends only {received / waited / 1000:.0f} kB a second")
     if received < archive.size:
         raise _Refused(f"it sent {received:,} of {archive.size:,} bytes")
     if digest.hexdigest() != archive.sha256:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from egtrain.errors import DataError, NotDownloaded
+from egtrain.formatting import size_text
 
 if TYPE_CHECKING:
     from egtrain.data.arrays import ImageArrays
@@ -190,8 +191,8 @@ def locate(name: str, data_set: DataSet | None, data_dir: Path | None, offline: 
     folders = data_folders(data_dir)
     if offline:
         return f"missing: not in {', '.join(map(str, folders))}"
-    megabytes = sum(archive.size for archive in data_set.archives) / 1e6
-    return f"to be downloaded ({megabytes:.0f} MB) to {folders[0]}"
+    size = sum(archive.size for archive in data_set.archives)
+    return f"to be downloaded ({size_text(size)}) to {folders[0]}"
 
 
 def find_own(name: str, data_dir: Path | None) -> Path | None:
