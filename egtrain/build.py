@@ -255,7 +255,7 @@ def worker_state_bytes(config: Config, outputs: int) -> int:
     """
     model = build_model(config, outputs, torch.device("cpu"))
     direction = build_direction(config)
-    own = list(model.buffers())
+    own = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
     if direction is not None:
         for tensors in direction.worker_state(list(model.parameters())).values():
             own += tensors

@@ -10,9 +10,11 @@ import pytest
 import torch
 from helpers import command_line, config_of, metrics_in, newest_checkpoint, run_here, write_images
 from torch import nn
+from torch.optim.swa_utils import update_bn
 
 import egtrain
 from egtrain.errors import DataError, UsageError
+from egtrain.models.resnet import ResNet
 from egtrain.tasks import Split
 from egtrain.tasks.image import ImageTask
 
@@ -264,8 +266,9 @@ def test_load_run_gives_what_was_saved(plain: Path) -> None:
 
     run = egtrain.load_run(str(plain), checkpoint="step-00000008.pt")
     state: dict[str, Any] = read_checkpoint(plain / "checkpoints/step-00000008.pt")[1]
-    for name, tensor in run.model.state_dict().items():
-        assert torch.equal(tensor, state["model"][name])
+    weights = run.model.state_dict()
+    for name, tensor in state["model"].items():
+        assert torch.equal(weights[name], tensor)
 
 
 def test_load_run_raises_what_the_command_line_prints(plain: Path, tmp_path: Path) -> None:
@@ -282,3 +285,28 @@ def test_load_run_raises_what_the_command_line_prints(plain: Path, tmp_path: Pat
 def test_the_package_has_no_other_names() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'load_model'"):
         egtrain.load_model  # noqa: B018
+
+
+def test_batchnorm_statistics_of_a_saved_run_can_be_taken_anew(plain: Path) -> None:
+    run = egtrain.load_run(plain)
+    batches = [run.task.batch(worker, 0)[0] for worker in range(4)]
+    update_bn(batches, run.model)
+    hidden = torch.cat([run.model.get_submodule("stem")(batch) for batch in batches])
+    torch.testing.assert_close(
+        run.model.get_submodule("stem_norm").running_mean, hidden.mean(dim=(0, 2, 3))
+    )
+    assert run.model.get_submodule("stem_norm").num_batches_tracked == len(batches)
+
+
+def test_a_saved_runs_model_loads_an_ordinary_state_and_gives_one(plain: Path) -> None:
+    model = egtrain.load_run(plain).model
+    ordinary = ResNet(8, 4, 4)
+    for counter in ordinary.buffers():
+        if not counter.is_floating_point():
+            counter.fill_(7)
+    model.load_state_dict(ordinary.state_dict())
+    ordinary.load_state_dict(egtrain.load_run(plain).model.state_dict())
+    torch.testing.assert_close(
+        ordinary.state_dict(), egtrain.load_run(plain).model.state_dict(), rtol=0, atol=0
+    )
+    assert model.get_submodule("stem_norm").num_batches_tracked == 7

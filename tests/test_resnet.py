@@ -44,6 +44,16 @@ def test_depth_counts_the_weighted_layers(depth: int) -> None:
     assert len(layers) == depth
 
 
+@pytest.mark.parametrize("shortcut", ["identity", "projection"])
+def test_convolutions_start_with_a_variance_of_two_over_their_fan_in(shortcut: Shortcut) -> None:
+    """He et al. 2015, arXiv 1502.01852, eq. 10; fan-out would differ where channels double."""
+    torch.manual_seed(0)
+    for name, module in ResNet(8, 32, 10, shortcut).named_modules():
+        if isinstance(module, nn.Conv2d):
+            fan_in = module.in_channels * module.kernel_size[0] * module.kernel_size[1]
+            assert module.weight.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.1), name
+
+
 @pytest.mark.parametrize("depth", [-4, 0, 2, 7, 9, 19, 21, 51])
 def test_another_depth_is_refused(depth: int) -> None:
     with pytest.raises(ValueError, match=rf"depth 6n \+ 2 \(8, 14, 20, 32, …\), not {depth}$"):

@@ -36,6 +36,13 @@ def test_clipping_is_that_of_pytorch(maximum: float) -> None:
     torch.testing.assert_close(workers.gradients, before * factor, rtol=1e-15, atol=0)
 
 
+def test_what_all_workers_would_share_is_left_out_of_the_training() -> None:
+    net = nn.BatchNorm1d(3)
+    Workers(net, 2, Ranks())
+    net(torch.randn(4, 3))
+    assert net.num_batches_tracked is None
+
+
 def local_step(workers: Workers, gradients: list[float], loss: float = 1.0) -> Tensor:
     """Let each worker subtract a gradient of this value from its own weights; return all weights
     afterwards.

@@ -29,7 +29,6 @@ class TinyNet(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(2, 3, 3, bias=False)
         self.norm = nn.BatchNorm2d(3)
-        self.norm.num_batches_tracked = None
         self.dropout = nn.Dropout(dropout)
         self.gain = nn.Parameter(torch.tensor(1.5))
         self.frozen = nn.Parameter(torch.tensor([0.5, -0.5, 1.0]), requires_grad=False)

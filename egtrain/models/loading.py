@@ -9,10 +9,8 @@ from egtrain.errors import UsageError
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy parameters and buffers by name.
-
-    `nn.Module.load_state_dict` is not used because it asks for BatchNorm counters that our networks
-    do without.
+    """Copy parameters and buffers by name; BatchNorm's counters of batches may be missing on either
+    side, as they are in training.
 
     Raises:
         UsageError: a name is missing or unknown, or a shape differs.
@@ -20,6 +18,8 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     own = model.state_dict()
     for name in [*own, *tensors]:
         if name not in tensors or name not in own:
+            if name.rpartition(".")[2] == "num_batches_tracked":
+                continue
             where = "checkpoint" if name in own else "model"
             raise UsageError(
                 f"the checkpoint is of another architecture: the {where} has no '{name}'"
@@ -31,5 +31,5 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                 f"and the model's {list(own[name].shape)}"
             )
     with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+        for name in own.keys() & tensors.keys():
+            own[name].copy_(tensors[name])

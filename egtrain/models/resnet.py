@@ -37,7 +37,7 @@ class ResNet(nn.Module):
             )
         blocks = (depth - 2) // 6
         self.stem = conv3x3(3, width)
-        self.stem_norm = batch_norm(width)
+        self.stem_norm = nn.BatchNorm2d(width)
         stages = []
         channels = width
         for stage in range(3):
@@ -49,6 +49,7 @@ class ResNet(nn.Module):
         self.head = nn.Linear(channels, classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
+                # Of variance 2 / fan-in.
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         # The last layer keeps PyTorch's default: with weights of std 0.01 (arXiv 1706.02677,
         # section 5.1) short runs lingered at the start, by chance of the seed; see docs/results.md.
@@ -67,16 +68,17 @@ class BasicBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int, shortcut: Shortcut) -> None:
         super().__init__()
         self.conv1 = conv3x3(inputs, outputs, stride)
-        self.norm1 = batch_norm(outputs)
+        self.norm1 = nn.BatchNorm2d(outputs)
         self.conv2 = conv3x3(outputs, outputs)
-        self.norm2 = batch_norm(outputs)
+        self.norm2 = nn.BatchNorm2d(outputs)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
             if shortcut == "identity":
                 self.shortcut = ZeroPaddedShortcut(stride, outputs - inputs)
             else:
                 self.shortcut = nn.Sequential(
-                    nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), batch_norm(outputs)
+                    nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False),
+                    nn.BatchNorm2d(outputs),
                 )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -113,12 +115,3 @@ def mean_over_pixels(x: Tensor) -> Tensor:
     change of layout.
     """
     return F.avg_pool2d(x, x.shape[2:]).flatten(1)
-
-
-def batch_norm(channels: int) -> nn.BatchNorm2d:
-    """Return a BatchNorm that does not count its batches, since its momentum is fixed and the count
-    costs a kernel.
-    """
-    norm = nn.BatchNorm2d(channels)
-    norm.num_batches_tracked = None
-    return norm

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from egtrain.models.resnet import batch_norm, conv3x3, mean_over_pixels
+from egtrain.models.resnet import conv3x3, mean_over_pixels
 
 
 class VGG(nn.Module):
@@ -35,7 +35,11 @@ class VGG(nn.Module):
         for convolutions, multiple in zip(self.stages[depth], (1, 2, 4, 8, 8), strict=True):
             for _ in range(convolutions):
                 outputs = width * multiple
-                layers += [conv3x3(channels, outputs), batch_norm(outputs), nn.ReLU(inplace=True)]
+                layers += [
+                    conv3x3(channels, outputs),
+                    nn.BatchNorm2d(outputs),
+                    nn.ReLU(inplace=True),
+                ]
                 channels = outputs
             # Rounding up lets images of fewer than 32x32 pixels through; larger ones are pooled as
             # in the paper.
