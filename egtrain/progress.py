@@ -89,15 +89,18 @@ class Progress:
         """Whether there is a terminal on which bars move."""
         return self._live is not None
 
-    def bar(self, name: str, total: float | None, done: float = 0.0) -> "Bar":
+    def bar(
+        self, name: str, total: float | None, done: float = 0.0, *, from_now: bool = False
+    ) -> "Bar":
         """Add a bar, below those that are there; a context manager that removes it.
 
         Args:
             name: what is under way.
             total: the amount of work, in any unit; None: not known.
             done: how much of it was done before.
+            from_now: reckon the time left from now on, not from the first update.
         """
-        return Bar(self, self._live, name, total, done)
+        return Bar(self, self._live, name, total, done, from_now)
 
     def report(self, name: str, done: int, total: int) -> None:
         """Show how much of some work is done, in a bar that is there until all of it is."""
@@ -112,7 +115,7 @@ class Progress:
         if self._silent:
             return
         if self._live is not None:
-            self._live.console.print(Text(text), soft_wrap=True)
+            self._live.console.print(Text(text))
         else:
             self._stream.write(f"{text}\n")
             self._stream.flush()
@@ -128,13 +131,14 @@ class Bar:
         name: str,
         total: float | None,
         done: float,
+        from_now: bool,
     ) -> None:
         self._progress, self._live = progress, live
         self._name, self._total, self._done = name, total, done
         self._last_line = time.monotonic()
-        self._first: tuple[float, float] | None = None
-        """Amount and time of the first update, from which the time left is reckoned; what came
-        before was start-up."""
+        self._first = (done, self._last_line) if from_now else None
+        """Amount and time from which the time left is reckoned: those of the first update, since
+        what came before was start-up, unless `from_now`."""
         self._seconds_left: float | None = None
         if live is not None:
             self._task = live.add_task(name, total=total, part="", beside="", left="", status="")

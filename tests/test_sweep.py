@@ -441,8 +441,7 @@ def run(
     plan: Plan, folder: Folder, *, jobs: int = 1, gpus: Sequence[str] = (), retry: bool = False
 ) -> None:
     folder.claim(plan)
-    with Path(os.devnull).open("w") as nowhere, Display(plan, nowhere) as display:
-        run_cells(plan, folder, jobs=jobs, gpus=gpus, retry=retry, display=display)
+    run_cells(plan, folder, jobs=jobs, gpus=gpus, retry=retry, stream=io.StringIO())
 
 
 def test_a_finished_cell_is_never_repeated(fake: FakeCells, tmp_path: Path) -> None:
@@ -512,14 +511,14 @@ def test_so_many_cells_run_at_a_time_and_each_has_a_gpu_of_its_own(
     together: list[int] = []
 
     class Watched(Display):
-        def started(self, cell: Cell, directory: Path) -> None:
+        def started(self, cell: Cell) -> None:
             alive.append(1)
             together.append(len(alive))
 
-        def ended(self, cell: Cell, status: str) -> None:
+        def ended(self, cell: Cell, status: Status) -> None:
             alive.pop()
 
-    monkeypatch.setattr("test_sweep.Display", Watched)
+    monkeypatch.setattr(execution, "Display", Watched)
     run(plan, folder, jobs=2, gpus=["3", "5"])
     assert max(together) == 2
     assert set(fake.gpus.values()) == {"3", "5"}
@@ -819,14 +818,16 @@ def test_test_results_are_not_shown_before_a_point_is_selected(tmp_path: Path) -
         with (folder.run(cell) / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
         written = io.StringIO()
-        with Display(plan, written) as display:
-            display.started(cell, folder.run(cell))
-            display.ended(cell, "done")
+        with Display(plan, folder, [cell], written) as display:
+            display.started(cell)
+            display.ended(cell, Status.done)
         assert shown in written.getvalue()
         shutil.rmtree(folder.path)
 
 
-def test_what_a_cell_did_before_it_was_interrupted_is_no_work_of_this_start(tmp_path: Path) -> None:
+def test_what_a_cell_did_before_it_was_interrupted_is_no_work_of_this_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan, folder = plan_of(["quickstart"]), Folder(tmp_path / "sweep")
     first, second = plan.cells
     assert first.gradient_evaluations == second.gradient_evaluations
@@ -834,12 +835,15 @@ def test_what_a_cell_did_before_it_was_interrupted_is_no_work_of_this_start(tmp_
     run.mkdir(parents=True)
     half = {"step": first.steps // 2, "split": "train", "accuracy": 0.5, "wall": {"seconds": 1.0}}
     (run / "metrics.jsonl").write_text(json.dumps(half) + "\n")
-    with Display(plan, io.StringIO()) as display:
-        display.started(first, run)
-        display._started -= 10
-        display.ended(first, "done")
-        # Half a cell in ten seconds; a whole one is left.
-        assert display.seconds_left() == pytest.approx(20, rel=0.05)
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    written = io.StringIO()
+    with Display(plan, folder, plan.cells, written) as display:
+        display.started(first)
+        now[0] += 10
+        display.ended(first, Status.done)
+    # Half a cell in ten seconds; a whole one is left.
+    assert written.getvalue().endswith("  10 s  0:00:20 left\n")
 
 
 def test_steps_to_a_target_are_those_of_the_first_evaluation_that_reaches_it(

@@ -222,7 +222,6 @@ def sweep_batch(
         from egtrain.run_directory import RunLock
         from egtrain.sweep import execution, report
         from egtrain.sweep.cells import PLAN, Folder
-        from egtrain.sweep.display import Display
         from egtrain.sweep.picture import draw
         from egtrain.sweep.plan import facts_from_data, make_plan
         from egtrain.sweep.request import settled_on_device
@@ -243,15 +242,14 @@ def sweep_batch(
         print(json.dumps(plan.as_json(folder.path / "cells")))
         return
     if dry_run:
-        speeds = execution.measured_speeds(plan, gpus, console) if estimate else None
+        speeds = execution.measured_speeds(plan, gpus, stream) if estimate else None
         report.print_plan(plan, folder, console, count, speeds)
         return
     with RunLock(folder.path):
         folder.claim(plan)
-        speeds = execution.measured_speeds(plan, gpus, console) if estimate and not begun else None
+        speeds = execution.measured_speeds(plan, gpus, stream) if estimate and not begun else None
         report.print_plan(plan, folder, console, count, speeds)
-        with Display(plan, stream) as display:
-            execution.run_cells(plan, folder, jobs=count, gpus=gpus, retry=retry, display=display)
+        execution.run_cells(plan, folder, jobs=count, gpus=gpus, retry=retry, stream=stream)
         results = read_results(plan, folder, target=target, within_percent=within)
         report.write_results(results, folder.path)
         draw(results, folder.path / "sweep")

@@ -1,94 +1,52 @@
-"""What a sweep shows while it runs: a table of the running cells on a terminal, a line a cell
-everywhere else.
+"""What a sweep shows while it runs: bars on a terminal, and everywhere a line for each cell that
+ends.
 """
 
 import json
 import os
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TextIO
+from typing import Any, Self, TextIO
 
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
-
-from egtrain.formatting import duration, value_text
-from egtrain.progress import can_redraw
+from egtrain.formatting import value_text
+from egtrain.progress import NAME_WIDTH, Bar, Progress
+from egtrain.sweep.cells import Folder, Status
 from egtrain.sweep.plan import Cell, Plan
 
-if TYPE_CHECKING:
-    from egtrain.tasks import Metric
-
 TAIL_BYTES = 8192
-SECONDS_BETWEEN_LOOKS = 0.5
-
-
-@dataclass
-class _Watched:
-    cell: Cell
-    directory: Path
-    started: float = field(default_factory=time.monotonic)
-    first: tuple[int, float] | None = None
-    """Step and time at the first look that found one."""
-    step: int = 0
-    shown: str = "starting"
-
-    def look(self, metric: "Metric", unseen: str | None) -> None:
-        """Read how far the cell is, and its last metric that is not of the unseen split."""
-        for line in reversed(last_lines(self.directory / "metrics.jsonl")):
-            if line["split"] == unseen:
-                continue
-            self.step = line["step"]
-            value = line.get(metric.name)
-            self.shown = (
-                f"{line['split']} {metric.label} {value_text(value, metric.unit)}"
-                if value is not None
-                else ""
-            )
-            break
-        if self.first is None and self.step:
-            self.first = self.step, time.monotonic()
-
-    def seconds_left(self) -> float | None:
-        """Return the time that its remaining steps will take."""
-        if self.first is None or self.step <= self.first[0]:
-            return None
-        return (
-            (time.monotonic() - self.first[1])
-            / (self.step - self.first[0])
-            * (self.cell.steps - self.step)
-        )
 
 
 class Display:
     """Shows how far a sweep is; a context manager, which gives the terminal back however the sweep
     ends.
+
+    Args:
+        plan: of the sweep.
+        folder: where the cells' runs are.
+        left: the cells that are to run.
+        stream: the terminal, file or pipe.
     """
 
-    def __init__(self, plan: Plan, stream: TextIO) -> None:
-        self._plan = plan
-        # Before a point of the grid is selected, nobody is to look at test results.
-        self._unseen = "test" if plan.has_grid else None
-        self._console = Console(file=stream, highlight=False)
-        self._running: list[_Watched] = []
-        self._ended = 0
-        self._done_before = self._done = 0.0
-        """Gradient evaluations: what was there before (of a cell that goes on, a part), and of all
-        ended cells."""
-        self._started = self._looked = time.monotonic()
-        self._live: Live | None = None
-        if can_redraw(self._console):
-            self._live = Live(
-                console=self._console, auto_refresh=False, transient=True, vertical_overflow="crop"
-            )
+    def __init__(self, plan: Plan, folder: Folder, left: Sequence[Cell], stream: TextIO) -> None:
+        self._plan, self._folder = plan, folder
+        self._progress = Progress(stream, seconds_between_lines=0)
+        self._ended = len(plan.cells) - len(left)
+        self._gradients = {cell.name: cell.gradient_evaluations for cell in plan.cells}
+        """Those that are done of each cell."""
+        self._gradients |= {cell.name: cell.gradients_until(self._look(cell)[0]) for cell in left}
+        self._running: dict[str, tuple[Bar, float]] = {}
+        """By the cell's name: its bar, and when it was started."""
 
     def __enter__(self) -> Self:
-        if self._live is not None:
-            self._live.start()
+        self._progress.__enter__()
+        total = sum(cell.gradient_evaluations for cell in self._plan.cells)
+        # What was done before is no work of this start.
+        done = sum(self._gradients.values())
+        self._sweep = self._progress.bar("sweep", total, done, from_now=True)
+        self._sweep.watch(lambda: (sum(self._gradients.values()), self._count()))
         return self
 
     def __exit__(
@@ -97,93 +55,57 @@ class Display:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._live is not None:
-            self._live.stop()
+        self._progress.__exit__(kind, error, traceback)
 
-    def skipped(self, cell: Cell, status: str) -> None:
-        """Take a cell that was finished before."""
-        self._ended += 1
-        self._done_before += cell.gradient_evaluations
-        self._done += cell.gradient_evaluations
-        if status != "done":
-            self.message(f"{cell.name}: {status} before; --retry runs it again")
-
-    def started(self, cell: Cell, directory: Path) -> None:
+    def started(self, cell: Cell) -> None:
         """Take a cell that begins to run."""
-        if before := last_lines(directory / "metrics.jsonl"):
-            self._done_before += cell.gradient_evaluations * before[-1]["step"] / cell.steps
-        self._running.append(_Watched(cell, directory))
-        self.refresh(now=True)
+        name = cell.name if len(cell.name) <= NAME_WIDTH else f"…{cell.name[1 - NAME_WIDTH :]}"
+        bar = self._progress.bar(name, cell.steps, self._look(cell)[0])
+        bar.watch(partial(self._look, cell))
+        self._running[cell.name] = bar, time.monotonic()
 
-    def ended(self, cell: Cell, status: str) -> None:
+    def ended(self, cell: Cell, status: Status) -> None:
         """Take a cell whose process is over."""
-        (watched,) = [one for one in self._running if one.cell is cell]
-        self._running.remove(watched)
-        watched.look(self._plan.metric, self._unseen)
-        number = ""
-        if status != "waiting":
+        bar, started = self._running.pop(cell.name)
+        bar.remove()
+        outcome = str(status)
+        if status is Status.done:
+            outcome = self._look(cell)[1]
+        elif status is Status.waiting:
+            outcome = "interrupted"
+        if status is not Status.waiting:
             self._ended += 1
-            self._done += cell.gradient_evaluations
-            number = f"{self._ended}/{len(self._plan.cells)}  "
-        outcome = (
-            watched.shown if status == "done" else "interrupted" if status == "waiting" else status
-        )
-        self.refresh(now=True)
-        left = self.seconds_left()
-        parts = [f"{number}{cell.name}: {outcome}", f"{time.monotonic() - watched.started:.0f} s"]
-        parts += [f"{duration(left)} left"] if left else []
-        self.message("  ".join(parts))
-
-    def refresh(self, now: bool = False) -> None:
-        """Look at the running cells and show them; on a terminal only, and twice a second at
-        most.
-        """
-        if self._live is None or not (
-            now or time.monotonic() - self._looked > SECONDS_BETWEEN_LOOKS
-        ):
-            return
-        self._looked = time.monotonic()
-        for watched in self._running:
-            watched.look(self._plan.metric, self._unseen)
-        self._live.update(self._render(), refresh=True)
+            self._gradients[cell.name] = cell.gradient_evaluations
+        line = f"{self._count()}  {cell.name}: {outcome}"
+        took = f"{time.monotonic() - started:.0f} s"
+        if self._progress.is_live:
+            self.message(f"{line}  {took}")
+        else:
+            self._sweep.update(sum(self._gradients.values()), line, took)
 
     def message(self, text: str) -> None:
-        """Print a line of its own."""
-        self._console.print(Text(text), soft_wrap=True)
+        """Print a line."""
+        self._progress.message(text)
 
-    def seconds_left(self) -> float | None:
-        """Return the time that the rest of the sweep will take at the pace so far; None before
-        there is one.
-        """
-        part = sum(
-            one.cell.gradient_evaluations * one.step / one.cell.steps for one in self._running
-        )
-        whole = sum(cell.gradient_evaluations for cell in self._plan.cells)
-        pace = (self._done + part - self._done_before) / max(time.monotonic() - self._started, 1e-9)
-        return (whole - self._done - part) / pace if pace > 0 else None
+    def _count(self) -> str:
+        return f"{self._ended}/{len(self._plan.cells)}"
 
-    def _render(self) -> RenderableType:
-        table = Table.grid(expand=True, padding=(0, 1))
-        table.add_column(no_wrap=True, overflow="ellipsis", max_width=40)
-        table.add_column(ratio=1, min_width=8)
-        for _ in range(2):
-            table.add_column(no_wrap=True, justify="right")
-        for one in self._running:
-            left = one.seconds_left()
-            bar = ProgressBar(total=max(one.cell.steps, 1), completed=one.step)
-            table.add_row(
-                one.cell.name, bar, one.shown, "" if left is None else f"{duration(left)} left"
-            )
-        left = self.seconds_left()
-        bar = ProgressBar(total=len(self._plan.cells), completed=self._ended)
-        count = f"{self._ended} of {len(self._plan.cells)} cells"
-        table.add_row(
-            Text("sweep", style="bold"),
-            bar,
-            count,
-            "" if left is None else f"{duration(left)} left",
-        )
-        return Group(table)
+    def _look(self, cell: Cell) -> tuple[int, str]:
+        step, text = last_metric(self._folder.run(cell), self._plan)
+        self._gradients[cell.name] = cell.gradients_until(step)
+        return step, text
+
+
+def last_metric(run: Path, plan: Plan) -> tuple[int, str]:
+    """Return how many steps a run has made, and its last metric in words; before a point of a grid
+    is selected, nobody is to see results of the test split.
+    """
+    for line in reversed(last_lines(run / "metrics.jsonl")):
+        if not (plan.has_grid and line["split"] == "test"):
+            value = line.get(plan.metric.name)
+            text = f"{line['split']} {plan.metric.label} {value_text(value, plan.metric.unit)}"
+            return line["step"], "" if value is None else text
+    return 0, ""
 
 
 def last_lines(file: Path) -> list[dict[str, Any]]:

@@ -9,20 +9,20 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from threading import Event
-
-from rich.console import Console
+from typing import TextIO
 
 from egtrain.distributed import require_cuda
 from egtrain.errors import EgtrainError, InterruptedRun, UsageError
+from egtrain.progress import Progress
 from egtrain.run_directory import LOCK, RunLock
 from egtrain.signals import stop_signals
 from egtrain.sweep.cells import Folder, Status, last_words, start_egtrain, wait_for_server
-from egtrain.sweep.display import Display
+from egtrain.sweep.display import Display, last_metric
 from egtrain.sweep.plan import Cell, Plan
-from egtrain.tables import print_line
 
 ORPHAN_SECONDS = 120.0
 """How long a cell that a killed sweep left running may take to save and leave."""
@@ -48,9 +48,11 @@ def start_cell(cell: Cell, folder: Folder, gpu: str | None) -> BaseProcess:
 
 
 def run_cells(
-    plan: Plan, folder: Folder, *, jobs: int, gpus: Sequence[str], retry: bool, display: Display
+    plan: Plan, folder: Folder, *, jobs: int, gpus: Sequence[str], retry: bool, stream: TextIO
 ) -> None:
     """Run all cells that are not finished, `jobs` at a time; failed ones too with `retry`.
+
+    How far they are is shown on the stream.
 
     Raises:
         UsageError: another run is in a cell's place, or there is no GPU for what is left; nothing
@@ -75,12 +77,13 @@ def run_cells(
         if (folder.run(cell) / LOCK).exists():
             with RunLock(folder.run(cell), patience_seconds=ORPHAN_SECONDS):
                 pass
-    for cell in plan.cells:
-        if statuses[cell.name] is not Status.waiting:
-            display.skipped(cell, statuses[cell.name])
     running: list[_RunningCell] = []
     stop, at_once = Event(), Event()
-    with stop_signals(stop.set, lambda number: at_once.set()):
+    display = Display(plan, folder, waiting, stream)
+    for cell in plan.cells:
+        if statuses[cell.name] in (Status.failed, Status.diverged):
+            display.message(f"{cell.name}: {statuses[cell.name]} before; --retry runs it again")
+    with display, stop_signals(stop.set, lambda number: at_once.set()):
         try:
             while running or (waiting and not stop.is_set()):
                 while waiting and not stop.is_set() and len(running) < jobs:
@@ -88,7 +91,7 @@ def run_cells(
                     cell = waiting.popleft()
                     process = start_cell(cell, folder, gpus[slot % len(gpus)] if gpus else None)
                     running.append(_RunningCell(cell, process, slot))
-                    display.started(cell, folder.run(cell))
+                    display.started(cell)
                 for one in list(running):
                     if stop.is_set() and not one.told_to_stop:
                         one.told_to_stop = True
@@ -102,7 +105,6 @@ def run_cells(
                             code = InterruptedRun.exit_code  # stopped before it could save
                         statuses[one.cell.name] = folder.note_end(one.cell, code)
                         display.ended(one.cell, statuses[one.cell.name])
-                display.refresh()
                 time.sleep(POLL_SECONDS)
         finally:
             # Only after an unexpected failure is something left here.
@@ -166,24 +168,34 @@ class Speed:
     evaluation_seconds: float
 
 
-def measured_speeds(plan: Plan, gpus: list[str], console: Console) -> dict[str, Speed] | None:
+def measured_speeds(plan: Plan, gpus: list[str], stream: TextIO) -> dict[str, Speed] | None:
     """Return how quickly each preset trains, from its first cell; None, said in a line, where one
     of them fails.
     """
-    speeds = {}
-    wait_for_server()
-    with tempfile.TemporaryDirectory(prefix="egtrain-") as scratch:
+    speeds: dict[str, Speed] = {}
+    firsts = {cell.preset: cell for cell in reversed(plan.cells)}
+    with (
+        tempfile.TemporaryDirectory(prefix="egtrain-") as scratch,
+        Progress(stream) as progress,
+        progress.bar("estimating the time", len(firsts) * MEASURED_STEPS) as bar,
+    ):
+
+        def look(preset: str) -> tuple[int, str]:
+            steps, _ = last_metric(Path(scratch, firsts[preset].name), plan)
+            return len(speeds) * MEASURED_STEPS + steps, preset
+
+        wait_for_server()
         for preset in plan.presets:
-            cell = next(cell for cell in plan.cells if cell.preset == preset)
+            bar.watch(partial(look, preset))
             try:
-                speeds[preset] = measured_speed(cell, gpus[0] if gpus else None, Path(scratch))
+                speeds[preset] = measured_speed(firsts[preset], gpus[:1], Path(scratch))
             except EgtrainError as error:
-                print_line(f"no estimate of the time: {error}", console)
+                progress.message(f"no estimate of the time: {error}")
                 return None
     return speeds
 
 
-def measured_speed(cell: Cell, gpu: str | None, scratch: Path) -> Speed:
+def measured_speed(cell: Cell, gpus: Sequence[str], scratch: Path) -> Speed:
     """Return how quickly a cell trains, from a throw-away run of a few steps, the first of which is
     left out.
 
@@ -191,14 +203,12 @@ def measured_speed(cell: Cell, gpu: str | None, scratch: Path) -> Speed:
         EgtrainError: the run failed.
     """
     directory = scratch / cell.name
-    extra = [f"steps={MEASURED_STEPS}", "log.every=1", "log.tensorboard=false"]
-    arguments = [
-        *cell.arguments(directory),
-        *[part for setting in extra for part in ("--set", setting)],
-    ]
+    arguments = cell.arguments(directory)
+    for setting in (f"steps={MEASURED_STEPS}", "log.every=1", "log.tensorboard=false"):
+        arguments += ["--set", setting]
     started = time.monotonic()
     log = scratch / f"{cell.name}.log"
-    process = start_egtrain(arguments, gpu, log)
+    process = start_egtrain(arguments, gpus[0] if gpus else None, log)
     try:
         process.join()
     finally:

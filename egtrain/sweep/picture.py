@@ -20,6 +20,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullForma
 from egtrain.figures import (
     CHARACTERS_PER_INCH,
     COLOURS,
+    LINE_HEIGHT,
     LINES,
     MARKERS,
     STYLE,
@@ -79,7 +80,8 @@ def _sentences(results: Results) -> list[str]:
         length = counted(cell.config.epochs, "epoch")
     seeds = len({one.seed for one in plan.cells})
     spread = f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
-    sentences = [f"{cell.config.title}, {length}, {spread}"]
+    batch = f"batch size {plan.batch_sizes[0]:,}, " if len(plan.batch_sizes) == 1 else ""
+    sentences = [f"{cell.config.title}, {batch}{length}, {spread}"]
     if plan.has_grid:
         sentences.append("Each preset and batch size at the point of its grid that was selected")
     if failed := sum(row.failed for row in results.rows):
@@ -134,14 +136,14 @@ def _draw_final_by_preset(axes: Axes, results: Results) -> None:
     for number, row in enumerate(results.rows):
         if row.mean is not None:
             error = row.standard_deviation or 0.0
-            axes.errorbar(number, row.mean, yerr=error, capsize=2.5, **_preset_style(number))
+            axes.errorbar(
+                number, row.mean, yerr=error, capsize=2.5, elinewidth=1.0, **_preset_style(number)
+            )
     names = [row.preset for row in results.rows]
     axes.set_xticks(range(len(names)), names, rotation=20 if len(names) > 2 else 0)
     axes.set_xlim(-0.5, len(names) - 0.5)
     _label_metric(axes, results, "test")
-    axes.set_title(
-        f"Final test {results.plan.metric.label} at batch size {results.plan.batch_sizes[0]:,}"
-    )
+    axes.set_title(f"Final test {results.plan.metric.label}")
 
 
 def _draw_noise_scale(axes: Axes, results: Results) -> None:
@@ -319,7 +321,8 @@ def _add_legend(figure: Figure, results: Results) -> None:
         handles += [Line2D([], [], color="0.3", **style) for style in styles]
         labels += [f"learning curve at {batch_size:,}" for batch_size in batch_sizes]
     room = figure.get_figwidth() * CHARACTERS_PER_INCH
-    columns = int(room // (max(map(len, labels)) + LEGEND_HANDLE))
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=max(1, min(columns, 4)), handlelength=3
-    )
+    columns = min(max(1, int(room // (max(map(len, labels)) + LEGEND_HANDLE))), 4)
+    # The panels keep their height.
+    rows = math.ceil(len(labels) / columns)
+    figure.set_figheight(figure.get_figheight() + LINE_HEIGHT * rows)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=3)
