@@ -21,12 +21,13 @@ from egtrain.build import (
 )
 from egtrain.checkpoint import CheckpointStore
 from egtrain.config.files import config_file_of
-from egtrain.config.schema import Config, config_to_yaml, flat_settings
+from egtrain.config.schema import Config, config_to_yaml, flat_values
+from egtrain.environment import git_commit, hardware, versions
 from egtrain.errors import DataError, InterruptedRun, MissingExtra, NotDownloaded, UsageError
 from egtrain.plan import build_plan, build_schedule, with_fitting_warmup
 from egtrain.run import Run
 from egtrain.run_directory import CHECKPOINTS, SUMMARY, RunDirectory
-from egtrain.runlog import RunLog, finite, git_commit, hardware, versions, write_summary
+from egtrain.runlog import RunLog, finite, write_summary
 from egtrain.tasks import LOSS, Metric, Split, metrics_text
 from egtrain.train import train
 from egtrain.training_display import TrainingDisplay
@@ -194,6 +195,7 @@ class Recorder:
         self._log = closing.enter_context(
             RunLog(
                 directory,
+                batch_size=run.task.batch_size,
                 tensorboard=config.log.tensorboard,
                 resume_step=run.step,
                 every=config.log.every,
@@ -204,7 +206,7 @@ class Recorder:
 
     def trained(self, run: Run, step: int, metrics: dict[str, float]) -> None:
         """Log the metrics of an update."""
-        self._log.train_step(step, self._epoch(run, step), metrics, run.task.batch_size)
+        self._log.train_step(step, self._epoch(run, step), metrics)
 
     def evaluating(self, split: Split, done: int, total: int) -> None:
         """Show how far an evaluation is."""
@@ -261,7 +263,11 @@ class Recorder:
             for split, metrics in final.items()
             for name, value in metrics.items()
         }
-        self._log.hyperparameters(flat_settings(self._config), scores)
+        in_effect = {
+            "batch_size": run.task.batch_size,
+            "learning_rate": self._config.optimizer.scaled_lr(run.task.batch_size),
+        }
+        self._log.hyperparameters({**flat_values(self._config), **in_effect}, scores)
         write_summary(self._directory / SUMMARY, summary)
         return summary
 

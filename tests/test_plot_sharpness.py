@@ -165,11 +165,11 @@ def test_every_metric_of_two_runs_is_in_every_output(
 
     after = files_in(runs)
     new = set(after) - set(before)
-    assert new == {"sgd/tensorboard/sharpness/events.out.tfevents.0000000000.sharpness"}, (
+    assert new == {"sgd/sharpness/events.out.tfevents.0000000000.sharpness"}, (
         "eg wants no TensorBoard"
     )
     assert {name: after[name] for name in before} == before
-    assert events_in(runs / "sgd" / "tensorboard" / "sharpness")["sharpness/trace"] == {
+    assert events_in(runs / "sgd" / "sharpness")["sharpness/trace"] == {
         12: pytest.approx(metrics_of(results)["trace"]["mean"], rel=1e-6)
     }
 
@@ -351,7 +351,7 @@ def test_all_checkpoints_give_curves_over_the_steps(
         (12, ["eigenvalues", "level", "line"]),
     ]
     assert (tmp_path / "sharpness-training.png").is_file()
-    assert list(events_in(runs / "sgd" / "tensorboard" / "sharpness")["sharpness/lambda_max"]) == [
+    assert list(events_in(runs / "sgd" / "sharpness")["sharpness/lambda_max"]) == [
         6,
         12,
     ]

@@ -166,7 +166,7 @@ def test_tensorboard_holds_every_step_once_after_a_resume(images: Path, tmp_path
         assert process.wait() == -signal.SIGKILL
     assert steps_logged(tmp_path / "run") == 5
     run_here(tmp_path / "run", config, resume=True)
-    events = EventAccumulator(str(tmp_path / "run/tensorboard"), size_guidance={"scalars": 0})
+    events = EventAccumulator(str(tmp_path / "run"), size_guidance={"scalars": 0})
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, STEPS + 1))
     assert [event.step for event in events.Scalars("test/accuracy")] == [4, 8, 12]

@@ -272,10 +272,15 @@ def _plain(config: Config) -> dict[str, Any]:
 
 def flat_settings(config: Config) -> dict[str, str]:
     """Return every setting as text under its dotted key."""
-    flat: dict[str, str] = {}
+    return {name: write_value(value) for name, value in flat_values(config).items()}
+
+
+def flat_values(config: Config) -> dict[str, Any]:
+    """Return every setting under its dotted key."""
+    flat: dict[str, Any] = {}
     for name, value in _plain(config).items():
         if isinstance(value, dict):
-            flat |= {f"{name}.{key}": write_value(inner) for key, inner in value.items()}
+            flat |= {f"{name}.{key}": inner for key, inner in value.items()}
         else:
-            flat[name] = write_value(value)
+            flat[name] = value
     return flat

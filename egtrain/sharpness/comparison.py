@@ -138,7 +138,7 @@ def write(comparison: Comparison, subjects: Sequence[Subject], output: Path) -> 
         if subject.config.log.tensorboard:
             runs_in.setdefault(subject.directory, []).append(run)
     for directory, runs in runs_in.items():
-        folder = directory / "tensorboard" / NAME
+        folder = directory / NAME
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_tensorboard(folder, scalars_of(runs), images)

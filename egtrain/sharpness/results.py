@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from egtrain.checkpoint import write_atomically
+from egtrain.environment import versions
 from egtrain.errors import UsageError
-from egtrain.runlog import finite, versions
+from egtrain.runlog import finite
 
 FORMAT = 1
 """Version of the stored measurements; those of another one are measured again."""

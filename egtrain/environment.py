@@ -1,0 +1,65 @@
+"""What the numbers of a run depend on besides its settings: versions, hardware, the commit."""
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+from egtrain import __version__
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions of what the numbers of a run depend on."""
+    return {
+        "egtrain": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "cuda": torch.version.cuda,
+        "numpy": numpy.__version__,
+        "platform": platform.platform(),
+    }
+
+
+def hardware() -> dict[str, Any]:
+    """Return the processor's name, the cores that this process may use, and the names of the
+    GPUs.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    return {
+        "cpu": _cpu_name(),
+        "cores": cores,
+        "gpus": [torch.cuda.get_device_name(gpu) for gpu in gpus],
+    }
+
+
+def git_commit() -> str | None:
+    """Return the commit of the working directory; None outside a repository, or where git takes
+    over a second.
+    """
+    return _output_of("git", "rev-parse", "--verify", "HEAD")
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return (
+        next(iter(names), None)
+        or _output_of("sysctl", "-n", "machdep.cpu.brand_string")
+        or platform.machine()
+    )
+
+
+def _output_of(*command: str) -> str | None:
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=1, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip() or None
