@@ -2,27 +2,20 @@
 training.
 """
 
-import os
 import statistics
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
-import torch
-from torch.autograd.profiler import profile
 
-from egtrain.build import build_run, load_data
+from egtrain.build import load_data
 from egtrain.config.files import load_config
 from egtrain.config.schema import Config
+from egtrain.cost import seconds_taken, take_steps, warmed_up, with_peak_bytes
 from egtrain.distributed import pick_device
 from egtrain.errors import UsageError, did_you_mean
 from egtrain.run import Run
-from egtrain.train import take_step
 from egtrain.workers import Ranks
 
 VARIANTS: dict[str, list[str]] = {
@@ -39,10 +32,6 @@ VARIANTS: dict[str, list[str]] = {
     "sam every 4": ["extrapolation.every=4"],
 }
 """The choices of ζ, with the settings that they need beside their names."""
-
-LEARNING_RATE = 1e-3
-"""Small, so that the weights stay ordinary numbers whatever the preset; it does not change the
-time."""
 
 
 @dataclass(frozen=True)
@@ -165,73 +154,6 @@ def config_of(preset: str, variant: str, overrides: Sequence[str]) -> Config:
         # Its base is heavy-ball momentum, which takes as long as Nesterov's.
         settings.append("optimizer.nesterov=false")
     return load_config(preset, [*settings, "steps=1000000", *overrides])
-
-
-def warmed_up(config: Config, ranks: Ranks, data: Any) -> Run:
-    """Return a run after a cycle of steps, in which everything is allocated and compiled that ever
-    will be.
-    """
-    run = build_run(config, ranks, data)
-    run.model.train()
-    take_steps(run, max(2, run.extrapolated_steps.step))
-    return run
-
-
-def take_steps(run: Run, count: int) -> None:
-    """Make so many updates."""
-    for _ in range(count):
-        take_step(run, LEARNING_RATE)
-
-
-def seconds_taken(action: Callable[[], object], ranks: Ranks) -> float:
-    """Return how long an action takes, on a GPU by its own clock and while the host runs ahead, as
-    in training.
-    """
-    if ranks.device.type != "cuda":
-        start = time.perf_counter()
-        action()
-        return time.perf_counter() - start
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
-    action()
-    events[0].record()
-    action()
-    events[1].record()
-    torch.cuda.synchronize()
-    return float(events[0].elapsed_time(events[1])) / 1000
-
-
-def with_peak_bytes(make: Callable[[], Run], ranks: Ranks) -> tuple[Run, int]:
-    """Return what is made, and the most memory that tensors took at once meanwhile, beyond what
-    they took before.
-    """
-    if ranks.device.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        return make(), torch.cuda.max_memory_allocated() - before
-    with quiet_standard_error(), profile(profile_memory=True) as profiled:
-        made = make()
-    held = most = 0
-    for event in profiled.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return made, most
-
-
-@contextmanager
-def quiet_standard_error() -> Iterator[None]:
-    """Keep what C++ code prints off the terminal; torch 2.13 tells of each start and stop of its
-    profiler.
-    """
-    sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float, float]:

@@ -48,9 +48,9 @@ def build_plan(config: Config, steps_per_epoch: int) -> Plan:
     extrapolation = config.extrapolation
     extrapolated_steps = range(0)
     if extrapolation.name != "none":
-        first = warmup_steps if extrapolation.name == "msam" and extrapolation.after_warmup else 0
+        first = warmup_steps if getattr(extrapolation, "after_warmup", False) else 0
         until = min(end for end in (1.0, extrapolation.until, local_start) if end is not None)
-        every = extrapolation.every if extrapolation.name in ("extragradient", "sam") else 1
+        every = getattr(extrapolation, "every", 1)
         extrapolated_steps = range(first, round(until * steps), every)
     return Plan(
         steps_per_epoch=steps_per_epoch,

@@ -9,22 +9,15 @@ from typing import Any
 
 import torch
 
-from egtrain import distributed, launch
-from egtrain.build import (
-    build_run,
-    build_task,
-    load_data,
-    locate_data,
-    native_precision,
-    summary_of,
-    worker_state_bytes,
-)
+from egtrain import distributed
+from egtrain.build import build_run, locate_data, native_precision
 from egtrain.checkpoint import CheckpointStore
 from egtrain.config.files import config_file_of
 from egtrain.config.schema import Config, config_to_yaml, flat_values
 from egtrain.environment import git_commit, hardware, versions
-from egtrain.errors import DataError, InterruptedRun, MissingExtra, NotDownloaded, UsageError
-from egtrain.plan import build_plan, build_schedule, with_fitting_warmup
+from egtrain.errors import DataError, InterruptedRun, UsageError
+from egtrain.header import facts_from_data, header_lines, next_lines, parameter_count, run_facts
+from egtrain.plan import with_fitting_warmup
 from egtrain.run import Run
 from egtrain.run_directory import CHECKPOINTS, SUMMARY, RunDirectory
 from egtrain.runlog import RunLog, finite, write_summary
@@ -75,7 +68,7 @@ def _train_until(
         distributed.only_first_rank(ranks, begin)
         try:
             run = build_run(config, ranks)
-            config = with_fitting_warmup(config, run.task.steps_per_epoch)
+            given, config = config, with_fitting_warmup(config, run.task.steps_per_epoch)
             if first:
                 run_directory.write_config(config_to_yaml(config))
             store = CheckpointStore(
@@ -98,6 +91,8 @@ def _train_until(
                 summary = json.loads((directory / SUMMARY).read_text(encoding="utf-8"))
                 print_result(summary, run.task.metric, directory, as_json)
             return
+        if first:
+            print_header(config, given, run, ranks, directory, as_json)
         recorders: list[Recorder] = []
         distributed.only_first_rank(
             ranks,
@@ -114,6 +109,30 @@ def _train_until(
             summary = recorders[0].finish(run, final)
             closing.close()
             print_result(summary, run.task.metric, directory, as_json)
+            if not as_json:
+                print("\n".join(next_lines(config, directory)))
+
+
+def print_header(
+    config: Config, given: Config, run: Run, ranks: Ranks, directory: Path, as_json: bool
+) -> None:
+    """Print what the run consists of, as `--dry-run` does; see `facts_from_data`."""
+    facts = run_facts(
+        config,
+        directory,
+        data=locate_data(config),
+        device=ranks.device.type,
+        ranks=ranks.count,
+        threads=torch.get_num_threads(),
+    )
+    facts |= facts_from_data(
+        config,
+        given,
+        parameters=parameter_count(run.model),
+        samples=run.task.samples,
+        steps_per_epoch=run.task.steps_per_epoch,
+    )
+    print("\n".join(header_lines(facts)), file=sys.stderr if as_json else sys.stdout, flush=True)
 
 
 def require_same_step(step: int | None, directory: Path, ranks: Ranks) -> None:
@@ -288,60 +307,3 @@ def print_result(summary: dict[str, Any], metric: Metric, directory: Path, as_js
         f"{summary['gradient_evaluations']:,} gradient evaluations in {summary['steps']:,} steps; "
         f"see {directory}"
     )
-
-
-def print_plan(config: Config, directory: Path, nproc: int | None, as_json: bool) -> None:
-    """Print what `train` would do, and train nothing.
-
-    Raises:
-        DataError: the data are missing or damaged; those that a download would bring may be
-            missing.
-        UsageError: the batch is larger than the data, or the ranks do not divide the workers.
-    """
-    ranks = nproc if nproc is not None else launch.default_ranks(config.device, config.workers)
-    launch.require_dividing(config.workers, ranks)
-    device = distributed.pick_device(config.device)
-    try:
-        data, missing = load_data(config, offline=True), None
-    except (NotDownloaded, MissingExtra) as error:
-        data, missing = None, f"steps and rates are not known, since {error}"
-    plan: dict[str, Any] = {
-        "directory": str(directory),
-        "data": f"{config.data.name}, {locate_data(config)}",
-        "device": device.type,
-        "precision": native_precision(config.precision, device),
-        "batch_size": config.batch_size,
-        "workers": config.workers,
-        "worker_batch_size": config.worker_batch_size,
-        "ranks": ranks,
-        "extrapolation": config.extrapolation.name,
-        "missing": missing,
-    }
-    if data is not None:
-        task = build_task(config, data, torch.device("cpu"))
-        config = with_fitting_warmup(config, task.steps_per_epoch)
-        steps = build_plan(config, task.steps_per_epoch)
-        schedule = build_schedule(config, steps)
-        phases = {0, steps.warmup_steps, *steps.milestones, steps.steps // 2, steps.steps - 1}
-        plan |= {
-            "samples": task.samples,
-            "steps_per_epoch": steps.steps_per_epoch,
-            "steps": steps.steps,
-            "local_phase": None
-            if steps.local_start is None
-            else f"from step {steps.local_start:,}, "
-            f"weights averaged every {config.post_local.period} steps",
-            "worker_state_bytes": worker_state_bytes(config, summary_of(data).outputs),
-            "learning_rate": {
-                s: round(schedule(s), 6) for s in sorted(phases) if 0 <= s < steps.steps
-            },
-        }
-    if as_json:
-        print(json.dumps(plan))
-        return
-    for name, value in plan.items():
-        if value is None:
-            continue
-        if name == "learning_rate":
-            value = ", ".join(f"{rate:g} at step {step}" for step, rate in value.items())
-        print(f"{name.replace('_', ' '):18} {value}")

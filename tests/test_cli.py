@@ -436,10 +436,10 @@ def test_a_dry_run_prints_the_plan_and_makes_nothing(
 
     text = egtrain_command(*options).stdout
     for part in (
-        "batch size         32\n",
-        "ranks              2\n",
-        "steps              12\n",
-        "0.1 at step 0, ",
+        "batch       32 = 4 workers x 8\n",
+        "runs on     CPU in fp32, 2 processes, 1 thread each\n",
+        "steps       12, 4 an epoch\n",
+        "rates       0.1 at step 0, 0.08536 at 6, 0.003806 at 11\n",
     ):
         assert part in text
     assert list(tmp_path.iterdir()) == []
@@ -451,9 +451,9 @@ def test_a_dry_run_without_the_data_says_so(egtrain_command: Run) -> None:
     plan = json.loads(result.stdout)
     assert (plan["batch_size"], plan["workers"]) == (2048, 16)
     assert "missing" in plan["data"]
-    assert plan["missing"].startswith(
-        "steps and rates are not known, since CIFAR-10 was not found in "
-    )
+    assert plan["missing"].startswith("CIFAR-10 was not found in ")
+    text = egtrain_command("train", "--preset", "resnet-eg", "--offline", "--dry-run").stdout
+    assert "note        steps, rates, time and memory are known once the data are there\n" in text
 
 
 @pytest.mark.parametrize(
@@ -513,7 +513,7 @@ def test_json_is_json_where_a_number_is_not(
     ):
         printed = json.loads(egtrain_command(*command, "--json").stdout, parse_constant=pytest.fail)
         assert printed["final"] == {"test": {"loss": None, "accuracy": 0.25}}
-    assert "test: accuracy 25.00%, loss nan\n" in egtrain_command("train", "--resume", "run").stdout
+    assert "test: accuracy 25.00 %, loss –\n" in egtrain_command("train", "--resume", "run").stdout
     printed = json.loads(
         egtrain_command("eval", "run", "--json").stdout, parse_constant=pytest.fail
     )

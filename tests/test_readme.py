@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import started
+from helpers import started, write_texts
 from typer.testing import CliRunner
 
 from egtrain.cli import app
@@ -98,6 +98,11 @@ def test_command_of_the_readme_runs(command: str, folder: Path) -> None:
         arguments += (
             " --dry-run --no-estimate --data synthetic --device cpu --set data.train_samples=null"
         )
+    elif arguments.endswith("text:FOLDER"):
+        (folder / "FOLDER").mkdir()
+        write_texts(folder / "FOLDER", words=93, pairs=1)
+        arguments += f" --dry-run --set task.bptt=5 {TINY_TEXT.removeprefix('--data synthetic ')}"
+        arguments += " --batch-size 2"
     elif arguments.startswith("train --preset"):
         # The plan of the real thing: it needs neither the data nor eight GPUs.
         arguments += "" if "--dry-run" in arguments else " --dry-run"

@@ -126,11 +126,12 @@ def train(
     # Everything above needs no torch, so a wrong option is reported at once.
     with ending_at_interrupt():
         from egtrain import distributed, launch, session
+        from egtrain import dry_run as plan_only
         from egtrain.config.schema import config_to_yaml
         from egtrain.run_directory import RunDirectory
 
     if dry_run:
-        session.print_plan(config, directory, nproc, as_json)
+        plan_only.print_plan(config, directory, nproc, as_json)
         return
     if rank_of is not None and not distributed.has_launcher():
         raise UsageError(f"--rank-of is for the processes of --nproc: use --resume {rank_of}")

@@ -1,0 +1,76 @@
+"""The plan of a run, printed instead of training."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from egtrain import distributed, launch
+from egtrain.build import (
+    build_model,
+    build_task,
+    cores,
+    load_data,
+    locate_data,
+    native_precision,
+    summary_of,
+)
+from egtrain.config.schema import Config
+from egtrain.cost import estimated_cost
+from egtrain.errors import MissingExtra, NotDownloaded
+from egtrain.header import facts_from_data, header_lines, parameter_count, run_facts
+from egtrain.plan import with_fitting_warmup
+from egtrain.workers import Ranks
+
+
+def print_plan(config: Config, directory: Path, nproc: int | None, as_json: bool) -> None:
+    """Print what `train` would do, what it would take, and train nothing.
+
+    Raises:
+        DataError: the data are missing or damaged; those that a download would bring may be
+            missing.
+        UsageError: the batch is larger than the data, the warm-up does not fit the run, or the
+            ranks do not divide the workers.
+    """
+    ranks = nproc if nproc is not None else launch.default_ranks(config.device, config.workers)
+    launch.require_dividing(config.workers, ranks)
+    device = distributed.pick_device(config.device)
+    threads = config.threads or (1 if config.deterministic else max(1, cores() // ranks))
+    config = config.model_copy(
+        update={"precision": native_precision(config.precision, device), "threads": threads}
+    )
+    facts = run_facts(
+        config,
+        directory,
+        data=locate_data(config),
+        device=device.type,
+        ranks=ranks,
+        threads=threads,
+    )
+    try:
+        data = load_data(config, offline=True)
+    except (NotDownloaded, MissingExtra) as error:
+        facts["missing"] = str(error)
+        facts["notes"] = ["steps, rates, time and memory are known once the data are there"]
+        if isinstance(error, MissingExtra):
+            facts["notes"] = [str(error)]
+    else:
+        task = build_task(config, data, torch.device("cpu"))
+        fitting = with_fitting_warmup(config, task.steps_per_epoch)
+        seconds, most = estimated_cost(fitting, data, Ranks(device=device), ranks)
+        facts |= facts_from_data(
+            fitting,
+            config,
+            parameters=parameter_count(build_model(config, summary_of(data).outputs, device)),
+            samples=task.samples,
+            steps_per_epoch=task.steps_per_epoch,
+        )
+        facts |= {
+            "step_seconds": seconds,
+            "seconds": seconds * facts["steps"],
+            "memory_mib": round(most / 2**20),
+        }
+    if as_json:
+        print(json.dumps({name: v for name, v in facts.items() if not name.endswith("_text")}))
+    else:
+        print("\n".join(header_lines(facts)))

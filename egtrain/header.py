@@ -1,0 +1,211 @@
+"""What a run consists of, as `train` prints it before it begins and `--dry-run` instead."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from egtrain.config.extrapolations import length_key
+from egtrain.config.models import Model
+from egtrain.config.schema import Config
+from egtrain.config.tasks import LanguageSettings, Task
+from egtrain.formatting import counted, learning_rate_text
+from egtrain.plan import build_plan, build_schedule
+
+LABEL_WIDTH = 11
+OPTIMIZERS = {"sgd": "SGD", "lars": "LARS", "lamb": "LAMB", "adam": "Adam", "adamw": "AdamW"}
+
+
+def run_facts(
+    config: Config, directory: Path, *, data: str, device: str, ranks: int, threads: int
+) -> dict[str, Any]:
+    """Return what is known of a run before its data are read.
+
+    Args:
+        config: of the run; its precision is that of the device.
+        directory: of the run.
+        data: where the data are.
+        device: `cpu` or `cuda`.
+        ranks: processes.
+        threads: of each process, on the CPU.
+    """
+    extrapolation = config.extrapolation
+    key = length_key(extrapolation)
+    return {
+        "directory": str(directory),
+        "model": model_text(config.model),
+        "data": f"{config.data.name}, {data}",
+        "batch_size": config.batch_size,
+        "workers": config.workers,
+        "worker_batch_size": config.worker_batch_size,
+        "optimizer": OPTIMIZERS[config.optimizer.name],
+        "peak_rate": config.optimizer.scaled_lr(config.batch_size),
+        "extrapolation": extrapolation.name,
+        "extrapolation_length": None if key is None else {key: getattr(extrapolation, key)},
+        "extrapolation_text": extrapolation_text(config),
+        "device": device,
+        "precision": config.precision,
+        "ranks": ranks,
+        "threads": threads,
+    }
+
+
+def facts_from_data(
+    config: Config, given: Config, *, parameters: int, samples: int, steps_per_epoch: int
+) -> dict[str, Any]:
+    """Return what is known of a run once its data are read.
+
+    Args:
+        config: of the run, with a warm-up that fits it.
+        given: as the user gave it.
+        parameters: of the model.
+        samples: that it is trained on.
+        steps_per_epoch: updates.
+    """
+    plan = build_plan(config, steps_per_epoch)
+    rate = build_schedule(config, plan)
+    phases = {0, plan.warmup_steps, *plan.milestones, plan.steps // 2, plan.steps - 1}
+    local_phase = None
+    if plan.local_start is not None:
+        local_phase = (
+            f"from step {plan.local_start:,} on, weights averaged every "
+            f"{config.post_local.period} steps"
+        )
+    notes = []
+    if config.schedule.warmup_epochs != given.schedule.warmup_epochs:
+        what = "the run ends" if plan.first_fall == plan.steps else "the rate falls"
+        notes.append(
+            f"warm-up shortened from {given.schedule.warmup_epochs:g} to "
+            f"{config.schedule.warmup_epochs:.3g} epochs, since {what} at step "
+            f"{plan.first_fall:,}"
+        )
+    own_data = config.data.name.startswith(("npz:", "text:", "pairs:"))
+    if own_data and config.data.train_samples is not None:
+        notes.append(
+            f"only {samples:,} samples of your data are used; --set data.train_samples=null uses "
+            "all"
+        )
+    return {
+        "parameters": parameters,
+        "samples": samples,
+        "samples_text": f"{samples:,} {samples_noun(config.task)}",
+        "steps_per_epoch": plan.steps_per_epoch,
+        "steps": plan.steps,
+        "learning_rate": {
+            step: round(rate(step), 6) for step in sorted(phases) if 0 <= step < plan.steps
+        },
+        "local_phase": local_phase,
+        "notes": notes,
+    }
+
+
+def header_lines(facts: dict[str, Any]) -> list[str]:
+    """Return facts for people, a line each; facts that are not known are left out."""
+    parts = {
+        "model": facts["model"],
+        "data": facts["data"],
+        "batch": f"{facts['batch_size']:,} = {counted(facts['workers'], 'worker')} x "
+        f"{facts['worker_batch_size']}",
+        "optimizer": f"{facts['optimizer']}, learning rate "
+        f"{learning_rate_text(facts['peak_rate'])} at its peak",
+        "shift ζ": facts["extrapolation_text"],
+        "runs on": _runs_on(facts),
+    }
+    if "steps" in facts:
+        parts["model"] += f", {facts['parameters']:,} parameters"
+        parts["data"] = f"{facts['samples_text']}: {facts['data']}"
+        parts["rates"] = _rates_text(facts["learning_rate"])
+        parts["local phase"] = facts["local_phase"]
+        parts["steps"] = f"{facts['steps']:,}, {facts['steps_per_epoch']:,} an epoch"
+    if facts.get("step_seconds") is not None:
+        parts["time"] = (
+            f"about {_time_text(facts['seconds'])}, {facts['step_seconds']:.2g} s a step"
+        )
+        parts["memory"] = f"about {facts['memory_mib']:,} MiB"
+        parts["memory"] += " a process" * (facts["ranks"] > 1)
+        parts["memory"] += " beside the data" * (facts["device"] == "cpu")
+    parts["output"] = facts["directory"]
+    parts["note"] = "; ".join(facts["notes"]) or None
+    return [f"{label:{LABEL_WIDTH}} {text}" for label, text in parts.items() if text is not None]
+
+
+def next_lines(config: Config, directory: Path) -> list[str]:
+    """Return the commands to go on with after a run."""
+    quoted = shlex.quote(str(directory))
+    lines = [f"next: egtrain eval {quoted}"]
+    if config.log.tensorboard:
+        lines.append(f"      tensorboard --logdir {quoted}")
+    return lines
+
+
+def model_text(model: Model) -> str:
+    """Return how a network is called, such as `ResNet-20`."""
+    match model.name:
+        case "resnet":
+            return f"ResNet-{model.depth}"
+        case "vgg":
+            return f"VGG-{model.depth} with BatchNorm"
+        case "lstm":
+            return f"LSTM of {counted(model.layers, 'layer')}"
+        case "transformer":
+            return f"Transformer of {model.layers} + {model.layers} layers"
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Return the number of weights that are trained."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def samples_noun(task: Task) -> str:
+    """Return what a task counts as samples."""
+    if isinstance(task, LanguageSettings):
+        return f"windows of {task.bptt} words"
+    return {"image": "training images", "translation": "pairs of sentences"}[task.name]
+
+
+def extrapolation_text(config: Config) -> str:
+    """Return the choice of ζ with its size, in words."""
+    extrapolation = config.extrapolation
+    key = length_key(extrapolation)
+    if key is None:
+        return "none, plain mini-batch gradients"
+    value, scaling = getattr(extrapolation, key), getattr(extrapolation, "scaling", "none")
+    if key == "ratio":
+        how_far = f"{'1/' + str(config.workers) if value == '1/K' else value} of the learning rate"
+    elif key == "size" and scaling != "none":
+        how_far = f"{value} of the norm of each {scaling}'s weights"
+    else:
+        how_far = f"{key} {value}"
+    twice = ", two gradients a step" if hasattr(extrapolation, "every") else ""
+    return f"{extrapolation.name}, {how_far}{twice}"
+
+
+def _runs_on(facts: dict[str, Any]) -> str:
+    ranks, threads = facts["ranks"], facts["threads"]
+    if facts["device"] == "cpu":
+        each = f", {counted(threads, 'thread')}{' each' if ranks > 1 else ''}"
+        return f"CPU in {facts['precision']}, {_processes(ranks)}{each}"
+    return f"{'GPU' if ranks == 1 else 'GPUs'} in {facts['precision']}, {_processes(ranks)}"
+
+
+def _processes(ranks: int) -> str:
+    return "1 process" if ranks == 1 else f"{ranks} processes"
+
+
+def _rates_text(rates: dict[int, float]) -> str:
+    """Return the rates at the steps where they change, such as `0.1 at step 0, 3.2 at 120`."""
+    texts: list[str] = []
+    before = None
+    for step, rate in rates.items():
+        if rate != before:
+            texts.append(f"{learning_rate_text(rate)} at {'' if texts else 'step '}{step:,}")
+        before = rate
+    return ", ".join(texts)
+
+
+def _time_text(seconds: float) -> str:
+    """Return a rough time, such as `40 s`, `25 min` or `3.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
