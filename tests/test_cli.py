@@ -6,7 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -564,6 +564,15 @@ def test_help_is_quick_and_does_without_torch(command: str) -> None:
     assert seconds < allowance or seconds < factor * user_seconds(least)
 
 
+@pytest.fixture
+def ctrl_c_ignored_here() -> Iterator[None]:
+    """Be as a script's background is, which must not change what the tests start."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c_ignored_here")
 def test_ctrl_c_during_the_import_of_torch_ends_the_command(tmp_path: Path) -> None:
     """Parts of torch and NumPy take any exception for one of their own."""
     (tmp_path / "torch.py").write_text(

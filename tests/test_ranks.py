@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
+    ROOT,
     Fault,
     Forked,
     Stop,
@@ -604,22 +605,25 @@ def torchruns_store() -> Iterator[dict[str, str]]:
 
 @contextlib.contextmanager
 def two_nodes(command: list[str], folders: list[Path]) -> Iterator[list["subprocess.Popen[str]"]]:
-    """Start the two commands of the README on one machine, a rank each."""
-    port = free_port()
+    """Start a command as the README starts it on two nodes, on this machine and a rank each."""
+    printed = [
+        line.partition(" -m egtrain ")[0]
+        for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith("torchrun --nnodes 2 ")
+    ]
+    assert len(printed) == len(set(printed)) == 2
+    here = {
+        "torchrun": f"{sys.executable} -m torch.distributed.run",
+        "--nproc-per-node 8": "--nproc-per-node 1",
+        "node0": "127.0.0.1",
+        "29500": str(free_port()),
+    }
+    for there, changed in here.items():
+        printed = [line.replace(there, changed) for line in printed]
     with contextlib.ExitStack() as stack:
         yield [
-            stack.enter_context(
-                started(
-                    [
-                        *[sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"],
-                        *["--node-rank", str(node), "--nproc-per-node", "1"],
-                        *["--master-addr", "127.0.0.1", "--master-port", str(port)],
-                        *["-m", "egtrain", *command],
-                    ],
-                    folder,
-                )
-            )
-            for node, folder in enumerate(folders)
+            stack.enter_context(started([*line.split(), "-m", "egtrain", *command], folder))
+            for line, folder in zip(printed, folders, strict=True)
         ]
 
 

@@ -71,7 +71,7 @@ def test_command_of_the_readme_runs(command: str, folder: Path) -> None:
     program, _, arguments = command.partition(" ")
     if program == "torchrun":
         launcher, _, arguments = arguments.partition("-m egtrain ")
-        assert launcher == "--nproc-per-node 8 "
+        assert re.fullmatch(r"(--nnodes 2 --node-rank [01] )?--nproc-per-node 8 .*", launcher)
         arguments += " --nproc 8"
     if arguments.startswith(
         ("train --preset quickstart-lstm", "train --preset quickstart-transformer")
