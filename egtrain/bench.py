@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 
 from egtrain.build import load_data
+from egtrain.config.extrapolations import SECTIONS
 from egtrain.config.files import load_config
 from egtrain.config.schema import Config
 from egtrain.cost import seconds_taken, take_steps, warmed_up, with_peak_bytes
@@ -18,20 +19,25 @@ from egtrain.errors import UsageError, did_you_mean
 from egtrain.run import Run
 from egtrain.workers import Ranks
 
-VARIANTS: dict[str, list[str]] = {
-    "none": [],
-    "local": [],
-    "optimistic": [],
-    "gradient-noise": [],
-    "gaussian": ["extrapolation.size=0.05"],
-    "smoothout": ["extrapolation.size=0.05"],
-    "msam": ["extrapolation.after_warmup=false"],
-    "extragradient": [],
-    "extragradient every 4": ["extrapolation.every=4"],
-    "sam": [],
-    "sam every 4": ["extrapolation.every=4"],
-}
-"""The choices of ζ, with the settings that they need beside their names."""
+
+def _variants() -> dict[str, list[str]]:
+    """Return every choice of ζ with the settings that it needs, and once more every fourth step if
+    it need not act in every one.
+    """
+    variants: dict[str, list[str]] = {}
+    for name, section in SECTIONS.items():
+        keys = section.model_fields
+        settings = [f"extrapolation.{key}=0.05" for key in keys if keys[key].is_required()]
+        if "after_warmup" in keys:
+            settings.append("extrapolation.after_warmup=false")
+        variants[name] = [f"extrapolation.name={name}", *settings]
+        if "every" in keys:
+            variants[f"{name} every 4"] = [*variants[name], "extrapolation.every=4"]
+    return variants
+
+
+VARIANTS = _variants()
+"""The choices of ζ, with their settings."""
 
 
 @dataclass(frozen=True)
@@ -145,12 +151,11 @@ def compare_costs(
 
 def config_of(preset: str, variant: str, overrides: Sequence[str]) -> Config:
     """Return the preset's configuration with another choice of ζ, which acts in every step."""
-    settings = [
-        f"extrapolation.name={variant.split()[0]}",
-        *VARIANTS[variant],
-        "post_local.period=null",
-    ]
-    if variant == "msam" and load_config(preset, list(overrides)).optimizer.name == "sgd":
+    settings = [*VARIANTS[variant], "post_local.period=null"]
+    if (
+        SECTIONS[variant.split()[0]].along_momentum
+        and load_config(preset, list(overrides)).optimizer.name == "sgd"
+    ):
         # Its base is heavy-ball momentum, which takes as long as Nesterov's.
         settings.append("optimizer.nesterov=false")
     return load_config(preset, [*settings, "steps=1000000", *overrides])

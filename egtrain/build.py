@@ -1,12 +1,14 @@
 """The only place where a configuration becomes objects; below it nothing sees a configuration."""
 
 import os
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from egtrain.config.extrapolations import DIRECTIONS
 from egtrain.config.optimizers import Optimizer
 from egtrain.config.schema import Config
 from egtrain.config.tasks import LanguageSettings, TranslationSettings
@@ -21,14 +23,6 @@ from egtrain.models.resnet import ResNet
 from egtrain.models.transformer import Transformer
 from egtrain.models.vgg import VGG
 from egtrain.optim.direction import Direction
-from egtrain.optim.directions.extragradient import Extragradient
-from egtrain.optim.directions.gaussian import GaussianNoise
-from egtrain.optim.directions.gradient_noise import GradientNoise
-from egtrain.optim.directions.local import LocalGradient
-from egtrain.optim.directions.msam import MSAM
-from egtrain.optim.directions.optimistic import OptimisticGradient
-from egtrain.optim.directions.sam import SAM
-from egtrain.optim.directions.smoothout import SmoothOut
 from egtrain.optim.extrapolation import Extrapolation
 from egtrain.optim.lamb import LAMB
 from egtrain.optim.lars import LARS
@@ -220,33 +214,12 @@ def build_optimizer(config: Optimizer, model: nn.Module) -> torch.optim.Optimize
 def build_direction(config: Config) -> Direction | None:
     """Return the choice of ζ, or None for plain mini-batch training."""
     extrapolation = config.extrapolation
-    match extrapolation.name:
-        case "none":
-            return None
-        case "gaussian" | "smoothout":
-            noise = GaussianNoise if extrapolation.name == "gaussian" else SmoothOut
-            return noise(
-                size=extrapolation.size,
-                scaling=extrapolation.scaling,
-                norm_and_bias=extrapolation.norm_and_bias,
-            )
-        case "sam":
-            return SAM(radius=extrapolation.radius)
-        case "msam":
-            return MSAM(radius=extrapolation.radius)
-    rows: dict[str, type[LocalGradient | OptimisticGradient | GradientNoise | Extragradient]] = {
-        "local": LocalGradient,
-        "optimistic": OptimisticGradient,
-        "gradient-noise": GradientNoise,
-        "extragradient": Extragradient,
-    }
-    return rows[extrapolation.name](
-        ratio=extrapolation.resolved_ratio(config.workers),
-        rate=extrapolation.rate,
-        size=extrapolation.size,
-        scaling=extrapolation.scaling,
-        precondition=extrapolation.precondition,
-    )
+    name = DIRECTIONS[extrapolation.name]
+    if name is None:
+        return None
+    file = import_module(f"egtrain.optim.directions.{extrapolation.name.replace('-', '_')}")
+    direction: Direction = getattr(file, name)(**extrapolation.settings(config.workers))
+    return direction
 
 
 def worker_state_bytes(config: Config, outputs: int) -> int:
@@ -309,7 +282,7 @@ def build_run(config: Config, ranks: Ranks, data: Data | None = None) -> Run:
         workers=workers,
         steps=plan.steps,
         extrapolated_steps=plan.extrapolated_steps,
-        new_samples=getattr(config.extrapolation, "samples", "same") == "new",
+        new_samples=config.extrapolation.new_samples,
         clip_norm=config.optimizer.clip_norm,
         precision=config.precision,
         seed=config.seed,

@@ -45,13 +45,6 @@ def build_plan(config: Config, steps_per_epoch: int) -> Plan:
         else ()
     )
     local_start = config.local_start_fraction()
-    extrapolation = config.extrapolation
-    extrapolated_steps = range(0)
-    if extrapolation.name != "none":
-        first = warmup_steps if getattr(extrapolation, "after_warmup", False) else 0
-        until = min(end for end in (1.0, extrapolation.until, local_start) if end is not None)
-        every = getattr(extrapolation, "every", 1)
-        extrapolated_steps = range(first, round(until * steps), every)
     return Plan(
         steps_per_epoch=steps_per_epoch,
         steps=steps,
@@ -59,7 +52,7 @@ def build_plan(config: Config, steps_per_epoch: int) -> Plan:
         milestones=milestones,
         peak_rate=config.optimizer.scaled_lr(config.batch_size),
         local_start=None if local_start is None else round(local_start * steps),
-        extrapolated_steps=extrapolated_steps,
+        extrapolated_steps=config.extrapolation.steps(steps, warmup_steps, local_start),
     )
 
 

@@ -114,13 +114,13 @@ def test_ratio_one_over_k_follows_the_number_of_workers() -> None:
     config = load_config("resnet-eg", ["workers=64"])
     assert config.extrapolation.name == "local"
     assert config.extrapolation.ratio == "1/K"
-    assert config.extrapolation.resolved_ratio(config.workers) == 1 / 64
+    assert config.extrapolation.settings(config.workers)["ratio"] == 1 / 64
     given_number = load_config("resnet-eg", ["extrapolation.ratio=0.25"]).extrapolation
     assert given_number.name == "local"
-    assert given_number.resolved_ratio(64) == 0.25
+    assert given_number.settings(64)["ratio"] == 0.25
     absolute = load_config("resnet-eg", ["extrapolation.rate=0.25"]).extrapolation
     assert absolute.name == "local"
-    assert absolute.resolved_ratio(64) is None
+    assert absolute.settings(64)["ratio"] is None
 
 
 def test_every_key_is_described_in_the_json_schema() -> None:
@@ -585,7 +585,7 @@ def test_overrides_are_applied_and_the_last_of_equal_keys_wins() -> None:
             "{name: gaussian, size: 0.1, ratio: 0.1}",
             "extrapolation 'gaussian' has no key 'extrapolation.ratio'; remove it, or set "
             "extrapolation.name to local "
-            "or optimistic or extragradient or gradient-noise",
+            "or optimistic or gradient-noise or extragradient",
         ),
         (
             "{until: 0.5}",
@@ -594,8 +594,8 @@ def test_overrides_are_applied_and_the_last_of_equal_keys_wins() -> None:
         ),
         (
             "{name: locl}",
-            "extrapolation.name must be one of none, local, optimistic, extragradient, gaussian, "
-            "smoothout, gradient-noise, sam, msam, not 'locl'; did you mean 'local'?",
+            "extrapolation.name must be one of none, local, optimistic, gradient-noise, gaussian, "
+            "smoothout, extragradient, sam, msam, not 'locl'; did you mean 'local'?",
         ),
         ("{name: null}", "extrapolation.name must be one of none, local"),
         ("{name: [a]}", "extrapolation.name must be one of none, local"),

@@ -13,6 +13,9 @@ from test_own_loop import on_two_ranks, process_group
 from tiny_run import tiny_run, train_watched
 from torch import Tensor, nn
 
+from egtrain.build import build_direction
+from egtrain.config.extrapolations import SECTIONS
+from egtrain.config.schema import Config
 from egtrain.optim import Direction, Extrapolation, Point, State
 from egtrain.run import Run
 from egtrain.workers import Ranks
@@ -150,3 +153,15 @@ def test_the_examples_of_the_docstring_are_directions() -> None:
         resumed = Extrapolation(optimizer, names[name]())
         resumed.load_state_dict(extrapolation.state_dict())
         assert resumed.steps == 2
+
+
+@pytest.mark.parametrize("name", [name for name in SECTIONS if name != "none"])
+def test_a_row_of_the_configuration_builds_the_direction_of_its_name(name: str) -> None:
+    keys = {key: 0.5 for key, info in SECTIONS[name].model_fields.items() if info.is_required()}
+    momentum = {"optimizer": {"name": "sgd", "nesterov": False}}
+    config = Config.model_validate({**momentum, "extrapolation": {"name": name, **keys}})
+    direction = build_direction(config)
+    assert isinstance(direction, Direction)
+    assert type(direction).__module__ == f"egtrain.optim.directions.{name.replace('-', '_')}"
+    # One step in so many is for directions whose second gradient is saved by it.
+    assert (direction.gradients == 2) == ("every" in SECTIONS[name].model_fields)

@@ -1,8 +1,11 @@
-"""The section `extrapolation`: where the gradient is taken."""
+"""The section `extrapolation`: where the gradient is taken; one table has a row for each choice of
+ζ.
+"""
 
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 
-from pydantic import Field, model_validator
+from pydantic import Field, create_model, model_validator
 
 from egtrain.config.section import Count, NotNegative, Section, wrong
 
@@ -12,20 +15,49 @@ LENGTHS = ("ratio", "rate", "size")
 """Keys that say how far a shift along a gradient goes; exactly one of them is given."""
 
 
-class NoExtrapolation(Section):
-    """Plain mini-batch training."""
+class Extrapolation(Section):
+    """What each choice of ζ has; by itself, that of plain mini-batch training."""
 
-    name: Literal["none"] = "none"
-    """none: the gradient is taken at the weights themselves."""
+    name: str = "none"
+
+    along_momentum: ClassVar[bool] = False
+    """Whether it needs a base optimizer with momentum and without look-ahead."""
+
+    @property
+    def new_samples(self) -> bool:
+        """Whether a second gradient takes samples of its own."""
+        return getattr(self, "samples", "same") == "new"
+
+    def steps(self, total: int, warmup_steps: int, local_start: float | None) -> range:
+        """Return the steps of a run that shift the weights.
+
+        Args:
+            total: steps of the run.
+            warmup_steps: those of the warm-up.
+            local_start: the fraction of the run at which a local phase begins.
+        """
+        return range(0)
+
+    def settings(self, workers: int) -> dict[str, Any]:
+        """Return the settings of the direction for K workers."""
+        return self.model_dump(exclude={"name", "until", "every", "samples", "after_warmup"})
 
 
-class _Until(Section):
+class Shift(Extrapolation):
+    """Keys of every choice of ζ that is one."""
+
     until: Annotated[float, Field(gt=0, le=1)] | None = None
     """Fraction of the run after which there is none; null: to the end, or to the start of the local
     phase."""
 
+    def steps(self, total: int, warmup_steps: int, local_start: float | None) -> range:
+        """Return the steps of a run that shift the weights."""
+        until = min(end for end in (1.0, self.until, local_start) if end is not None)
+        first = warmup_steps if getattr(self, "after_warmup", False) else 0
+        return range(first, round(until * total), getattr(self, "every", 1))
 
-class _AlongGradient(_Until):
+
+class AlongGradient(Shift):
     """The shift follows a gradient; exactly one of ratio, rate and size says how far."""
 
     ratio: NotNegative | Literal["1/K"] | None = None
@@ -55,7 +87,7 @@ class _AlongGradient(_Until):
         return data
 
     @model_validator(mode="after")
-    def _exactly_one_length(self) -> "_AlongGradient":
+    def _exactly_one_length(self) -> "AlongGradient":
         given = [length for length in LENGTHS if getattr(self, length) is not None]
         if self.scaling != "none" and given != ["size"]:
             surplus = next((length for length in given if length != "size"), None)
@@ -78,44 +110,24 @@ class _AlongGradient(_Until):
             )
         return self
 
-    def resolved_ratio(self, workers: int) -> float | None:
-        """Return the ratio as a number for K workers; None where rate or size is given instead."""
-        return 1 / workers if self.ratio == "1/K" else self.ratio
+    def settings(self, workers: int) -> dict[str, Any]:
+        """Return the settings of the direction for K workers."""
+        ratio = 1 / workers if self.ratio == "1/K" else self.ratio
+        return {**super().settings(workers), "ratio": ratio}
 
 
-class LocalExtrapolation(_AlongGradient):
-    """EXTRAP-SGD (Lin et al. 2020, arXiv 2006.05720)."""
+class AlongSecondGradient(AlongGradient):
+    """The gradient is a second one of the same step."""
 
-    name: Literal["local"] = "local"
-    """local: along the worker's own previous gradient."""
-
-
-class OptimisticExtrapolation(_AlongGradient):
-    """Extrapolation from the past (Popov 1980)."""
-
-    name: Literal["optimistic"] = "optimistic"
-    """optimistic: along the previous mean gradient."""
-
-
-class GradientNoiseExtrapolation(_AlongGradient):
-    """After gradient noise convolution (Haruki et al. 2019, arXiv 1906.10822)."""
-
-    name: Literal["gradient-noise"] = "gradient-noise"
-    """gradient-noise: along the worker's own previous gradient less the mean one."""
-
-
-class ExtragradientExtrapolation(_AlongGradient):
-    """Stochastic extragradient (Korpelevich 1976)."""
-
-    name: Literal["extragradient"] = "extragradient"
-    """extragradient: along a second gradient at the unshifted weights."""
     samples: Literal["same", "new"] = "same"
     """Whether the second gradient is taken on the same samples or on new ones."""
     every: Count = 1
     """Shift on every so-many-th step only; the others are plain steps."""
 
 
-class _Noise(_Until):
+class Noise(Shift):
+    """The shift is drawn at random."""
+
     size: NotNegative
     """Size of the noise; relative to the norm of the weights unless scaling is none."""
     scaling: Scaling = "filter"
@@ -125,57 +137,98 @@ class _Noise(_Until):
     """Shift normalisation parameters and biases too."""
 
 
-class GaussianExtrapolation(_Noise):
-    """Isotropic smoothing."""
+class AgainstSecondGradient(Shift):
+    """The shift goes uphill, by a fixed length."""
 
-    name: Literal["gaussian"] = "gaussian"
-    """gaussian: normal noise."""
-
-
-class SmoothOutExtrapolation(_Noise):
-    """SmoothOut (Wen et al. 2018, arXiv 1805.07898)."""
-
-    name: Literal["smoothout"] = "smoothout"
-    """smoothout: uniform noise."""
-
-
-class SamExtrapolation(_Until):
-    """Sharpness-aware minimisation, per worker (Foret et al. 2021, arXiv 2010.01412)."""
-
-    name: Literal["sam"] = "sam"
-    """sam: against the normalised gradient at the unshifted weights."""
     radius: NotNegative = 0.05
     """Length of the shift."""
     every: Count = 1
     """Shift on every so-many-th step only; the others are plain steps."""
 
 
-class MsamExtrapolation(_Until):
-    """MSAM (Becker et al. 2024, arXiv 2401.12033).
+class AlongMomentum(Shift):
+    """The shift follows the momentum of the base optimizer."""
 
-    The default radius is that of the authors' MSAM class; their CIFAR-100 examples, networks of
-    millions of weights, take 3.
+    along_momentum: ClassVar[bool] = True
+
+
+class AlongNormalisedMomentum(AlongMomentum):
+    """It follows it by a fixed length.
+
+    The default radius is that of the MSAM class of its authors; their CIFAR-100 examples, networks
+    of millions of weights, take 3.
     """
 
-    name: Literal["msam"] = "msam"
-    """msam: along the normalised momentum of the base optimizer."""
     radius: NotNegative = 0.3
     """Length of the shift."""
     after_warmup: bool = True
     """No shift during the warm-up."""
 
 
-Extrapolation = (
-    NoExtrapolation
-    | LocalExtrapolation
-    | OptimisticExtrapolation
-    | ExtragradientExtrapolation
-    | GaussianExtrapolation
-    | SmoothOutExtrapolation
-    | GradientNoiseExtrapolation
-    | SamExtrapolation
-    | MsamExtrapolation
+@dataclass(frozen=True)
+class Row:
+    """A choice of ζ."""
+
+    name: str
+    direction: str | None
+    """The class in `egtrain/optim/directions/<name>.py`, whose arguments are the section's keys;
+    None where the gradient is taken at the weights themselves."""
+    keys: type[Extrapolation]
+    says: str
+    source: str
+
+    def section(self) -> type[Extrapolation]:
+        """Return the section of this name: the row's keys."""
+        only_this: Any = Literal[self.name]
+        description = f"{self.name}: {self.says}."
+        return create_model(
+            f"{self.direction or 'No'}Extrapolation",
+            __base__=self.keys,
+            __doc__=self.source,
+            name=(only_this, Field(default=self.name, description=description)),
+        )
+
+
+# fmt: off
+ROWS = (
+    Row("none", None, Extrapolation,
+        "the gradient is taken at the weights themselves",
+        "Plain mini-batch training."),
+    Row("local", "LocalGradient", AlongGradient,
+        "along the worker's previous gradient",
+        "EXTRAP-SGD (Lin et al. 2020, arXiv 2006.05720)."),
+    Row("optimistic", "OptimisticGradient", AlongGradient,
+        "along the previous mean gradient",
+        "Extrapolation from the past (Popov 1980)."),
+    Row("gradient-noise", "GradientNoise", AlongGradient,
+        "along the worker's previous gradient less the mean one",
+        "After gradient noise convolution (Haruki et al. 2019, arXiv 1906.10822)."),
+    Row("gaussian", "GaussianNoise", Noise,
+        "normal noise",
+        "Isotropic smoothing."),
+    Row("smoothout", "SmoothOut", Noise,
+        "uniform noise",
+        "SmoothOut (Wen et al. 2018, arXiv 1805.07898)."),
+    Row("extragradient", "Extragradient", AlongSecondGradient,
+        "along a second gradient at the unshifted weights",
+        "Stochastic extragradient (Korpelevich 1976)."),
+    Row("sam", "SAM", AgainstSecondGradient,
+        "against the normalised gradient at the unshifted weights",
+        "Sharpness-aware minimisation, per worker (Foret et al. 2021, arXiv 2010.01412)."),
+    Row("msam", "MSAM", AlongNormalisedMomentum,
+        "along the normalised momentum of the base optimizer",
+        "MSAM (Becker et al. 2024, arXiv 2401.12033)."),
 )
+# fmt: on
+"""Every choice of ζ. How many gradients a step it takes is said by the direction itself."""
+
+SECTIONS: dict[str, type[Extrapolation]] = {row.name: row.section() for row in ROWS}
+DIRECTIONS: dict[str, str | None] = {row.name: row.direction for row in ROWS}
+
+if TYPE_CHECKING:
+    AnyExtrapolation = Extrapolation
+else:
+    AnyExtrapolation = Union[tuple(SECTIONS.values())]  # noqa: UP007 - made from the table
 
 
 def length_key(extrapolation: Extrapolation) -> str | None:

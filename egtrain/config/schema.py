@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from egtrain.config.extrapolations import Extrapolation, NoExtrapolation
+from egtrain.config.extrapolations import SECTIONS, AnyExtrapolation
 from egtrain.config.models import Model, ResnetModel
 from egtrain.config.optimizers import Optimizer, SgdOptimizer
 from egtrain.config.schedule import PostLocalConfig, ScheduleConfig
@@ -76,7 +76,7 @@ class Config(Section):
     optimizer: Annotated[Optimizer, Field(discriminator="name")] = SgdOptimizer()
     """The base optimizer, which makes the update; the keys depend on name."""
     schedule: ScheduleConfig = ScheduleConfig()
-    extrapolation: Annotated[Extrapolation, Field(discriminator="name")] = NoExtrapolation()
+    extrapolation: Annotated[AnyExtrapolation, Field(discriminator="name")] = SECTIONS["none"]()
     """Where the gradient is taken; the keys depend on name."""
     post_local: PostLocalConfig = PostLocalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -162,20 +162,20 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _momentum_to_follow(self) -> "Config":
-        if self.extrapolation.name != "msam":
+        if not self.extrapolation.along_momentum:
             return self
-        base = self.optimizer
+        name, base = self.extrapolation.name, self.optimizer
         key = "momentum" if base.name in ("sgd", "lars") else "beta1"
         if getattr(base, key) == 0:
             raise wrong(
                 "extrapolation.name",
-                f"extrapolation 'msam' needs a base with momentum; set optimizer.{key} above "
+                f"extrapolation '{name}' needs a base with momentum; set optimizer.{key} above "
                 "0, such as 0.9",
             )
         if base.name == "sgd" and base.nesterov:
             raise wrong(
                 "extrapolation.name",
-                "extrapolation 'msam' needs a base without look-ahead; set "
+                f"extrapolation '{name}' needs a base without look-ahead; set "
                 "optimizer.nesterov to false",
             )
         return self
