@@ -48,6 +48,14 @@ def mean_text(mean: float | None, deviation: float | None, unit: str = "") -> st
     return f"{number(mean)} ± {deviation:.2g}"
 
 
+def estimate_text(value: float, standard_error: float) -> str:
+    """Return `value ± standard error` in the digits that the error leaves: `1,011 ± 71`."""
+    if not (math.isfinite(standard_error) and standard_error > 0):
+        return number(value)
+    decimals = max(0, 1 - math.floor(math.log10(standard_error)))
+    return f"{value:,.{decimals}f} ± {standard_error:,.{decimals}f}"
+
+
 def percent(fraction: float, decimals: int = 2) -> str:
     """Return a fraction in percent, such as `71.20 %`."""
     return f"{fraction * 100:.{decimals}f} %"

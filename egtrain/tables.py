@@ -25,7 +25,8 @@ class Column:
     @property
     def narrowest(self) -> int:
         """The width that the values and the words of the title need."""
-        return max(map(cell_len, [*_words(self.title), *self.values]))
+        words = [word.rstrip() for word in _words(self.title)]
+        return max(map(cell_len, [*words, *self.values]))
 
     @property
     def widest(self) -> int:
@@ -96,16 +97,18 @@ def _lines(columns: Sequence[Column], widths: Sequence[int]) -> list[str]:
 
 
 def _words(title: str) -> list[str]:
-    """Return the words of a title; a percent sign stays with its number."""
-    return re.split(" (?!%)", title)
+    """Return the words of a title, and the parts of those with hyphens or slashes, each with what
+    ends it; a percent sign stays with its number.
+    """
+    return re.findall(r".+?(?:[-/](?=\w)| (?!%)|$)", title) or [""]
 
 
 def _folded(title: str, width: int) -> list[str]:
     lines = [""]
     for word in _words(title):
-        longer = f"{lines[-1]} {word}".strip()
-        if cell_len(longer) <= width:
+        longer = lines[-1] + word
+        if cell_len(longer.rstrip()) <= width:
             lines[-1] = longer
         else:
             lines.append(word)
-    return lines
+    return [line.rstrip() for line in lines]

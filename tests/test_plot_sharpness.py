@@ -3,11 +3,13 @@ refuses nonsense.
 """
 
 import csv
+import dataclasses
 import json
 import math
 import os
 import signal
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,27 +18,22 @@ import numpy as np
 import pytest
 import torch
 from helpers import Forked, command_line, config_of, forked_ranks, run_here
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 
 import egtrain
 from egtrain.config.files import load_config
 from egtrain.errors import UsageError
-from egtrain.figures import ENDINGS, new_figure
+from egtrain.figures import ENDINGS
 from egtrain.optim.randomness import generator_for
-from egtrain.sharpness import comparison, measure, picture, subjects
+from egtrain.sharpness import comparison, measuring, subjects
 from egtrain.sharpness.frozen_loss import FrozenLoss
-from egtrain.sharpness.results import (
-    Comparison,
-    MeasuredCheckpoint,
-    MeasuredRun,
-    Record,
-    RecordStore,
-    barrier,
-    require_comparable,
-)
+from egtrain.sharpness.metrics import METRICS, level, metric_of
+from egtrain.sharpness.metrics.between import barrier
+from egtrain.sharpness.plan import Job
+from egtrain.sharpness.records import Record, RecordStore
+from egtrain.sharpness.results import Comparison
 from egtrain.sharpness.spectrum import eigenvalues, trace
+from egtrain.sharpness.subjects import require_comparable
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -56,14 +53,23 @@ OPTIONS = ["--samples", "24", "--device", "cpu"]
 
 
 def make_small() -> None:
-    """Take few vectors and points, and leave the drawing away, which takes longer than all of
+    """Take few vectors and points, and leave out the drawing, which takes longer than all of
     them.
     """
-    measure.METRICS.update({name: (p, p) for name, p in SMALL.items()})
-    comparison.minimum_figure = lambda runs: Figure()
-    comparison.paths_figure = lambda runs: None
-    comparison.training_figure = lambda runs: Figure() if len(runs[0].checkpoints) > 1 else None
+    for name, parameters in SMALL.items():
+        replace_metric(name, default=parameters, thorough=parameters)
+    comparison.draw_pictures = few_pictures
     comparison.save_figure = write_dots
+
+
+def replace_metric(name: str, **changes: Any) -> None:
+    module: Any = import_module(f"egtrain.sharpness.metrics.{name}")
+    module.METRIC = dataclasses.replace(module.METRIC, **changes)
+
+
+def few_pictures(found: Comparison) -> dict[str, Figure]:
+    further = ["sharpness-training"] if len(found.runs[0].checkpoints) > 1 else []
+    return {name: Figure() for name in ["sharpness", *further]}
 
 
 def write_dots(figure: Figure | None, path: Path) -> None:
@@ -71,18 +77,16 @@ def write_dots(figure: Figure | None, path: Path) -> None:
         path.with_suffix(f".{ending}").write_bytes(bytes(24))
 
 
-DRAWING = {
-    name: getattr(comparison, name)
-    for name in ("minimum_figure", "paths_figure", "training_figure", "save_figure")
-}
+DRAWING = {name: getattr(comparison, name) for name in ("draw_pictures", "save_figure")}
 
 
 @pytest.fixture(autouse=True)
 def _small() -> Iterator[None]:
-    before = dict(measure.METRICS)
+    before = {name: vars(metric_of(name)) for name in METRICS}
     make_small()
     yield
-    measure.METRICS.update(before)
+    for name, fields in before.items():
+        replace_metric(name, **fields)
     vars(comparison).update(DRAWING)
 
 
@@ -133,6 +137,8 @@ def test_every_metric_of_two_runs_is_in_every_output(
     assert first.code == 0, first.stderr
     assert "19 measurements to make" in first.stdout
     assert "with extrapolation" in first.stdout
+    (last,) = [line for line in first.stdout.splitlines() if line.startswith("see ")]
+    assert "see sharpness.png, sharpness-paths.png, sharpness.json, " in last
     assert "learning rate" in first.stdout
 
     results = results_in(tmp_path)
@@ -185,7 +191,7 @@ def events_in(folder: Path) -> dict[str, dict[int, float]]:
 
     events = EventAccumulator(str(folder))
     events.Reload()
-    assert events.Tags()["images"] == ["sharpness"]
+    assert "sharpness" in events.Tags()["images"]
     return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
 
 
@@ -227,15 +233,15 @@ def test_nothing_finished_is_repeated_after_a_failure(
     options = [*OPTIONS, "--metrics", "trace,line,plane"]
     command = ["plot-sharpness", str(runs / "sgd"), *options, "--output", str(tmp_path)]
     made: list[str] = []
-    original = measure._Bench.measure
+    original = measuring.measure
 
-    def counting(bench: Any, metric: str, p: Any) -> Any:
-        made.append(metric)
+    def counting(model: Any, job: Job, *further: Any) -> Record:
+        made.append(job.metric)
         if len(made) == 3:
             raise MemoryError
-        return original(bench, metric, p)
+        return original(model, job, *further)
 
-    monkeypatch.setattr(measure._Bench, "measure", counting)
+    monkeypatch.setattr(measuring, "measure", counting)
     with pytest.raises(MemoryError):
         command_line(capsys, *command)
     assert not (tmp_path / "sharpness.json").exists()
@@ -254,21 +260,22 @@ def test_nothing_finished_is_repeated_after_a_failure(
         == json.loads(whole)["record"]["values"]
     )
 
-    assert command_line(capsys, *command, "--samples", "23").code == 0
+    fewer = ["23" if argument == "24" else argument for argument in command]
+    assert command_line(capsys, *fewer).code == 0
     assert made[6:] == ["level", "trace", "line", "plane"], "other samples are another measurement"
 
 
 def interrupt_in_third_metric() -> None:
     make_small()
-    original, made = measure._Bench.measure, list[str]()
+    original, made = measuring.measure, list[str]()
 
-    def interrupted(bench: Any, metric: str, p: Any) -> Any:
-        made.append(metric)
+    def interrupted(model: Any, job: Job, *further: Any) -> Record:
+        made.append(job.metric)
         if len(made) == 3:
             os.kill(os.getpid(), signal.SIGINT)
-        return original(bench, metric, p)
+        return original(model, job, *further)
 
-    measure._Bench.measure = interrupted  # type: ignore[method-assign]
+    measuring.measure = interrupted
 
 
 def interrupt_before_anything() -> None:
@@ -344,13 +351,15 @@ def test_all_checkpoints_give_curves_over_the_steps(
 ) -> None:
     options = [*OPTIONS, "--metrics", "eigenvalues,line"]
     command = ["plot-sharpness", str(runs / "sgd"), *options, "--output", str(tmp_path)]
-    assert command_line(capsys, *command, "--checkpoints", "all").code == 0
+    result = command_line(capsys, *command, "--checkpoints", "all")
+    assert result.code == 0
     (run,) = results_in(tmp_path)["runs"]
     assert [(c["step"], sorted(c["metrics"])) for c in run["checkpoints"]] == [
         (6, ["eigenvalues"]),
         (12, ["eigenvalues", "level", "line"]),
     ]
     assert (tmp_path / "sharpness-training.png").is_file()
+    assert "see sharpness.png, sharpness-training.png, sharpness.json, " in result.stdout
     assert list(events_in(runs / "sgd" / "sharpness")["sharpness/lambda_max"]) == [
         6,
         12,
@@ -484,110 +493,6 @@ def test_a_model_without_second_derivatives_is_one_line(
     assert "no second derivatives" in result.line
 
 
-def measured_run(number: int, label: str, loss: float = 0.01, checkpoints: int = 1) -> MeasuredRun:
-    """Return a run with made-up values of every metric."""
-    sharpness = 20.0 * 1.5 ** (number % 5)
-    positions = np.linspace(-1, 1, 9)
-    bowl = positions**2 * (1 + number / 4)
-    records = {
-        "level": Record(
-            {"train": {"loss": loss, "accuracy": 0.99}, "test": {"loss": 0.4, "accuracy": 0.9}}
-        ),
-        "eigenvalues": Record(
-            {
-                "largest": [sharpness],
-                "residuals": [0.0],
-                "converged": [number != 7],
-                "smallest": -1.0,
-            }
-            | {"smallest_residual": 0.0, "smallest_converged": True}
-        ),
-        "trace": Record({"mean": 7 * sharpness, "standard_error": 9.0}),
-        "density": Record(
-            {}, {"nodes": [[-1.0, 0.0, 1.0, sharpness]], "weights": [[1e-4, 0.9, 0.0998, 1e-4]]}
-        ),
-        "line": Record({}, {"positions": positions, "losses": np.stack([bowl, 2 * bowl]) + loss}),
-        "plane": Record({}, {"positions": positions, "losses": bowl[:, None] + bowl + loss}),
-        "average": Record(
-            {"radii": [0.05, 0.1, 0.2], "mean": [-0.1, 0.2, 0.5], "standard_error": [0.2, 0.1, 0.1]}
-        ),
-        "worst": Record(
-            {"radii": [0.25, 0.5, 1.0], "sharpness": [sharpness, 2 * sharpness, 4 * sharpness]}
-        ),
-        "epsilon": Record({"sizes": [1e-3, 5e-4], "sharpness": [2 * sharpness, sharpness]}),
-    }
-    path = {"positions": [-0.5, 0.0, 0.5, 1.0, 1.5], "losses": [2.0, 0.01, 1.0 + number, 0.01, 3.0]}
-    return MeasuredRun(
-        label=label,
-        directory=f"runs/{number}",
-        batch_size=256 * 2 ** (number // 2),
-        seed=0,
-        metric="accuracy",
-        checkpoints=tuple(
-            MeasuredCheckpoint(100 * step, "", "", records) for step in range(1, checkpoints + 1)
-        ),
-        between=Record({"barrier": 1.0}, path) if number else None,
-    )
-
-
-@pytest.mark.parametrize(("count", "length"), [(1, 3), (2, 10), (8, 120)])
-def test_no_text_of_a_picture_overlaps_another_or_leaves_it(
-    count: int, length: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    drawn: list[Text] = []
-    draw = Text.draw
-    monkeypatch.setattr(
-        Text, "draw", lambda text, renderer: (drawn.append(text), draw(text, renderer))
-    )
-    runs = [
-        measured_run(n, f"run {n} {'with a label ' * 10}"[:length].strip(), checkpoints=3)
-        for n in range(count)
-    ]
-    for figure in (
-        picture.minimum_figure(runs),
-        picture.paths_figure(runs),
-        picture.training_figure(runs),
-    ):
-        assert figure is not None
-        assert len(figure.legends) == 1
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()  # the layout
-        drawn.clear()
-        canvas.draw()
-        width, height = canvas.get_width_height()
-        seen = [text for text in drawn if text.get_visible() and text.get_text().strip()]
-        boxes = [(text.get_text(), text.get_window_extent(canvas.get_renderer())) for text in seen]
-        assert len(boxes) > 10
-        for number, (text, box) in enumerate(boxes):
-            assert min(box.x0, box.y0, width - box.x1, height - box.y1) > -1, f"{text!r} is cut off"
-            for other, other_box in boxes[:number]:
-                assert not box.overlaps(other_box.shrunk(0.9, 0.9)), f"{text!r} overlaps {other!r}"
-
-
-def test_only_what_was_measured_has_a_panel() -> None:
-    run = measured_run(0, "run")
-    only = {name: run.records[name] for name in ("level", "trace")}
-    run = MeasuredRun("run", "", 256, 0, "accuracy", (MeasuredCheckpoint(1, "", "", only),))
-    assert [axes.get_title() for axes in picture.minimum_figure([run]).axes] == ["Trace"]
-    assert picture.paths_figure([run]) is None
-    assert picture.training_figure([run]) is None
-    assert len(new_figure(1, 1)[1]) == 1
-
-
-def test_unequal_training_losses_and_loose_eigenvalues_are_warned_of() -> None:
-    def warnings(*runs: MeasuredRun) -> list[str]:
-        return Comparison({}, {}, runs).warnings
-
-    assert warnings(measured_run(0, "a", 0.100), measured_run(1, "b", 0.109)) == []
-    (warning,) = warnings(measured_run(0, "a", 0.100), measured_run(1, "b", 0.112))
-    assert "more than 10%" in warning
-    (warning,) = warnings(measured_run(7, "h"))
-    assert "eigenvalues of h have not converged" in warning
-    assert warning.endswith("use --thorough")
-    (warning,) = Comparison({"thorough": True}, {}, (measured_run(7, "h"),)).warnings
-    assert "use --thorough" not in warning
-
-
 def test_a_label_finds_its_run_however_the_path_is_written(tmp_path: Path) -> None:
     odd = tmp_path / "a=b"
     labels = [f"{tmp_path}//run/=one", f"{tmp_path}/./a=b=two = 2"]
@@ -608,8 +513,8 @@ def test_runs_that_smooth_their_labels_differently_are_not_compared() -> None:
 def test_a_perplexity_is_that_of_the_mean_loss() -> None:
     loss = SimpleNamespace(value=lambda: (2.0, 99.0))
     task = SimpleNamespace(training_metric=SimpleNamespace(name="perplexity"))
-    bench = measure._Bench(loss, task, None, [], None)  # type: ignore[arg-type]
-    assert bench.measure("level", {})[0] == {"train": {"loss": 2.0, "perplexity": math.exp(2.0)}}
+    model: Any = SimpleNamespace(loss=loss, task=task, test=None)
+    assert level.measure(model, {})[0] == {"train": {"loss": 2.0, "perplexity": math.exp(2.0)}}
 
 
 def test_the_barrier_is_the_rise_above_the_straight_line() -> None:

@@ -7,6 +7,7 @@ import typer
 
 from egtrain.cli.importing import ending_at_interrupt
 from egtrain.cli.options import AsJson, MovedDataDir, Offline
+from egtrain.sharpness.metrics import METRICS
 
 
 def plot_sharpness(
@@ -20,8 +21,7 @@ def plot_sharpness(
         str | None,
         typer.Option(
             metavar="NAME,NAME",
-            help="eigenvalues, density, trace, line, plane, average, worst, epsilon, "
-            "between; default: all.",
+            help=f"{', '.join(METRICS)}; default: all.",
             show_default=False,
         ),
     ] = None,

@@ -1,6 +1,46 @@
 """Curvature and loss landscapes of a trained model, for any `torch.nn.Module` with a loss function
 and batches.
 
-`with frozen_loss.FrozenLoss(model, loss_function, batches) as loss:` is what the functions of the
-other files measure.
+`with FrozenLoss(model, loss_function, batches) as loss:` is what the other functions measure.
 """
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from egtrain.sharpness.adaptive import average_sharpness, epsilon_sharpness, worst_sharpness
+    from egtrain.sharpness.frozen_loss import FrozenLoss
+    from egtrain.sharpness.landscape import (
+        between,
+        filter_normalised_direction,
+        line,
+        plane,
+        recompute_batchnorm,
+    )
+    from egtrain.sharpness.spectrum import density, density_on, eigenvalues, trace
+
+__all__ = [
+    "FrozenLoss",
+    "average_sharpness",
+    "between",
+    "density",
+    "density_on",
+    "eigenvalues",
+    "epsilon_sharpness",
+    "filter_normalised_direction",
+    "line",
+    "plane",
+    "recompute_batchnorm",
+    "trace",
+    "worst_sharpness",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when asked for: they bring torch, which the command line's --help does without.
+    if name in __all__:
+        from egtrain.sharpness import adaptive, frozen_loss, landscape, spectrum
+
+        for module in (frozen_loss, spectrum, landscape, adaptive):
+            if name in vars(module):
+                return vars(module)[name]
+    raise AttributeError(f"module 'egtrain.sharpness' has no attribute {name!r}")

@@ -8,39 +8,30 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from egtrain import distributed
 from egtrain.build import threads_of_a_rank
 from egtrain.errors import EgtrainError, InterruptedRun, UsageError
 from egtrain.figures import ENDINGS, save_figure
-from egtrain.progress import FRACTIONS
 from egtrain.run_directory import RunLock
 from egtrain.runlog import finite
-from egtrain.sharpness.measure import (
-    ALONG_TRAINING,
-    MeasureDisplay,
+from egtrain.sharpness.display import MeasureDisplay
+from egtrain.sharpness.measuring import measure_all
+from egtrain.sharpness.picture import PICTURES, draw_pictures
+from egtrain.sharpness.plan import (
     Work,
-    compare,
-    measure_all,
+    along_training,
     plan,
     same_network,
     settings_of,
+    without_paths,
 )
-from egtrain.sharpness.picture import minimum_figure, paths_figure, training_figure
-from egtrain.sharpness.results import (
-    CAVEATS,
-    NAME,
-    Comparison,
-    MeasuredRun,
-    RecordStore,
-    as_json,
-    scalars_of,
-    write_results,
-    write_tensorboard,
-)
-from egtrain.sharpness.subjects import Subject, find_subjects, load_subjects
+from egtrain.sharpness.records import MeasuredRun, RecordStore
+from egtrain.sharpness.results import CAVEATS, NAME, Comparison, as_json, write_results
+from egtrain.sharpness.subjects import Subject, describe_network, find_subjects, load_subjects
+from egtrain.sharpness.table import print_runs
+from egtrain.sharpness.tensorboard import scalars_of, write_tensorboard
+from egtrain.tables import print_line
 
 
 def plot(
@@ -67,7 +58,7 @@ def plot(
         KeyboardInterrupt: a signal came before.
     """
     settings = settings_of(metrics, thorough, len(paths))
-    if checkpoints == "all" and not set(settings) & set(ALONG_TRAINING):
+    if checkpoints == "all" and not along_training(settings):
         raise UsageError(
             "--checkpoints all draws eigenvalues and trace over the steps: add one of them to "
             "--metrics"
@@ -89,19 +80,18 @@ def plot(
                 lambda: load_subjects(subjects, samples, data_dir, offline, str(ranks.device)),
             )
             if metrics is None and not same_network(models):
-                settings.pop("between", None)
+                settings = without_paths(settings)
             works += plan(subjects, settings, sample, models)
             stream = sys.stderr if json_wanted else None
             show = closing.enter_context(MeasureDisplay(stream, silent=ranks.rank > 0))
-            measured = measure_all(
-                works, models, task, sample, precisions, store, ranks, show, stop
-            )
+            runs = measure_all(works, models, task, sample, precisions, store, ranks, show, stop)
             described = {"metrics": settings, "thorough": thorough, "checkpoints": checkpoints}
-            comparison = compare(subjects, works, measured, described, sample, task.metric.name)
+            network = describe_network([subject.config for subject in subjects])
+            comparison = Comparison(described, sample.description, runs, network)
             closing.close()
             if ranks.rank == 0:
-                write(comparison, subjects, output)
-                print_comparison(comparison, output, json_wanted)
+                pictures = write(comparison, subjects, output)
+                print_comparison(comparison, pictures, output, json_wanted)
     except distributed.StoppedEarly:
         jobs = [job for run in works for work in run for job in work.jobs]
         stored = sum(store.get(job.key) is not None for job in jobs)
@@ -113,26 +103,22 @@ def plot(
         ) from None
 
 
-def write(comparison: Comparison, subjects: Sequence[Subject], output: Path) -> None:
-    """Write tables and pictures into `output`, and scalars and the picture into each run's
-    TensorBoard folder.
+def write(comparison: Comparison, subjects: Sequence[Subject], output: Path) -> list[str]:
+    """Write tables and pictures into `output`, and scalars and pictures into each run's TensorBoard
+    folder; return the names of the pictures.
 
     Raises:
         EgtrainError: a file in `output` could not be written.
     """
     write_results(comparison, output)
-    figures = {
-        NAME: minimum_figure(comparison.runs),
-        f"{NAME}-paths": paths_figure(comparison.runs),
-        f"{NAME}-training": training_figure(comparison.runs),
-    }
-    for name, figure in figures.items():
-        if figure is not None:
-            save_figure(figure, output / name)
+    figures = draw_pictures(comparison)
+    for name in PICTURES:
+        if name in figures:
+            save_figure(figures[name], output / name)
             continue
         for ending in ENDINGS:  # of an earlier comparison
             (output / f"{name}.{ending}").unlink(missing_ok=True)
-    images = {NAME: (output / f"{NAME}.png").read_bytes()}
+    images = {name: (output / f"{name}.png").read_bytes() for name in figures}
     runs_in: dict[Path, list[MeasuredRun]] = {}
     for subject, run in zip(subjects, comparison.runs, strict=True):
         if subject.config.log.tensorboard:
@@ -145,9 +131,12 @@ def write(comparison: Comparison, subjects: Sequence[Subject], output: Path) -> 
         except (OSError, EgtrainError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error).partition(";")[0]
             print(f"warning: nothing was written to {folder} ({reason})", file=sys.stderr)
+    return list(figures)
 
 
-def print_comparison(comparison: Comparison, output: Path, json_wanted: bool) -> None:
+def print_comparison(
+    comparison: Comparison, pictures: Sequence[str], output: Path, json_wanted: bool
+) -> None:
     """Print the table with its warnings and caveats, or the results as JSON."""
     if json_wanted:
         print(json.dumps(finite(as_json(comparison)), allow_nan=False))
@@ -155,54 +144,12 @@ def print_comparison(comparison: Comparison, output: Path, json_wanted: bool) ->
             print(f"warning: {warning}", file=sys.stderr)
         return
     console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = max(console.width, 200)  # a file has room for every column
-    columns = [_column(run) for run in comparison.runs]
-    table = Table("", box=None, pad_edge=False)
-    for run in comparison.runs:
-        table.add_column(Text(run.label), justify="right", overflow="fold")
-    for name in dict.fromkeys(name for column in columns for name in column):
-        table.add_row(Text(name, no_wrap=True), *[Text(column.get(name, "")) for column in columns])
-    console.print(table)
+    print_runs(comparison.runs, console)
     for text in [*(f"warning: {warning}" for warning in comparison.warnings), *CAVEATS]:
-        console.print(Text(text), soft_wrap=True)
-    console.print(
-        Text(f"see {output / NAME}.png, .svg, .pdf, .json, .csv and .npz"), soft_wrap=True
-    )
-
-
-def _column(run: MeasuredRun) -> dict[str, str]:
-    """Return the run's column of the table by row."""
-    records = {**run.records, **({} if run.between is None else {"between": run.between})}
-    column = {"batch size": f"{run.batch_size:,}", "step": f"{run.checkpoints[-1].step:,}"}
-    for split, found in run.level.items():
-        for name, value in found.items():
-            column[f"{split} {name.replace('_', ' ')}"] = (
-                f"{value:.2%}" if name in FRACTIONS else f"{value:.4g}"
-            )
-    if found := records.get("eigenvalues"):
-        mark = "" if found.values["converged"][0] else "~"
-        column["λ_max"] = f"{mark}{found.values['largest'][0]:.4g}"
-        column["λ_min"] = (
-            f"{'' if found.values['smallest_converged'] else '~'}{found.values['smallest']:.3g}"
-        )
-    if found := records.get("trace"):
-        column["trace"] = f"{found.values['mean']:.4g} ± {found.values['standard_error']:.2g}"
-    if found := records.get("average"):
-        middle = len(found.values["radii"]) // 2
-        error = found.values["standard_error"][middle]
-        column[f"average ρ={found.values['radii'][middle]:g}"] = (
-            f"{found.values['mean'][middle]:.3g} ± {error:.1g}"
-        )
-    if found := records.get("worst"):
-        middle = len(found.values["radii"]) // 2
-        column[f"worst ρ={found.values['radii'][middle]:g}"] = (
-            f"{found.values['sharpness'][middle]:.3g}"
-        )
-    if found := records.get("epsilon"):
-        column[f"ε-sharpness ε={found.values['sizes'][0]:g}"] = (
-            f"{found.values['sharpness'][0]:.3g}"
-        )
-    if found := records.get("between"):
-        column["barrier from the first"] = f"{found.values['barrier']:.3g}"
-    return column
+        print_line(text, console)
+    files = [
+        *(f"{name}.png" for name in pictures),
+        *(f"{NAME}.{e}" for e in ("json", "csv", "npz")),
+    ]
+    also = " (pictures also as .svg and .pdf)" if pictures else ""
+    print_line(f"see {', '.join(files[:-1])} and {files[-1]} in {output}{also}", console)

@@ -17,7 +17,6 @@ from egtrain.errors import DataError, UsageError, did_you_mean
 from egtrain.models.loading import load_weights
 from egtrain.optim.randomness import generator_for
 from egtrain.saved_run import load_run
-from egtrain.sharpness.results import require_comparable
 from egtrain.tasks import Task
 
 SAMPLE_SEED = 0
@@ -186,6 +185,29 @@ def load_subjects(
     return models, first[0], first[1], precisions
 
 
+def require_comparable(
+    first: tuple[str, Mapping[str, Any]], other: tuple[str, Mapping[str, Any]]
+) -> None:
+    """Refuse two runs, each (label, properties), that differ in a property by which numbers cannot
+    be compared.
+
+    Raises:
+        UsageError: they differ; it names the property and both values.
+    """
+    for name, value in first[1].items():
+        if other[1].get(name) != value:
+            raise UsageError(
+                f"{first[0]} and {other[0]} cannot be compared: their {name} differ "
+                f"({_shown(value)} and "
+                f"{_shown(other[1].get(name))}); plot them apart, with an --output of their own"
+            )
+
+
+def _shown(value: object) -> str:
+    text = str(value)
+    return f"{text[:12]}…" if len(text) == 64 and " " not in text else text
+
+
 def _asked_for(config: Config) -> dict[str, Any]:
     """Return what can be told from the configurations alone, before data are read."""
     data = config.data
@@ -196,6 +218,19 @@ def _asked_for(config: Config) -> dict[str, Any]:
         "validation samples": data.validation,
         "label smoothing": getattr(config.task, "label_smoothing", 0.0),
     }
+
+
+def describe_network(configs: Sequence[Config]) -> str:
+    """Return the network that runs have in common, and its data, such as `resnet (depth 20, width
+    16) on cifar10`.
+    """
+    names = set()
+    for config in configs:
+        sizes = [f"{k} {v}" for k, v in config.model.model_dump().items() if isinstance(v, int)]
+        names.add(f"{config.model.name} ({', '.join(sizes)})")
+    network = names.pop() if len(names) == 1 else "several networks"
+    kind, colon, file = configs[0].data.name.partition(":")
+    return f"{network} on {kind}{colon}{Path(file).name}"
 
 
 def frozen_sample(task: Task, samples: int, label: str) -> FrozenSample:
