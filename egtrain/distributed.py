@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from egtrain.errors import EgtrainError, InterruptedRun, UsageError
+from egtrain.progress import show_cursor
 from egtrain.signals import stop_signals
 from egtrain.workers import Ranks
 
@@ -202,6 +203,11 @@ class StoppedEarly(BaseException):
     """
 
 
+def _end_at_once(number: int) -> NoReturn:
+    show_cursor()
+    os._exit(128 + number)
+
+
 class StopSignal:
     """Turns SIGTERM, Ctrl-C and SIGHUP into a request that the loop sees after the step; a second
     one ends the process.
@@ -223,7 +229,7 @@ class StopSignal:
         return self._asked or self._abandoned()
 
     def __enter__(self) -> "StopSignal":
-        self._signals.enter_context(stop_signals(self._ask, lambda number: os._exit(128 + number)))
+        self._signals.enter_context(stop_signals(self._ask, _end_at_once))
         # Only now, so that the launcher finds a process that is ready for its signal, or else
         # leaves word.
         if folder := os.environ.get(OUTCOMES):

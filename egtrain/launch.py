@@ -17,6 +17,7 @@ import torch
 
 from egtrain.distributed import OUTCOMES, is_alive
 from egtrain.errors import UsageError
+from egtrain.progress import show_cursor
 from egtrain.signals import stop_signals
 from egtrain.workers import divisors
 
@@ -67,6 +68,7 @@ def launch(
             while _ranks_alive(folder) and time.monotonic() < deadline:
                 time.sleep(0.1)
             _signal_ranks(folder, signal.SIGKILL)
+            show_cursor()  # which a rank that was killed has hidden
         noted = folder / "exit"
         return (int(noted.read_text()) if noted.exists() else 0) or (1 if returned else 0)
 

@@ -3,6 +3,7 @@
 import io
 import os
 import pty
+import signal
 import subprocess
 import sys
 import time
@@ -111,6 +112,34 @@ def test_a_terminal_that_goes_ends_the_display_and_not_the_work(
                 time.sleep(0.06)
         with suppress(OSError):
             stream.close()
+
+
+def test_a_terminal_is_given_back_also_at_the_second_ctrl_c() -> None:
+    code = """if True:
+        import os, signal, time
+        from egtrain import signals
+        from egtrain.distributed import StopSignal
+        from egtrain.progress import Progress
+        signals.ONE_REQUEST_SECONDS = 0.1
+        with StopSignal() as stop, Progress() as progress:
+            stop.training = True
+            progress.bar("work", 10).update(1)
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.3)
+        raise AssertionError
+    """
+    controller, terminal = pty.openpty()
+    variables = {**os.environ, "TERM": "xterm-256color"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdout=terminal, stderr=terminal, env=variables, check=False
+    )
+    output = os.read(controller, 65536).decode()
+    os.close(controller)
+    os.close(terminal)
+    assert done.returncode == 128 + signal.SIGINT, output
+    assert "work" in output
+    assert output.rfind("\x1b[?25h") > output.rfind("\x1b[?25l") >= 0
 
 
 # ---- terminals that lack characters

@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -83,19 +84,17 @@ def bench(
     load_config(preset, overrides)
     with ending_at_interrupt():
         from egtrain.bench import compare_costs
+        from egtrain.progress import Progress
 
-    def show(done: int, total: int) -> None:
-        if sys.stderr.isatty():
-            print(
-                f"\r{done} of {total} timed",
-                end="" if done < total else "\r\033[K",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    comparison = compare_costs(
-        preset, overrides, workers=workers, rounds=rounds, wanted=wanted, progress=show
-    )
+    with Progress(sys.stderr) as progress:
+        comparison = compare_costs(
+            preset,
+            overrides,
+            workers=workers,
+            rounds=rounds,
+            wanted=wanted,
+            progress=partial(progress.report, "timing the variants"),
+        )
     if as_json:
         print(json.dumps({"preset": preset, **asdict(comparison)}))
     else:
