@@ -310,3 +310,20 @@ def test_a_saved_runs_model_loads_an_ordinary_state_and_gives_one(plain: Path) -
         ordinary.state_dict(), egtrain.load_run(plain).model.state_dict(), rtol=0, atol=0
     )
     assert model.get_submodule("stem_norm").num_batches_tracked == 7
+
+
+def test_what_is_possible_at_best_is_told_where_the_data_have_it(
+    plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = tmp_path / "run"
+    small = ["--steps", "1", "--workers", "1", "--set", "model.width=4"]
+    result = command_line(
+        capsys, "train", "--preset", "quickstart", *small, "--output", str(directory)
+    )
+    assert "% of at best 91 %, loss" in result.stdout
+    summary = json.loads((directory / "summary.json").read_text())
+    assert summary["best_possible"] == {"test": {"accuracy": 0.91}}
+    result = command_line(capsys, "eval", str(directory))
+    assert "% of at best 91 %, loss" in result.stdout
+
+    assert json.loads((plain / "summary.json").read_text())["best_possible"] is None

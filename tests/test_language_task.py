@@ -3,6 +3,7 @@ once.
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -248,3 +249,8 @@ def test_autocast_gives_nearly_the_same_loss_and_keeps_the_state_in_full_precisi
         torch.float32,
         torch.float32,
     )
+
+
+def test_the_lowest_perplexity_of_the_data_is_the_best_that_is_possible() -> None:
+    assert task_on(text()).best_possible is None
+    assert task_on(replace(text(), floor=8.6)).best_possible == 8.6
