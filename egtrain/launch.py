@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from egtrain.distributed import OUTCOMES, is_alive
 from egtrain.errors import UsageError
 from egtrain.progress import show_cursor
 from egtrain.signals import stop_signals
+from egtrain.torchrun import OUTCOMES, is_alive
 from egtrain.workers import divisors
 
 PATIENCE_SECONDS = 30.0

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from egtrain import distributed
+from egtrain import distributed, signals, torchrun
 from egtrain.build import build_run, locate_data, native_precision
 from egtrain.checkpoint import CheckpointStore
 from egtrain.config.files import config_file_of
@@ -35,19 +35,19 @@ def train_in(directory: RunDirectory, config: Config, *, as_json: bool = False) 
     """
     try:
         # Before the ranks meet, so that a signal during the start-up is not lost either.
-        with distributed.StopSignal() as stop:
+        with signals.StopSignal() as stop:
             _train_until(stop, directory, config, as_json)
-    except distributed.StoppedEarly:
+    except signals.StoppedEarly:
         raise InterruptedRun(
             f"interrupted before the training; go on with --resume {directory.path}"
         ) from None
 
 
 def _train_until(
-    stop: distributed.StopSignal, run_directory: RunDirectory, config: Config, as_json: bool
+    stop: signals.StopSignal, run_directory: RunDirectory, config: Config, as_json: bool
 ) -> None:
     with distributed.joined_ranks(config.device) as ranks, ExitStack() as closing:
-        made_before = distributed.directory_made_before()
+        made_before = torchrun.directory_made_before()
         if made_before is not None:
             run_directory = RunDirectory(
                 made_before, goes_on_from=config_file_of(made_before).read_bytes()
@@ -63,7 +63,7 @@ def _train_until(
             closing.enter_context(run_directory)
             run_directory.write_config(config_to_yaml(config))
             if not run_directory.held_by_launcher:
-                distributed.remember_directory(directory)
+                torchrun.remember_directory(directory)
 
         distributed.only_first_rank(ranks, begin)
         try:

@@ -1,10 +1,16 @@
-"""The signals that ask a process to stop."""
+"""The signals that ask a process to stop, and the request that a run or its ranks make of them."""
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import NoReturn
+
+from egtrain.progress import show_cursor
+from egtrain.torchrun import OUTCOMES, is_alive, rank, started_by_torchrun
 
 ONE_REQUEST_SECONDS = 2.0
 """Signals within this time are one request: a terminal and a launcher both deliver Ctrl-C."""
@@ -39,3 +45,68 @@ def stop_signals(first: Callable[[], object], second: Callable[[int], object]) -
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class StoppedEarly(BaseException):
+    """A signal before the training; not an Exception, since many an import catches those.
+
+    Nor KeyboardInterrupt: Python ends by a signal, whatever its exit code, if one has passed
+    through `exec`.
+    """
+
+
+def _end_at_once(number: int) -> NoReturn:
+    show_cursor()
+    os._exit(128 + number)
+
+
+class StopSignal:
+    """Turns SIGTERM, Ctrl-C and SIGHUP into a request that the loop sees after the step; a second
+    one ends the process.
+
+    A rank whose torchrun or launcher has died asks to stop as well. Before `training` is set, a
+    process that is a run by itself stops at once, with StoppedEarly; ranks go on to their first
+    step, so that they stop together.
+    """
+
+    def __init__(self) -> None:
+        self.training = started_by_torchrun()
+        self._parent = os.getppid()
+        self._launcher: int | None = None
+        self._asked = False
+        self._signals = ExitStack()
+
+    def __call__(self) -> bool:
+        """Return whether the run was asked to stop."""
+        return self._asked or self._abandoned()
+
+    def __enter__(self) -> "StopSignal":
+        self._signals.enter_context(stop_signals(self._ask, _end_at_once))
+        # Only now, so that the launcher finds a process that is ready for its signal, or else
+        # leaves word.
+        if folder := os.environ.get(OUTCOMES):
+            Path(folder, f"rank-{rank()}").write_text(str(os.getpid()))
+            Path(folder, "exit").unlink(missing_ok=True)
+            self._launcher = int(Path(folder, "launcher").read_text())
+            self._asked |= Path(folder, "stop").exists()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._signals.close()
+
+    def _abandoned(self) -> bool:
+        if not started_by_torchrun():
+            return False
+        return os.getppid() != self._parent or (
+            self._launcher is not None and not is_alive(self._launcher)
+        )
+
+    def _ask(self) -> None:
+        self._asked = True
+        if not self.training:
+            raise StoppedEarly

@@ -29,7 +29,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from egtrain import build, distributed, session
+from egtrain import build, session, signals
 from egtrain.__main__ import main
 from egtrain.checkpoint import read_checkpoint
 from egtrain.config.files import load_config
@@ -120,7 +120,7 @@ def arguments(
     ]
 
 
-class StopAfter(distributed.StopSignal):
+class StopAfter(signals.StopSignal):
     """Is asked to stop in the n-th step that this process makes."""
 
     def __init__(self, steps: int) -> None:
@@ -155,15 +155,15 @@ def run_here(
     directory: Path, config: Config, *, resume: bool = False, stop_after: int | None = None
 ) -> Path:
     """Train in this process, to the end or until the n-th step; return the directory."""
-    original = distributed.StopSignal
+    original = signals.StopSignal
     with torch_as_it_was():
         try:
             if stop_after is not None:
-                distributed.StopSignal = lambda: StopAfter(stop_after)  # type: ignore[assignment, misc]
+                signals.StopSignal = lambda: StopAfter(stop_after)  # type: ignore[assignment, misc]
             before = (directory / CONFIG).read_bytes() if resume else None
             session.train_in(RunDirectory(directory, goes_on_from=before), config)
         finally:
-            distributed.StopSignal = original  # type: ignore[misc]
+            signals.StopSignal = original  # type: ignore[misc]
     return directory
 
 
@@ -577,4 +577,4 @@ class Stop:
     def __call__(self) -> None:
         """Put it in place, for the rest of the process."""
         if os.environ.get("RANK", "0") == str(self.rank):
-            distributed.StopSignal = functools.partial(StopAfter, self.after)  # type: ignore[assignment, misc]
+            signals.StopSignal = functools.partial(StopAfter, self.after)  # type: ignore[assignment, misc]

@@ -27,7 +27,8 @@ LAYERS = [
     {"workers", "checkpoint", "environment", "growing_file", "tables", "tasks"},
     {"config"},
     {"models", "data", "optim", "statistics"},
-    {"progress", "signals"},
+    {"failures", "signals"},
+    {"progress", "torchrun"},
     {"formatting"},
     {"disk", "errors", "__init__"},
 ]
@@ -37,7 +38,7 @@ LAZY_UPWARD = {("__init__", "saved_run")}
 """`egtrain.load_run` is the one name that the package hands out, and it is imported when asked
 for."""
 
-TALKS_TO_RANKS = {"workers.py", "distributed.py", "optim/ddp.py"}
+TALKS_TO_RANKS = {"workers.py", "distributed.py", "torchrun.py", "optim/ddp.py"}
 """Files that may import torch.distributed: a worker is never a rank, and only these know ranks."""
 
 KNOWS_CONFIG = {
@@ -169,7 +170,7 @@ def test_only_these_files_talk_to_other_ranks() -> None:
         if any(f"{i.module}.".startswith("torch.distributed.") for i in imports_of(p))
     }
     assert users <= TALKS_TO_RANKS
-    assert {"workers.py", "distributed.py"} <= users
+    assert {"workers.py", "distributed.py", "torchrun.py"} <= users
 
 
 def test_nothing_below_the_builder_sees_a_configuration() -> None:

@@ -47,9 +47,9 @@ from torch.distributed import TCPStore
 
 from egtrain import launch, session
 from egtrain.checkpoint import read_checkpoint
-from egtrain.distributed import OUTCOMES
 from egtrain.errors import DataError, UsageError
 from egtrain.run_directory import RunLock
+from egtrain.torchrun import OUTCOMES
 
 pytestmark = pytest.mark.timeout(180)
 Undisturbed = Callable[..., dict[str, Any]]

@@ -125,20 +125,20 @@ def train(
 
     # Everything above needs no torch, so a wrong option is reported at once.
     with ending_at_interrupt():
-        from egtrain import distributed, launch, session
         from egtrain import dry_run as plan_only
+        from egtrain import launch, session, torchrun
         from egtrain.config.schema import config_to_yaml
         from egtrain.run_directory import RunDirectory
 
     if dry_run:
         plan_only.print_plan(config, directory, nproc, as_json)
         return
-    if rank_of is not None and not distributed.has_launcher():
+    if rank_of is not None and not torchrun.has_launcher():
         raise UsageError(f"--rank-of is for the processes of --nproc: use --resume {rank_of}")
     run_directory = RunDirectory(
         directory, goes_on_from=before, held_by_launcher=rank_of is not None
     )
-    if distributed.started_by_torchrun():
+    if torchrun.started_by_torchrun():
         if nproc is not None:
             raise UsageError("torchrun has started the processes already: leave out --nproc")
     else:

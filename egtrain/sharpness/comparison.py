@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from egtrain import distributed
+from egtrain import distributed, signals
 from egtrain.build import threads_of_a_rank
 from egtrain.errors import EgtrainError, InterruptedRun, UsageError
 from egtrain.figures import ENDINGS, save_figure
@@ -68,7 +68,7 @@ def plot(
     works: list[list[Work]] = []
     try:
         with (
-            distributed.StopSignal() as stop,
+            signals.StopSignal() as stop,
             distributed.joined_ranks(device) as ranks,
             ExitStack() as closing,
         ):
@@ -92,7 +92,7 @@ def plot(
             if ranks.rank == 0:
                 pictures = write(comparison, subjects, output)
                 print_comparison(comparison, pictures, output, json_wanted)
-    except distributed.StoppedEarly:
+    except signals.StoppedEarly:
         jobs = [job for run in works for work in run for job in work.jobs]
         stored = sum(store.get(job.key) is not None for job in jobs)
         if not stored:

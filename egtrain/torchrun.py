@@ -1,0 +1,82 @@
+"""What torchrun, and the launcher that `--nproc` is, tell the ranks that they start: by the
+environment, by the store of torchrun, and by notes in a folder.
+"""
+
+import os
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+OUTCOMES = "EGTRAIN_OUTCOMES"
+"""Environment variable: a folder in which the launcher that `--nproc` is and its ranks leave notes
+for each other.
+
+The launcher leaves its process number (`launcher`) and that it was asked to stop (`stop`), the
+ranks leave their process numbers (`rank-*`) and the exit code of the run (`exit`).
+"""
+DIRECTORY_KEY = "egtrain/run_directory"
+"""Key in torchrun's store, which outlives a restart of the ranks."""
+
+
+def started_by_torchrun() -> bool:
+    """Return whether torchrun started this process."""
+    return "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def has_launcher() -> bool:
+    """Return whether the launcher that `--nproc` is started this process."""
+    return OUTCOMES in os.environ
+
+
+def restart_count() -> int:
+    """Return how often torchrun has restarted the ranks of this run."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def rank() -> int:
+    """Return the number of this process among the ranks; 0 where it is a run by itself."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_alive(pid: int) -> bool:
+    """Return whether there is a process of this number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def store_address() -> tuple[str, int]:
+    """Return host and port of the ranks' store."""
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+
+
+def holds_store() -> bool:
+    """Return whether this rank holds the store, which torchrun does where it started the ranks."""
+    return os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+
+@cache
+def store() -> TCPStore:
+    """Return a connection to the store beside the process group's, which waits in it for long."""
+    return TCPStore(*store_address(), is_master=False, timeout=timedelta(seconds=5))
+
+
+def remember_directory(directory: Path) -> None:
+    """Tell a later attempt of this run, after a restart by torchrun, which directory it has
+    made.
+    """
+    if started_by_torchrun():
+        store().set(DIRECTORY_KEY, str(directory))
+
+
+def directory_made_before() -> Path | None:
+    """Return the directory that an earlier attempt of this run has made, if there was one."""
+    if restart_count() == 0 or not store().check([DIRECTORY_KEY]):
+        return None
+    return Path(store().get(DIRECTORY_KEY).decode())
