@@ -78,6 +78,11 @@ class Run:
         for group, relative in zip(optimizer.param_groups, self._relative_rates, strict=True):
             group["lr"] = learning_rate * relative
 
+    @property
+    def last_learning_rate(self) -> float:
+        """The schedule's rate of the last completed update."""
+        return self.schedule(max(self.step - 1, 0))
+
     def count_update(self) -> None:
         """Count a completed update, and the gradients that it took."""
         extrapolation = self.extrapolation if self.step in self.extrapolated_steps else None
@@ -103,6 +108,8 @@ class Run:
         self.workers.average_for_evaluation()
         state: dict[str, Any] = {
             "step": self.step,
+            "steps": self.steps,
+            "last_learning_rate": self.last_learning_rate,
             "gradient_evaluations": self.gradient_evaluations,
             "data": asdict(self.data),
             "model": {

@@ -16,6 +16,7 @@ from egtrain.config.files import config_file_of
 from egtrain.config.schema import Config, config_to_yaml, flat_values
 from egtrain.environment import git_commit, hardware, versions
 from egtrain.errors import DataError, InterruptedRun, UsageError
+from egtrain.formatting import counted, learning_rate_text
 from egtrain.header import facts_from_data, header_lines, next_lines, parameter_count, run_facts
 from egtrain.plan import with_fitting_warmup
 from egtrain.run import Run
@@ -80,7 +81,10 @@ def _train_until(
             newest = distributed.first_rank_first(ranks, store.load_newest) if going_on else None
             require_same_step(None if newest is None else newest[0], directory, ranks)
             if newest is not None:
+                require_step_in_plan(newest[0], run.steps, directory)
                 load_into(run, newest[1], directory)
+                if first and (change := change_of_plan(run, newest[1])) is not None:
+                    print(change, file=sys.stderr)
         except (UsageError, DataError):
             if first:
                 run_directory.withdraw()
@@ -143,6 +147,33 @@ def require_same_step(step: int | None, directory: Path, ranks: Ranks) -> None:
             f"the newest checkpoint in {directory} is of step {step} here and of step {first} on "
             "rank 0: put the run into a folder that all nodes share"
         )
+
+
+def require_step_in_plan(step: int, steps: int, directory: Path) -> None:
+    """Raise UsageError where a run has made more steps already than it is to have."""
+    if step > steps:
+        raise UsageError(
+            f"{directory} has made {step:,} steps, and the settings end it at step {steps:,}: "
+            f"leave out --epochs and --steps, or give --steps {step} or more"
+        )
+
+
+def change_of_plan(run: Run, state: dict[str, Any]) -> str | None:
+    """Return what is another in the rest of a run than it was planned when its checkpoint was
+    saved: the steps, and the learning rate where it goes on; None where nothing is.
+    """
+    planned, rate = state["steps"], state["last_learning_rate"]
+    if (planned, rate) == (run.steps, run.last_learning_rate):
+        return None
+    changes = []
+    if planned != run.steps:
+        changes.append(f"{counted(run.steps, 'step')} instead of {planned:,}")
+    if run.step < run.steps:
+        changes.append(
+            f"learning rate {learning_rate_text(rate)} at step {run.step:,}, "
+            f"{learning_rate_text(run.schedule(run.step))} at step {run.step + 1:,}"
+        )
+    return f"the plan has changed: {'; '.join(changes)}" if changes else None
 
 
 def load_into(run: Run, state: dict[str, Any], directory: Path) -> None:

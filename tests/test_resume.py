@@ -20,6 +20,7 @@ from helpers import (
     Fault,
     Forked,
     arguments,
+    command_line,
     config_of,
     kill,
     metrics_in,
@@ -142,6 +143,72 @@ def test_a_finished_run_is_left_alone_and_shown_again(
     assert again.out.splitlines() == shown
     assert again.err == f"{tmp_path / 'run'} is complete: there is nothing left to train\n"
     assert files() == before
+
+
+def test_a_longer_run_says_how_its_plan_changes_where_it_goes_on(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_here(tmp_path / "run", config_of(images))
+    capsys.readouterr()
+    run_here(tmp_path / "run", config_of(images, "epochs=6"), resume=True)
+    told = [line for line in capsys.readouterr().err.splitlines() if "plan" in line]
+    rates = [
+        line["learning_rate"] for line in metrics_in(tmp_path / "run") if "gradient_norm" in line
+    ]
+    assert told == [
+        f"the plan has changed: 24 steps instead of 12; learning rate {rates[11]:.4g} at step 12, "
+        f"{rates[12]:.4g} at step 13"
+    ]
+    assert rates[12] > 10 * rates[11]
+    assert outcome(tmp_path / "run")["step"] == len(rates) == 24
+
+
+def test_another_rate_from_the_step_on_where_a_run_goes_on_is_said(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupted(tmp_path / "run", config_of(images, "schedule.decay=constant"), 6)
+    capsys.readouterr()
+    changed = config_of(images, "schedule.decay=constant", "optimizer.lr=0.025")
+    run_here(tmp_path / "run", changed, resume=True)
+    told = [line for line in capsys.readouterr().err.splitlines() if "plan" in line]
+    assert told == ["the plan has changed: learning rate 0.1 at step 6, 0.025 at step 7"]
+
+
+def test_a_run_that_goes_on_as_planned_says_nothing_of_it(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_of(images)
+    interrupted(tmp_path / "run", config, 6)
+    run_here(tmp_path / "run", config, resume=True)
+    assert "plan" not in capsys.readouterr().err
+
+
+def test_a_run_is_not_shortened_below_the_step_it_has_reached(
+    images: Path, undisturbed: Undisturbed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupted(tmp_path / "run", config_of(images), 6)
+    shorter = ["train", "--resume", str(tmp_path / "run"), "--allow-changes", "--steps"]
+    capsys.readouterr()
+    result = command_line(capsys, *shorter, "5")
+    assert (result.code, result.stdout) == (2, "")
+    assert result.stderr.splitlines()[-1] == (
+        f"egtrain: {tmp_path / 'run'} has made 6 steps, and the settings end it at step 5: leave "
+        "out --epochs and --steps, or give --steps 6 or more"
+    )
+    run_here(tmp_path / "run", config_of(images), resume=True)
+    assert outcome(tmp_path / "run") == undisturbed()
+
+
+def test_a_run_may_end_at_the_step_it_has_reached(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupted(tmp_path / "run", config_of(images), 6)
+    capsys.readouterr()
+    run_here(tmp_path / "run", config_of(images, "steps=6"), resume=True)
+    assert "the plan has changed: 6 steps instead of 12\n" in capsys.readouterr().err
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["steps"] == 6
+    assert 0 < summary["final"]["test"]["accuracy"] < 1
 
 
 def test_a_run_that_lost_its_summary_makes_it_again(images: Path, tmp_path: Path) -> None:
