@@ -133,7 +133,9 @@ def test_a_finished_run_is_left_alone_and_shown_again(
         return {str(path): path.read_bytes() for path in kept}
 
     run_here(tmp_path / "run", config_of(images, "log.tensorboard=true"))
-    shown = capsys.readouterr().out.splitlines()[-2:]
+    lines = capsys.readouterr().out.splitlines()
+    result = next(number for number, line in enumerate(lines) if line.startswith("test: "))
+    shown = lines[result : result + 2]
     before = files()
     monkeypatch.setattr(sys, "argv", ["egtrain", "train", "--resume", str(tmp_path / "run")])
     with pytest.raises(SystemExit) as end:
