@@ -564,6 +564,48 @@ def test_help_is_quick_and_does_without_torch(command: str) -> None:
     assert seconds < allowance or seconds < factor * user_seconds(least)
 
 
+@pytest.mark.parametrize(
+    "command", ["", "train", "eval", "sweep-batch", "plot-sharpness", "bench", "presets"]
+)
+def test_every_help_fits_80_columns_and_has_its_example_on_a_line(
+    command: str, egtrain_command: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    short, long = (egtrain_command(*command.split(), flag) for flag in ("-h", "--help"))
+    assert short == long
+    assert (long.code, long.stderr) == (0, "")
+    lines = [line.strip() for line in long.stdout.splitlines()]
+    assert max(map(len, lines)) <= 80
+    assert "…" not in long.stdout
+    assert "<bool>" not in long.stdout
+    if command:
+        (example,) = [i for i, line in enumerate(lines) if line.startswith("Example: egtrain ")]
+        assert lines[example - 1] == lines[example + 1] == ""
+
+
+def test_the_shell_completes_presets_at_once_and_without_torch(tmp_path: Path) -> None:
+    words = {"COMP_WORDS": "egtrain train --preset quickstart-", "COMP_CWORD": "3"}
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys\nfrom egtrain.__main__ import main\nsys.argv = ['egtrain']\n"
+            "try:\n    main()\nfinally:\n    assert not {'torch', 'numpy'} & set(sys.modules)\n",
+        ],
+        capture_output=True,
+        text=True,
+        env={**environment(), **words, "_EGTRAIN_COMPLETE": "complete_bash"},
+        cwd=tmp_path,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == [
+        "quickstart-lstm",
+        "quickstart-sgd",
+        "quickstart-transformer",
+    ]
+
+
 @pytest.fixture
 def ctrl_c_ignored_here() -> Iterator[None]:
     """Be as a script's background is, which must not change what the tests start."""

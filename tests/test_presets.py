@@ -373,6 +373,10 @@ def run(*arguments: str) -> str:
 def test_the_list_is_tab_separated_where_it_is_not_read_on_a_terminal() -> None:
     rows = [line.split("\t") for line in run().splitlines()]
     assert rows == [[name, preset_description(name)] for name in preset_names()]
+    # Quickstarts first, then one family after the other.
+    assert [name for name, _ in rows[: len(ALONE)]] == sorted(ALONE)
+    owners = [name.rpartition("-")[0] for name in preset_names() if name.endswith("-optimistic")]
+    assert owners == sorted(owners)
     assert json.loads(run("--json")) == [{"name": name, "description": text} for name, text in rows]
 
 
@@ -392,7 +396,8 @@ def test_the_list_is_a_table_on_a_terminal(
     for part in [*parts, *ALONE]:
         assert f"{part.rpartition('/')[2]} {preset_description(part)}" in text
     assert "(not lstm, transformer)" in text
-    assert "FAMILY-VARIANT is a preset too, such as resnet-eg." in lines
+    assert "Variants: FAMILY-VARIANT is a preset, such as resnet-eg" in text
+    assert "Quickstarts" in lines[0]
 
 
 def test_the_table_says_which_families_have_a_variant_where_not_all_do(

@@ -9,18 +9,19 @@ import typer
 from egtrain import __version__
 from egtrain.cli.bench import bench
 from egtrain.cli.eval import evaluate_run
-from egtrain.cli.options import OnceEach
+from egtrain.cli.options import Commands, OnceEach
 from egtrain.cli.plot_sharpness import plot_sharpness
 from egtrain.cli.presets import presets
 from egtrain.cli.sweep_batch import sweep_batch
 from egtrain.cli.train import train
 
 app = typer.Typer(
+    cls=Commands,
     help="Train neural networks with very large batches by extrapolation, "
     "and measure what it gains.\n\n"
     "Start with: egtrain train --preset quickstart",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 app.command(cls=OnceEach)(train)

@@ -19,6 +19,7 @@ from egtrain.cli.options import (
     Device,
     Offline,
     Settings,
+    complete_preset,
     overrides_of,
 )
 from egtrain.errors import UsageError
@@ -31,6 +32,7 @@ def bench(
     preset: Annotated[
         str,
         typer.Option(
+            autocompletion=complete_preset,
             metavar="NAME|FILE",
             help="The preset whose model, data, base optimizer and batch are used.",
             rich_help_panel=WHAT,

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from egtrain.cli.importing import ending_at_interrupt
-from egtrain.cli.options import AsJson, MovedDataDir, Offline
+from egtrain.cli.options import WHAT, AsJson, Device, MovedDataDir, Offline
 from egtrain.formatting import counted
 
 EXAMPLES = 3
@@ -25,26 +25,37 @@ class SplitName(StrEnum):
 
 
 def evaluate_run(
-    run: Annotated[Path, typer.Argument(help="A run directory, as `train` makes it.")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run directory, as `train` makes it.")
+    ],
     checkpoint: Annotated[
-        str, typer.Option(help="last, best (needs a validation split) or a file.")
+        str,
+        typer.Option(
+            metavar="last|best|FILE",
+            help="Which weights; best needs a validation split.",
+            rich_help_panel=WHAT,
+        ),
     ] = "last",
-    split: Annotated[SplitName, typer.Option(help="What to evaluate on.")] = SplitName.test,
+    split: Annotated[
+        SplitName, typer.Option(help="What to evaluate on.", rich_help_panel=WHAT)
+    ] = SplitName.test,
     beam: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Hypotheses kept in translating; 1 is greedy. Default: as configured."
+            min=1,
+            metavar="N",
+            help="Hypotheses kept in translating; 1 is greedy. Default: as configured.",
+            rich_help_panel=WHAT,
         ),
     ] = None,
     data_dir: MovedDataDir = None,
     offline: Offline = False,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Evaluate a run's checkpoint on held-out data.
 
-    A run that translates is evaluated with beam search; its hypotheses are written into its
-    directory.
+    Translations are made with beam search, and written into the run's directory.
 
     Example: egtrain eval runs/quickstart-20260101-120000 --json
     """
@@ -61,7 +72,7 @@ def evaluate_run(
         checkpoint=checkpoint,
         data_dir=data_dir,
         offline=offline,
-        device=str(pick_device(device)),
+        device=str(pick_device(device or "auto")),
     )
     told: dict[str, object] = {}
     translations = None

@@ -1,17 +1,35 @@
 """Options that several commands have, and the way from options to settings."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from egtrain.errors import UsageError
 
 WHAT, LENGTH, BATCH, PLACE, OUTPUT = "What", "How long", "Batch", "Where it runs", "Output"
 """Titles of the groups of options in --help."""
 
+
+def complete_preset(incomplete: str) -> list[str]:
+    """Return the presets whose names begin like this, for the shell."""
+    # Imported here, so that --help does not wait for it.
+    from egtrain.config.files import preset_names
+
+    return [name for name in preset_names() if name.startswith(incomplete)]
+
+
+PresetName = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME|FILE",
+        help="A preset (`egtrain presets` lists them) or a YAML file.",
+        autocompletion=complete_preset,
+        rich_help_panel=WHAT,
+    ),
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option(
@@ -53,10 +71,31 @@ AsJson = Annotated[
 ]
 
 
+class Commands(TyperGroup):
+    """The commands."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help."""
+        _take_types_from_flags(self.get_params(ctx))
+        super().format_help(ctx, formatter)
+
+
+def _take_types_from_flags(parameters: Iterable[Any]) -> None:
+    """Leave out the type of a flag in the help: it takes no value."""
+    for parameter in parameters:
+        if getattr(parameter, "is_flag", False):
+            parameter.metavar = " "
+
+
 class OnceEach(TyperCommand):
     """A command that refuses an option given twice, where only the last would count, and names a
     missing one.
     """
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help."""
+        _take_types_from_flags(self.get_params(ctx))
+        super().format_help(ctx, formatter)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the command line.

@@ -57,7 +57,7 @@ def plot_sharpness(
 ) -> None:
     """Measure how sharp the minima of trained runs are, and draw them into one picture.
 
-    Example: egtrain plot-sharpness runs/sgd runs/eg --metrics eigenvalues,trace --samples 256
+    Example: egtrain plot-sharpness runs/sgd runs/eg --metrics eigenvalues,trace
     """
     with ending_at_interrupt():
         from egtrain.launch import launch

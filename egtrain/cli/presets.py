@@ -5,32 +5,34 @@ from typing import Annotated, Any
 
 import typer
 
+from egtrain.cli.options import complete_preset
+
 
 def presets(
     name: Annotated[
         str | None,
         typer.Argument(
             metavar="NAME",
-            help="A preset or a .yaml file to show fully resolved, for example "
-            "resnet-eg; without it, all are listed.",
+            help="A preset or YAML file to show, such as resnet-eg; without it, all are listed.",
             show_default=False,
+            autocompletion=complete_preset,
         ),
     ] = None,
     json: Annotated[
         bool,
-        typer.Option("--json", help="Print JSON, for example: egtrain presets resnet-eg --json"),
+        typer.Option("--json", help="Print JSON."),
     ] = False,
     schema: Annotated[
         bool,
         typer.Option(
             "--schema",
-            help="Print the JSON schema of a .yaml file, for example: egtrain presets "
-            "--schema > schema.json",
+            help="Print the JSON schema of a YAML file, which describes every key.",
         ),
     ] = False,
 ) -> None:
-    """List the presets, or show one fully resolved, for example: egtrain presets resnet-eg >
-    my.yaml
+    """List the presets, or show one with every setting.
+
+    Example: egtrain presets resnet-eg > my.yaml
     """
     # Imported here, because --help needs none of it.
     from egtrain.config import files
@@ -84,24 +86,23 @@ def _print_table() -> None:
             owners.setdefault(variant, []).append(family)
     composed = {f"{family}-{variant}" for variant, listed in owners.items() for family in listed}
     groups = {
-        "PRESET": {
+        "Quickstarts: embedded data, no download": {
             name: preset_description(name) for name in preset_names() if name not in composed
         },
-        "FAMILY": {family: preset_description(f"family/{family}") for family in families},
-        "VARIANT": {
+        "Families": {family: preset_description(f"family/{family}") for family in families},
+        "Variants: FAMILY-VARIANT is a preset, such as resnet-eg": {
             variant: preset_description(f"variant/{variant}") + _exceptions(listed, list(families))
             for variant, listed in owners.items()
         },
     }
-    table = Table(box=None, pad_edge=False, show_header=False)
+    console = Console(highlight=False)
+    width = max(len(name) for descriptions in groups.values() for name in descriptions)
     for title, descriptions in groups.items():
-        table.add_row(Text(title, style="bold"))
+        table = Table(box=None, pad_edge=False, show_header=False)
+        table.add_column(width=width + 2, no_wrap=True)
         for name, text in descriptions.items():
-            table.add_row(Text(f"  {name}", no_wrap=True), Text(text))
-        table.add_row()
-    console = Console()
-    console.print(table)
-    console.print("FAMILY-VARIANT is a preset too, such as resnet-eg.")
+            table.add_row(Text(f"  {name}"), Text(text))
+        console.print(Text(title, style="bold"), table, "", sep="\n")
 
 
 def _exceptions(listed: list[str], families: list[str]) -> str:

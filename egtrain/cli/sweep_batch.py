@@ -22,6 +22,7 @@ from egtrain.cli.options import (
     Device,
     Offline,
     Settings,
+    complete_preset,
     overrides_of,
 )
 from egtrain.errors import UsageError
@@ -48,6 +49,7 @@ def sweep_batch(
     preset: Annotated[
         list[str],
         typer.Option(
+            autocompletion=complete_preset,
             metavar="NAME|FILE",
             help="A preset or YAML file to compare; once for each. The first is what the others "
             "are compared with.",
@@ -189,7 +191,7 @@ def sweep_batch(
 ) -> None:
     """Compare presets at growing batch sizes: run every cell, then make a table and a picture.
 
-    Example: egtrain sweep-batch --preset quickstart --preset quickstart-sgd --batch-sizes 64,1024
+    Example: egtrain sweep-batch --preset quickstart --batch-sizes 64,256,1024
     """
     # Imported here, like torch below, so that --help does not wait for it.
     from egtrain.sweep.request import Request, checked_presets

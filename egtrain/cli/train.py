@@ -7,7 +7,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from egtrain.cli.importing import ending_at_interrupt
-from egtrain.cli.options import AsJson, DataDir, DataName, Device, Offline, Settings, overrides_of
+from egtrain.cli.options import (
+    BATCH,
+    LENGTH,
+    OUTPUT,
+    PLACE,
+    WHAT,
+    AsJson,
+    DataDir,
+    DataName,
+    Device,
+    Offline,
+    PresetName,
+    Settings,
+    overrides_of,
+)
 from egtrain.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -15,64 +29,115 @@ if TYPE_CHECKING:
 
 
 def train(
-    preset: Annotated[
-        str | None, typer.Option(help="Name of a preset (see `egtrain presets`) or a YAML file.")
-    ] = None,
+    preset: PresetName = None,
     resume: Annotated[
-        Path | None, typer.Option(help="Go on with a run directory, from its newest checkpoint.")
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="A run directory to go on with, from its newest checkpoint.",
+            rich_help_panel=WHAT,
+        ),
     ] = None,
     settings: Settings = None,
     data: DataName = None,
     data_dir: DataDir = None,
     offline: Offline = False,
-    epochs: Annotated[int | None, typer.Option(help="Length of the run in epochs.")] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Length of the run in updates, instead of epochs.")
-    ] = None,
-    workers: Annotated[
+    seed: Annotated[
         int | None,
-        typer.Option(help="Number K of logical workers; alone, a worker keeps its batch."),
+        typer.Option(metavar="N", help="Seed of every random choice.", rich_help_panel=WHAT),
+    ] = None,
+    allow_changes: Annotated[
+        bool,
+        typer.Option(
+            "--allow-changes",
+            help="Resume although settings differ from those of the run.",
+            rich_help_panel=WHAT,
+        ),
+    ] = False,
+    epochs: Annotated[
+        int | None, typer.Option(metavar="N", help="Passes over the data.", rich_help_panel=LENGTH)
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Updates, instead of epochs.", rich_help_panel=LENGTH),
     ] = None,
     batch_size: Annotated[
         int | None,
         typer.Option(
-            help="Batch size B = K·b; alone, a worker keeps its batch b and K becomes B/b."
+            metavar="B",
+            help="Samples of an update, B = K·b; alone, a worker keeps its b, and K = B/b.",
+            rich_help_panel=BATCH,
         ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of every random choice.")] = None,
-    nproc: Annotated[
+    workers: Annotated[
         int | None,
         typer.Option(
-            help="Processes to run on, a GPU each; default: as many GPUs as divide K, or 1."
+            metavar="K",
+            help="Logical workers; alone, a worker keeps its b, and B grows.",
+            rich_help_panel=BATCH,
         ),
     ] = None,
     device: Device = None,
-    precision: Annotated[str | None, typer.Option(help="auto, fp32 or bf16.")] = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Processes, a GPU each; default: as many GPUs as divide K, or 1.",
+            rich_help_panel=PLACE,
+        ),
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|fp32|bf16",
+            help="Precision of the arithmetic; auto: bf16 where the device computes in it.",
+            rich_help_panel=PLACE,
+        ),
+    ] = None,
     compile_model: Annotated[
-        bool | None, typer.Option("--compile/--no-compile", help="Use torch.compile.")
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile",
+            help="Compile the model with torch.compile.",
+            rich_help_panel=PLACE,
+        ),
     ] = None,
     deterministic: Annotated[
         bool | None,
         typer.Option(
             "--deterministic/--no-deterministic",
-            help="Same result bit for bit on any number of ranks.",
+            help="Same result bit for bit on any number of processes.",
+            rich_help_panel=PLACE,
         ),
     ] = None,
-    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
     max_restarts: Annotated[
-        int, typer.Option(min=0, help="Restarts by torchrun after a rank has died.")
+        int,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Restarts after a process has died.",
+            rich_help_panel=PLACE,
+        ),
     ] = 0,
     output: Annotated[
-        Path | None, typer.Option(help="The run directory; default: runs/NAME-TIME.")
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="The run directory; default: runs/NAME-TIME.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
-    allow_changes: Annotated[
+    checkpoint_every: Annotated[
+        int | None,
+        typer.Option(metavar="STEPS", help="Steps between checkpoints.", rich_help_panel=OUTPUT),
+    ] = None,
+    dry_run: Annotated[
         bool,
         typer.Option(
-            "--allow-changes", help="Resume although settings differ from those of the run."
+            "--dry-run",
+            help="Print the plan with time and memory, and train nothing.",
+            rich_help_panel=OUTPUT,
         ),
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan and train nothing.")
     ] = False,
     as_json: AsJson = False,
     rank_of: Annotated[
@@ -80,7 +145,7 @@ def train(
         typer.Option(hidden=True, help="Be a rank of the run that a launcher holds DIR for."),
     ] = None,
 ) -> None:
-    """Train a preset, or go on with a run.
+    """Train a preset, or go on with a run; one of --preset and --resume is required.
 
     Example: egtrain train --preset quickstart --seed 1 --set optimizer.lr=0.2
     """

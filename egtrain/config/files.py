@@ -38,8 +38,16 @@ def presets_dir() -> Path:
 
 
 def preset_names() -> list[str]:
-    """Return the names of the shipped presets that can be trained."""
-    return sorted({path.stem for path in presets_dir().glob("*.yaml")} | _composed().keys())
+    """Return the names of the shipped presets that can be trained: those of a file of their own,
+    then family by family.
+    """
+    alone = sorted(path.stem for path in presets_dir().glob("*.yaml"))
+    composed = [
+        f"{family}-{variant}"
+        for family, variants in preset_families().items()
+        for variant in variants
+    ]
+    return list(dict.fromkeys([*alone, *composed]))
 
 
 def preset_description(name: str) -> str:
