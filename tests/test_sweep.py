@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import os
+import pty
 import re
 import shlex
 import shutil
@@ -36,10 +37,10 @@ from egtrain.errors import EgtrainError, InterruptedRun, UsageError
 from egtrain.sweep import execution
 from egtrain.sweep.cells import Folder, Status
 from egtrain.sweep.display import Display
-from egtrain.sweep.execution import run_cells
-from egtrain.sweep.picture import draw
+from egtrain.sweep.execution import Speed, run_cells
+from egtrain.sweep.picture import draw, picture_of
 from egtrain.sweep.plan import Cell, Facts, Plan, facts_from_data, make_plan
-from egtrain.sweep.report import print_results, write_results
+from egtrain.sweep.report import print_plan, print_results, write_results
 from egtrain.sweep.request import Request, checked_presets, settled_on_device
 from egtrain.sweep.results import Results, read_results
 from egtrain.tasks import ACCURACY
@@ -846,6 +847,64 @@ def test_what_a_cell_did_before_it_was_interrupted_is_no_work_of_this_start(
     assert written.getvalue().endswith("  10 s  0:00:20 left\n")
 
 
+def at_80_columns(show: Callable[[Console], None]) -> list[str]:
+    """Return the lines that a terminal of 80 columns gets, as wide as they are printed."""
+    written = io.StringIO()
+    show(Console(file=written, width=80, force_terminal=True, color_system=None, highlight=False))
+    lines = written.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    return lines
+
+
+@pytest.mark.parametrize(
+    "names", [["short"], ["first", "second"], ["a-preset-whose-name-has-37-characters", *"bcd"]]
+)
+def test_no_result_is_lost_at_80_columns(names: list[str], tmp_path: Path) -> None:
+    files = [tmp_path / f"{name}.yaml" for name in names]
+    for file in files:
+        file.write_text("inherits: [quickstart]\n")
+    plan = plan_of(list(map(str, files)), (64, 256), 3, rate_factors=(0.25, 0.5, 1.0))
+    folder = Folder(tmp_path / "sweep")
+    swept(plan, folder, lambda cell: [0.4, 0.6], lambda cell: 0.7 - cell.batch_size / 6400)
+    results = read_results(plan, folder, target=0.59, within_percent=1)
+    lines = at_80_columns(lambda console: print_results(results, console))
+    for row in (
+        r" 64 .* 69.00 ± 0.00 %  +3  +8,960  +140$",
+        r" 256 .* 66.00 ± 0.00 %  +-3.00  +3  +7,680  +30$",
+    ):
+        assert sum(bool(re.search(row, line)) for line in lines) == len(names)
+    speeds = dict.fromkeys(plan.presets, Speed(10.0, 0.001, 1.0))
+    plan_lines = at_80_columns(lambda console: print_plan(plan, folder, console, 2, speeds))
+    for row in (r" 64 .* 140  +8,960  +9  0:04:30$", r" 256 .* 30  +7,680  +9  0:04:18$"):
+        assert sum(bool(re.search(row, line)) for line in plan_lines) == len(names)
+    for name in names:
+        assert any(line.startswith(name) for line in lines)
+        assert any(line.startswith(name) for line in plan_lines)
+
+
+def test_the_estimate_shows_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of()
+    controller, terminal = pty.openpty()
+
+    def measured(cell: Cell, gpus: Sequence[str], scratch: Path) -> Speed:
+        (scratch / cell.name).mkdir()
+        lines = "".join(f'{{"step": {step}, "split": "train"}}\n' for step in (1, 2))
+        (scratch / cell.name / "metrics.jsonl").write_text(lines)
+        time.sleep(0.6)
+        return Speed(1.0, 1.0, 1.0)
+
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setattr(execution, "wait_for_server", lambda: None)
+    monkeypatch.setattr(execution, "measured_speed", measured)
+    with os.fdopen(terminal, "w") as stream:
+        assert set(execution.measured_speeds(plan, [], stream) or ()) == set(plan.presets)
+        output = os.read(controller, 65536).decode()
+    os.close(controller)
+    assert "estimating the time" in output
+    # Two of four steps of the first of two presets, and of the second.
+    assert re.search(r"25 % quickstart .*75 % quickstart-sgd ", output, flags=re.DOTALL)
+
+
 def test_steps_to_a_target_are_those_of_the_first_evaluation_that_reaches_it(
     tmp_path: Path,
 ) -> None:
@@ -901,9 +960,52 @@ def test_the_picture_is_drawn_for_few_and_many_also_with_holes(
     draw(results, tmp_path / "sweep" / "sweep")
     write_results(results, tmp_path / "sweep")
     assert (tmp_path / "sweep" / "sweep.svg").read_bytes().startswith(b"<?xml")
+    assert (tmp_path / "sweep" / "sweep.pdf").read_bytes().startswith(b"%PDF")
     assert (tmp_path / "sweep" / "sweep.png").stat().st_size > 10_000
     assert json.loads((tmp_path / "sweep" / "results.json").read_text())["rows"]
     assert len((tmp_path / "sweep" / "results.csv").read_text().splitlines()) == 1 + len(plan.cells)
+
+
+def test_the_picture_says_what_is_drawn(tmp_path: Path) -> None:
+    plan, folder = (
+        plan_of(batch_sizes=(64, 256), seeds=2, settings=["model.width=4"]),
+        Folder(tmp_path),
+    )
+    swept(plan, folder, lambda cell: [0.4, 0.6], lambda cell: 0.7)
+    lost = plan.cells[0]
+    (folder.run(lost) / "summary.json").unlink()
+    folder.note_end(lost, 4)
+    figure = picture_of(read_results(plan, folder, target=None, within_percent=1))
+    assert figure.get_suptitle().splitlines() == [
+        "resnet-8 (width 4) on synthetic, 10 epochs, mean ± standard deviation of 2 seeds",
+        "Without 1 run that failed or diverged",
+        "Noise scale (median and quartiles of the runs): beyond it, larger batches save few steps",
+    ]
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == [
+        "Final test accuracy",
+        "Steps to 60 % test accuracy",
+        "Samples to 60 % test accuracy",
+        "Learning curves",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("presets", "titles"),
+    [
+        (("quickstart",), ["Learning curves"]),
+        (("quickstart", "quickstart-sgd"), ["Final test accuracy", "Learning curves"]),
+    ],
+)
+def test_a_single_batch_size_has_no_panel_of_single_dots(
+    presets: tuple[str, ...], titles: list[str], tmp_path: Path
+) -> None:
+    plan, folder = plan_of(presets, (64,)), Folder(tmp_path)
+    swept(plan, folder, lambda cell: [0.4, 0.6], lambda cell: 0.7)
+    figure = picture_of(read_results(plan, folder, target=None, within_percent=1))
+    assert [axes.get_title() for axes in figure.axes] == titles
+    title = figure.get_suptitle().replace("\n", " ")
+    assert title == "resnet-8 (width 8) on synthetic, batch size 64, 10 epochs, one seed"
 
 
 # ---- the real thing

@@ -69,11 +69,14 @@ def print_plan(
         f"evaluations{took}",
         console,
     )
-    left = [cell for cell in plan.cells if folder.status(cell) is not Status.done]
+    statuses = {cell.name: folder.status(cell) for cell in plan.cells}
+    left = [cell for cell in plan.cells if statuses[cell.name] is Status.waiting]
     if len(left) < len(plan.cells):
+        done = sum(status is Status.done for status in statuses.values())
+        failed = len(plan.cells) - done - len(left)
         print_line(
-            f"{len(plan.cells) - len(left)} of them are finished; {_gradients(left)} gradient "
-            "evaluations are left",
+            f"{done} of them are finished{f', {failed} failed' * (failed > 0)}; "
+            f"{_gradients(left)} gradient evaluations are left",
             console,
         )
 
@@ -168,6 +171,7 @@ def print_results(results: Results, console: Console) -> None:
     if results.target is not None:
         target = short_value_text(results.target, metric.unit)
         columns.append(Column(f"steps to {target}", [_to_target(row) for row in rows]))
+    print_line("", console)
     print_table(columns, console)
     largest = [
         f"{preset} {NOTHING if (b := results.largest_batch_within(preset)) is None else count(b)}"
