@@ -135,7 +135,8 @@ def next_lines(config: Config, directory: Path) -> list[str]:
     quoted = shlex.quote(str(directory))
     lines = [f"next: egtrain eval {quoted}"]
     if config.log.tensorboard:
-        lines.append(f"      tensorboard --logdir {quoted}")
+        # Of the folder around it: TensorBoard names a run by its folder within the log directory.
+        lines.append(f"      tensorboard --logdir {shlex.quote(str(directory.parent))}")
     return lines
 
 

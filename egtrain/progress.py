@@ -13,12 +13,10 @@ from rich.console import Console, RenderableType
 from rich.table import Column
 from rich.text import Text
 
-from egtrain.formatting import duration as duration
-from egtrain.formatting import percent
+from egtrain.formatting import duration, percent
 
 REFRESHES_PER_SECOND = 4
 NAME_WIDTH = 30
-FRACTIONS = {"accuracy", "token_accuracy"}
 
 
 class Progress:
@@ -47,7 +45,7 @@ class Progress:
         self._reported: dict[str, Bar] = {}
         console = Console(file=self._stream, highlight=False)  # type: ignore[arg-type]
         self._live: _LiveBars | None = None
-        if not silent and can_redraw(console):
+        if not silent and _can_redraw(console):
             self._live = _LiveBars(
                 rich_progress.TextColumn(
                     "{task.description}",
@@ -197,7 +195,7 @@ class Bar:
         return percent(self._done / self._total, decimals=0) if self._total else ""
 
 
-def can_redraw(console: Console) -> bool:
+def _can_redraw(console: Console) -> bool:
     """Return whether a console is a terminal on which lines can change, and no pipe or file that is
     told to be one.
     """

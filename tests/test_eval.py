@@ -15,6 +15,7 @@ from torch.optim.swa_utils import update_bn
 import egtrain
 from egtrain.errors import DataError, UsageError
 from egtrain.models.resnet import ResNet
+from egtrain.progress import Progress
 from egtrain.tasks import Split
 from egtrain.tasks.image import ImageTask
 
@@ -327,3 +328,24 @@ def test_what_is_possible_at_best_is_told_where_the_data_have_it(
     assert "% of at best 91 %, loss" in result.stdout
 
     assert json.loads((plain / "summary.json").read_text())["best_possible"] is None
+
+
+def test_evaluations_show_how_far_they_are_in_eval_and_in_train(
+    images: Path,
+    plain: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("egtrain.tasks.image.EVALUATION_BATCH", 32)
+    seen: list[tuple[str, int, int]] = []
+    monkeypatch.setattr(Progress, "report", lambda progress, *told: seen.append(told))
+    test_images = egtrain.load_run(plain).task.evaluation_size("test")
+    batches = -(-test_images // 32)
+    assert batches > 2
+    expected = [("evaluating on test", done, batches) for done in range(1, batches + 1)]
+    command_line(capsys, "eval", str(plain))
+    assert seen == expected
+    seen.clear()
+    run_here(tmp_path / "run", config_of(images, "steps=2"))
+    assert seen == expected

@@ -120,5 +120,5 @@ def test_ones_own_data_of_which_only_a_part_is_used_is_told(tmp_path: Path) -> N
 def test_a_directory_with_spaces_is_quoted_in_the_next_commands() -> None:
     assert next_lines(load_config("resnet-eg"), Path("my runs/a")) == [
         "next: egtrain eval 'my runs/a'",
-        "      tensorboard --logdir 'my runs/a'",
+        "      tensorboard --logdir 'my runs'",
     ]
