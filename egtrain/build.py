@@ -289,6 +289,7 @@ def build_run(config: Config, ranks: Ranks, data: Data | None = None) -> Run:
         evaluate_every=evaluate_every,
         checkpoint_every=config.checkpoint.every or evaluate_every,
         data=summary,
+        data_notes=data.notes,
         unread_steps=0 if ranks.device.type == "cpu" else 1,
     )
 

@@ -64,6 +64,7 @@ def print_plan(config: Config, directory: Path, nproc: int | None, as_json: bool
             parameters=parameter_count(build_model(config, summary_of(data).outputs, device)),
             samples=task.samples,
             steps_per_epoch=task.steps_per_epoch,
+            data_notes=data.notes,
         )
         facts |= {
             "step_seconds": seconds,

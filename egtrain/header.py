@@ -1,6 +1,7 @@
 """What a run consists of, as `train` prints it before it begins and `--dry-run` instead."""
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,13 @@ def run_facts(
 
 
 def facts_from_data(
-    config: Config, given: Config, *, parameters: int, samples: int, steps_per_epoch: int
+    config: Config,
+    given: Config,
+    *,
+    parameters: int,
+    samples: int,
+    steps_per_epoch: int,
+    data_notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return what is known of a run once its data are read.
 
@@ -62,6 +69,7 @@ def facts_from_data(
         parameters: of the model.
         samples: that it is trained on.
         steps_per_epoch: updates.
+        data_notes: what the user is told of the data.
     """
     plan = build_plan(config, steps_per_epoch)
     rate = build_schedule(config, plan)
@@ -72,19 +80,13 @@ def facts_from_data(
             f"from step {plan.local_start:,} on, weights averaged every "
             f"{config.post_local.period} steps"
         )
-    notes = []
+    notes = list(data_notes)
     if config.schedule.warmup_epochs != given.schedule.warmup_epochs:
         what = "the run ends" if plan.first_fall == plan.steps else "the rate falls"
         notes.append(
             f"warm-up shortened from {given.schedule.warmup_epochs:g} to "
             f"{config.schedule.warmup_epochs:.3g} epochs, since {what} at step "
             f"{plan.first_fall:,}"
-        )
-    own_data = config.data.name.startswith(("npz:", "text:", "pairs:"))
-    if own_data and config.data.train_samples is not None:
-        notes.append(
-            f"only {samples:,} samples of your data are used; --set data.train_samples=null uses "
-            "all"
         )
     return {
         "parameters": parameters,

@@ -60,6 +60,8 @@ class Run:
     """Steps that may be queued on the device before the host reads the first one's statistics: 1
     keeps a GPU busy."""
     data: DataSummary = DataSummary()
+    data_notes: tuple[str, ...] = ()
+    """What the user is told of the data before training."""
     noise_scale: NoiseScale = field(default_factory=NoiseScale)
     step: int = 0
     """Completed updates."""

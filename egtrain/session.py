@@ -135,6 +135,7 @@ def print_header(
         parameters=parameter_count(run.model),
         samples=run.task.samples,
         steps_per_epoch=run.task.steps_per_epoch,
+        data_notes=run.data_notes,
     )
     print("\n".join(header_lines(facts)), file=sys.stderr if as_json else sys.stdout, flush=True)
 

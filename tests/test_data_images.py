@@ -125,6 +125,7 @@ def test_whoever_trains_on_a_part_of_the_images_is_told(file: Path) -> None:
     assert load(file, validation=60).notes == ()
     assert load(file, 300).notes == ()
     assert load(file, 50, 60).notes == (
-        "data.train_samples uses 50 of 240 training images; use all of them with "
-        "--set data.train_samples=null",
+        "only 50 of your 240 training images are used; --set data.train_samples=null uses all",
     )
+    embedded = load_images("synthetic", data_dir=None, offline=True, train_samples=50, validation=0)
+    assert embedded.notes == ()  # that is what the preset is

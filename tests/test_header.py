@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,12 +110,15 @@ def test_a_resumed_run_has_no_note_on_what_was_settled_before(
     assert "note " not in resumed.stdout
 
 
-def test_ones_own_data_of_which_only_a_part_is_used_is_told(tmp_path: Path) -> None:
-    part = ["data.train_samples=10000", "data.name=npz:x.npz"]
-    assert lines_of("resnet-eg", *part)["note"] == (
-        "only 50,000 samples of your data are used; --set data.train_samples=null uses all"
-    )
-    assert "note" not in lines_of("resnet8-eg")
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_a_preset_that_takes_a_part_of_ones_own_data_says_so(
+    dry: list[str], egtrain_command: Run, images: Path
+) -> None:
+    options = [*arguments(images, "epochs=2"), "--output", "run", *dry]
+    note = "only 100 of your 150 training images are used; --set data.train_samples=null uses all"
+    assert note in egtrain_command(*options, "--set", "data.train_samples=100").stdout
+    shutil.rmtree("run", ignore_errors=True)
+    assert "of your" not in egtrain_command(*options).stdout
 
 
 def test_a_directory_with_spaces_is_quoted_in_the_next_commands() -> None:

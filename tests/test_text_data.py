@@ -95,12 +95,11 @@ def test_whoever_trains_on_a_part_of_a_text_is_told(tmp_path: Path) -> None:
     folder, pairs = put(tmp_path / "t", TEXT), put(tmp_path / "p", PAIRS)
     assert text_in(folder).notes == pairs_in(pairs).notes == ()
     assert text_in(folder, train_tokens=4).notes == (
-        "data.train_samples uses 5 of 9 training words; use all of them with "
-        "--set data.train_samples=null",
+        "only 5 of your 9 training words are used; --set data.train_samples=null uses all",
     )
     assert pairs_in(pairs, train_samples=8).notes == ()
     (note,) = pairs_in(pairs, train_samples=3).notes
-    assert note.startswith("data.train_samples uses 3 of 8 training pairs; ")
+    assert note.startswith("only 3 of your 8 training pairs are used; ")
 
 
 def test_equal_texts_have_equal_digests_and_others_do_not(tmp_path: Path) -> None:

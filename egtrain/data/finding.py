@@ -238,11 +238,11 @@ def read_file(path: Path) -> bytes:
         ) from problem
 
 
-def note_of_part(used: int, available: int, what: str) -> tuple[str, ...]:
-    """Return what to tell where a setting leaves out a part of the training data."""
-    if used == available:
+def note_of_part(name: str, used: int, available: int, what: str) -> tuple[str, ...]:
+    """Return what to tell where a preset leaves out a part of a user's own training data."""
+    if ":" not in name or used == available:
         return ()
     return (
-        f"data.train_samples uses {used:,} of {available:,} training {what}; use all of them with "
-        "--set data.train_samples=null",
+        f"only {used:,} of your {available:,} training {what} are used; --set "
+        "data.train_samples=null uses all",
     )

@@ -126,7 +126,7 @@ def _split(
         std=std,
         ceiling=ceiling,
         digest=_digest(x_train, y_train, x_validation, y_validation, x_test, y_test),
-        notes=note_of_part(len(kept), count - validation, "images"),
+        notes=note_of_part(name, len(kept), count - validation, "images"),
     )
 
 

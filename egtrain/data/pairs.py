@@ -134,7 +134,7 @@ def load_pairs(
         test,
         learned,
         _digest((train, validation, test)),
-        note_of_part(len(kept), pairs, "pairs"),
+        note_of_part(name, len(kept), pairs, "pairs"),
     )
 
 

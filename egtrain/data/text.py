@@ -74,7 +74,7 @@ def load_text(
         if max_vocabulary is not None and len(drawn.vocabulary) > max_vocabulary:
             raise _too_many_words("the embedded text", len(drawn.vocabulary), max_vocabulary)
         streams = [torch.from_numpy(words) for words in (drawn.train, drawn.validation, drawn.test)]
-        return _data(streams, drawn.vocabulary, drawn.floor, train_tokens)
+        return _data(name, streams, drawn.vocabulary, drawn.floor, train_tokens)
     if name in TEXTS:
         found = find_or_download(TEXTS[name], data_dir, offline)
         paths = [found.folder / file.name for file in found.layout.files]
@@ -96,7 +96,7 @@ def load_text(
         )
         for text in words
     ]
-    return _data(streams, vocabulary, None, train_tokens)
+    return _data(name, streams, vocabulary, None, train_tokens)
 
 
 def _vocabulary(text: list[list[str]], limit: int | None, path: Path) -> tuple[str, ...]:
@@ -121,6 +121,7 @@ def _too_many_words(place: str, words: int, limit: int) -> DataError:
 
 
 def _data(
+    name: str,
     streams: list[Tensor],
     vocabulary: tuple[str, ...],
     floor: float | None,
@@ -140,5 +141,5 @@ def _data(
         digest.update(f"{len(stream)}\n".encode())
         digest.update(stream.numpy().data)
     train, validation, test = streams
-    notes = note_of_part(len(train), whole, "words")
+    notes = note_of_part(name, len(train), whole, "words")
     return TextData(train, validation, test, vocabulary, floor, digest.hexdigest(), notes)
