@@ -77,6 +77,8 @@ def remember_directory(directory: Path) -> None:
 
 def directory_made_before() -> Path | None:
     """Return the directory that an earlier attempt of this run has made, if there was one."""
-    if restart_count() == 0 or not store().check([DIRECTORY_KEY]):
+    if not started_by_torchrun() or restart_count() == 0:
+        return None
+    if not store().check([DIRECTORY_KEY]):
         return None
     return Path(store().get(DIRECTORY_KEY).decode())

@@ -204,6 +204,34 @@ def test_an_option_that_takes_several_values_and_a_flag_may_be_repeated(
     assert egtrain_command("train", "--preset", "quickstart", *twice).code == 0
 
 
+def test_what_the_launcher_tells_its_ranks_is_no_option_for_users(
+    egtrain_command: Run, images: Path, tmp_path: Path
+) -> None:
+    run_here(tmp_path / "run", config_of(images, "steps=2"))
+    result = egtrain_command("train", "--rank-of", "run")
+    assert (result.code, result.line) == (
+        2,
+        "--rank-of is for the processes of --nproc: use --resume run",
+    )
+    assert "--rank-of" not in egtrain_command("train", "--help").stdout
+
+
+@pytest.mark.parametrize("left_over", ["RANK", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"])
+def test_a_variable_that_some_launcher_has_left_over_does_not_matter(
+    left_over: str, egtrain_command: Run, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(left_over, "3")
+    assert egtrain_command(*arguments(images, "steps=1")).code == 0
+    assert egtrain_command("train", "--preset", "nosuch").line.startswith("unknown preset 'nosuch'")
+
+
+def test_a_rank_that_reaches_no_other_prints_its_error(tmp_path: Path) -> None:
+    rank = {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "4"}
+    with Forked(["train", "--preset", "nosuch"], tmp_path, rank) as process:
+        assert process.wait() == 2
+    assert process.stderr.startswith("egtrain: rank 3: unknown preset 'nosuch'")
+
+
 def test_an_unknown_option_is_refused_without_a_traceback(egtrain_command: Run) -> None:
     result = egtrain_command("train", "--presett", "quickstart")
     assert result.code == 2
