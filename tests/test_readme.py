@@ -17,9 +17,14 @@ from egtrain.cli import app
 from egtrain.config.files import preset_families
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+PAGES = [
+    (Path(__file__).parent.parent / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    for name in ("train", "presets", "configuration")
+]
 COMMANDS = [
     line.partition("  #")[0].strip()
-    for block in re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)
+    for page in (README, *PAGES)
+    for block in re.findall(r"```sh\n(.*?)```", page, flags=re.DOTALL)
     for line in block.splitlines()
 ]
 OWN_LOOP = re.search(
