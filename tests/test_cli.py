@@ -160,6 +160,22 @@ def test_an_expected_failure_is_one_line_with_the_fix(
     assert left - {"runs"} == {"file", "text.npz", "short.npz", "code.npz"}
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seed", "-1"], "--seed -1: seed must be at least 0, not -1"),
+        (["--checkpoint-every", "0"], "--checkpoint-every 0: checkpoint.every must be at least 1"),
+        (["--data", "cifar11"], "--data cifar11: data.name must be "),
+        (["--set", "seed=-1"], "--set seed=-1: seed must be at least 0, not -1"),
+        (["--set", "optimizer.lr=abc"], "--set optimizer.lr=abc: optimizer.lr must be a number"),
+    ],
+)
+def test_a_wrong_option_is_called_what_the_user_typed(
+    options: list[str], message: str, egtrain_command: Run
+) -> None:
+    assert egtrain_command("train", "--preset", "quickstart", *options).line.startswith(message)
+
+
 def test_a_device_that_is_not_there_is_refused(
     egtrain_command: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -137,6 +137,7 @@ def overrides_of(
         UsageError: both epochs and steps were given.
     """
     # Imported here, so that --help does not wait for it.
+    from egtrain.config.files import TypedOption
     from egtrain.config.yaml_text import write_value
 
     given: dict[str, object] = {
@@ -151,4 +152,10 @@ def overrides_of(
         if "steps" in given:
             raise UsageError("--epochs and --steps exclude each other: give one")
         given["steps"] = None
-    return [f"{key}={write_value(value)}" for key, value in given.items()]
+    names = {"data.name": "--data", "data.offline": "--offline"}
+    overrides: list[str] = []
+    for key, value in given.items():
+        override = TypedOption(f"{key}={write_value(value)}")
+        override.typed = f"{names.get(key, '--' + key.replace('.', '-'))} {value}"
+        overrides.append(override)
+    return overrides

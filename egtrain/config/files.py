@@ -23,6 +23,13 @@ from egtrain.errors import UsageError, did_you_mean
 _MAX_INHERITANCE = 20
 
 
+class TypedOption(str):
+    """An override `KEY=VALUE` that the user gave by an option of its own, such as `--seed 3`."""
+
+    typed = ""
+    """What the user typed, for messages."""
+
+
 def presets_dir() -> Path:
     """Return the folder of the shipped presets: inside the installed package, or beside it in a
     checkout.
@@ -280,7 +287,8 @@ def _overrides(overrides: list[str]) -> Settings:
     """
     settings = Settings()
     for override in overrides:
-        source = "--set " + " ".join(override.split())[:200]
+        typed = getattr(override, "typed", f"--set {override}")
+        source = " ".join(typed.split())[:200]
         dotted, equals, text = override.partition("=")
         dotted = dotted.strip()
         if not equals or not dotted:
