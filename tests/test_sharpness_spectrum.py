@@ -84,6 +84,16 @@ def test_blocks_that_do_not_meet_are_all_searched() -> None:
     )
 
 
+def test_the_basis_is_orthonormal_where_little_is_left_of_a_product() -> None:
+    # Of a product a part of 1e-3 to 1e-9 is new; taking out the rest once leaves its rounding.
+    matrix = symmetric([10.0**-k for k in range(10)])
+    start = torch.randn(10, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    basis = torch.stack(lanczos(lambda v: matrix @ v, start, 10, restart=lambda step: start).basis)
+    torch.testing.assert_close(
+        basis @ basis.T, torch.eye(10, dtype=torch.float64), rtol=0, atol=1e-12
+    )
+
+
 def test_a_residual_is_that_of_its_ritz_vector_and_says_what_has_not_converged() -> None:
     matrix = symmetric([0.01 * i for i in range(200)] + [10.0])
     with quadratic(matrix) as loss:
