@@ -10,6 +10,7 @@ from egtrain.formatting import (
     difference_text,
     difference_unit,
     duration,
+    estimate_text,
     learning_rate_text,
     mean_text,
     number,
@@ -50,6 +51,13 @@ def test_differences_of_fractions_are_points() -> None:
     assert difference_text(-0.0125, FRACTION) == "-1.25"
     assert difference_text(1.5, "BLEU") == "+1.5"
     assert (difference_unit(FRACTION), difference_unit("BLEU")) == ("points", "BLEU")
+
+
+def test_an_estimate_has_the_digits_that_its_error_leaves() -> None:
+    assert estimate_text(1011.4, 71.2) == "1,011 ± 71"
+    assert estimate_text(-0.0009473, 0.006) == "-0.0009 ± 0.0060"
+    assert estimate_text(32.21, 6.21) == "32.2 ± 6.2"
+    assert estimate_text(2.5, 0.0) == estimate_text(2.5, math.nan) == "2.500"
 
 
 def test_a_mean_stands_with_its_deviation_where_there_is_one() -> None:

@@ -21,11 +21,12 @@ from helpers import Forked, command_line, config_of, forked_ranks, run_here
 from matplotlib.figure import Figure
 
 import egtrain
+import egtrain.sharpness
 from egtrain.config.files import load_config
 from egtrain.errors import UsageError
 from egtrain.figures import ENDINGS
 from egtrain.optim.randomness import generator_for
-from egtrain.sharpness import comparison, measuring, subjects
+from egtrain.sharpness import comparison, measuring, metrics, subjects
 from egtrain.sharpness.frozen_loss import FrozenLoss
 from egtrain.sharpness.metrics import METRICS, level, metric_of
 from egtrain.sharpness.metrics.between import barrier
@@ -508,6 +509,13 @@ def test_runs_that_smooth_their_labels_differently_are_not_compared() -> None:
     )
     with pytest.raises(UsageError, match="label smoothing"):
         require_comparable(("own", own), ("other", other))
+
+
+def test_every_file_of_a_metric_has_a_row_and_every_public_name_is_there() -> None:
+    files = {path.stem for path in Path(metrics.__file__).parent.glob("*.py")}
+    assert files - {"__init__", "level"} == set(METRICS)
+    for name in egtrain.sharpness.__all__:
+        assert callable(getattr(egtrain.sharpness, name))
 
 
 def test_a_perplexity_is_that_of_the_mean_loss() -> None:

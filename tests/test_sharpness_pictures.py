@@ -153,7 +153,7 @@ def test_contour_planes_are_large_and_share_one_colour_bar(count: int) -> None:
 
 def test_accuracies_over_the_largest_eigenvalue_have_ticks_that_can_be_told_apart() -> None:
     runs = [measured_run(n, f"run {n}") for n in range(2)]
-    for run, accuracy in zip(runs, (0.33, 0.38), strict=True):
+    for run, accuracy in zip(runs, (0.352, 0.361), strict=True):
         run.level["test"]["accuracy"] = accuracy
     figure = draw_pictures(comparison_of(runs, "eigenvalues"))["sharpness"]
     FigureCanvasAgg(figure).draw()
@@ -179,13 +179,13 @@ def test_a_table_holds_every_result_in_the_width_of_the_terminal(count: int, wid
     assert max(map(cell_len, lines)) <= width
     text = "\n".join(lines)
     whole = "\n".join(table_lines(*tables_of(runs, None), None))
-    assert sorted(set(text.split()) - set(names)) != []
     for word in whole.split():
         if word not in names:
             assert text.split().count(word) >= whole.split().count(word), f"{word!r} is missing"
     for name in names:
         assert all(part in text for part in name.split("-"))
     assert "(no room for" not in text
+    assert all("±" in line for line in lines if line.startswith("trace")), "values beside names"
 
 
 def test_unequal_training_losses_and_loose_eigenvalues_are_warned_of() -> None:
