@@ -263,7 +263,9 @@ def build_run(config: Config, ranks: Ranks, data: Data | None = None) -> Run:
     workers = Workers(model, config.workers, ranks, config.deterministic)
     direction = build_direction(config)
     extrapolation = (
-        Extrapolation(optimizer, direction, workers.carried, config.seed) if direction else None
+        Extrapolation(optimizer, direction, workers.carried, config.seed, workers.unshifted)
+        if direction
+        else None
     )
     post_local = None
     if plan.local_start is not None and config.post_local.period is not None:

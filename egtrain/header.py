@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from egtrain.config.extrapolations import length_key
+from egtrain.config.extrapolations import DIRECTIONS, length_key
 from egtrain.config.models import Model
 from egtrain.config.schema import Config
 from egtrain.config.tasks import LanguageSettings, Task
@@ -171,8 +171,10 @@ def extrapolation_text(config: Config) -> str:
     """Return the choice of ζ with its size, in words."""
     extrapolation = config.extrapolation
     key = length_key(extrapolation)
-    if key is None:
+    if DIRECTIONS[extrapolation.name] is None:
         return "none, plain mini-batch gradients"
+    if key is None:
+        return extrapolation.name
     value, scaling = getattr(extrapolation, key), getattr(extrapolation, "scaling", "none")
     if key == "ratio":
         how_far = f"{'1/' + str(config.workers) if value == '1/K' else value} of the learning rate"

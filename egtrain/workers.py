@@ -74,6 +74,10 @@ class Workers:
         self._worker_buffers = self._buffers.repeat(share, 1)
         self._worker_parameters: Tensor | None = None
         self._parameters_before = torch.empty_like(self.parameters)
+        self.unshifted: dict[Tensor, Tensor] = dict(
+            zip(parameters, views_of(self._parameters_before, parameters), strict=True)
+        )
+        """Of each parameter the weights that the step began with."""
         self._previous_gradient = torch.zeros_like(self.parameters)
         """Worker 0's."""
         self._all_finite = torch.ones((), dtype=torch.bool, device=ranks.device)

@@ -165,3 +165,10 @@ def test_a_row_of_the_configuration_builds_the_direction_of_its_name(name: str) 
     assert type(direction).__module__ == f"egtrain.optim.directions.{name.replace('-', '_')}"
     # One step in so many is for directions whose second gradient is saved by it.
     assert (direction.gradients == 2) == ("every" in SECTIONS[name].model_fields)
+
+
+def test_a_run_keeps_the_weights_before_a_step_once() -> None:
+    run = run_of("average of updates", Ranks())
+    assert run.extrapolation is not None
+    kept = {t.untyped_storage().data_ptr() for t in run.extrapolation._unshifted}
+    assert kept == {run.workers._parameters_before.untyped_storage().data_ptr()}

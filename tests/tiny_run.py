@@ -151,7 +151,7 @@ def tiny_run(
         model=model,
         forward=model,
         optimizer=optimizer,
-        extrapolation=Extrapolation(optimizer, direction, engine.carried, seed)
+        extrapolation=Extrapolation(optimizer, direction, engine.carried, seed, engine.unshifted)
         if direction is not None
         else None,
         post_local=None,

@@ -4,7 +4,7 @@ Lin, Kong, Stich, Jaggi: Extrapolation for Large-batch Training in Deep Learning
 2006.05720.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -55,6 +55,8 @@ class Extrapolation:
         workers: how many logical workers this process carries, or their numbers.
         seed: seed of the directions that draw noise; the noise is a function of (seed, worker,
             step).
+        unshifted: the tensor of each parameter in which the caller itself keeps x_t from before the
+            first block of a step until after the update; left out, each block makes that copy.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Extrapolation:
         direction: Direction,
         workers: int | range = 1,
         seed: int = 0,
+        unshifted: Mapping[Tensor, Tensor] | None = None,
     ) -> None:
         self.optimizer = optimizer
         self.direction = direction
@@ -84,8 +87,12 @@ class Extrapolation:
             if p.requires_grad
         ]
         self._base = BaseState(optimizer, self.parameters, self._groups)
-        self._unshifted = [torch.empty_like(p, requires_grad=False) for p in self.parameters]
-        self._unshifted_are_known = False
+        self._unshifted = [
+            torch.empty_like(p, requires_grad=False) if unshifted is None else unshifted[p]
+            for p in self.parameters
+        ]
+        self._copies_weights = unshifted is None
+        self._weights_are_copied = False
         with torch.no_grad():
             self._states = {k: direction.worker_state(self.parameters) for k in self.workers}
             self._shared = direction.shared_state(self.parameters)
@@ -301,8 +308,9 @@ class Extrapolation:
 
     @torch.no_grad()
     def _note_unshifted(self) -> None:
-        torch._foreach_copy_(self._unshifted, self.parameters)
-        self._unshifted_are_known = True
+        if self._copies_weights:
+            torch._foreach_copy_(self._unshifted, self.parameters)
+            self._weights_are_copied = True
 
     def _require_known_parameters(self) -> None:
         """Raise RuntimeError where the optimizer trains parameters that would not be shifted."""
@@ -369,7 +377,7 @@ class Extrapolation:
                 )
             mean = self._gradients(range(len(self.parameters)))
             self.direction.observe_mean_gradient(self._shared, mean)
-            if not self._unshifted_are_known:
+            if not self._weights_are_copied:
                 self._note_unshifted()
         self._clip_factor, self._next_clip_factor = self._next_clip_factor, None
         self.steps += 1
@@ -378,7 +386,7 @@ class Extrapolation:
     def _end_update(self, *_: object) -> None:
         if self._shared:
             self.direction.observe_update(self._shared, self._unshifted, self.parameters)
-        self._unshifted_are_known = False
+        self._weights_are_copied = False
 
 
 def shapes(state: State, *leading: int) -> dict[str, list[tuple[int, ...]]]:
