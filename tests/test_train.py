@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -210,6 +211,31 @@ def test_parameter_groups_keep_their_own_rates(
             run_here(tmp_path / "run", config, resume=resume, stop_after=stop_after)
     assert rates == [[rate, rate / 8] for rate in per_update]
     assert outcome(tmp_path / "run") == whole
+
+
+def test_a_checkpoint_is_never_ahead_of_the_metrics_on_the_disk(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut there is a line for every step that a checkpoint has."""
+    metrics = tmp_path / "run/metrics.jsonl"
+    on_disk: list[int] = [0]
+    saved: list[int] = []
+    fsync, save = os.fsync, CheckpointStore.save
+
+    def noted_fsync(file: int) -> None:
+        fsync(file)
+        if metrics.exists() and os.path.samestat(os.fstat(file), metrics.stat()):
+            on_disk.append(json.loads(metrics.read_bytes().splitlines()[-1])["step"])
+
+    def noted_save(self: CheckpointStore, state: Any, step: int, **further: Any) -> Path:
+        assert on_disk[-1] == step
+        saved.append(step)
+        return save(self, state, step, **further)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(CheckpointStore, "save", noted_save)
+    run_here(tmp_path / "run", config_of(images, "checkpoint.every=3"))
+    assert saved == [3, 6, 9, 12]
 
 
 # ---- numbers that are not finite
