@@ -223,21 +223,21 @@ def build_direction(config: Config) -> Direction | None:
 
 
 def worker_state_bytes(config: Config, outputs: int) -> int:
-    """Return the memory that one worker's own state takes: past gradient, statistics or hidden
+    """Return the memory that the state of one worker takes: past gradient, statistics or hidden
     state, local phase.
     """
     model = build_model(config, outputs, torch.device("cpu"))
     direction = build_direction(config)
-    own = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    state = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
     if direction is not None:
         for tensors in direction.worker_state(list(model.parameters())).values():
-            own += tensors
+            state += tensors
     if config.post_local.period is not None:
         # Weights and what the optimizer remembers of their gradients.
         optimizer = config.optimizer
         moments = (optimizer.momentum > 0) if optimizer.name in ("sgd", "lars") else 2
-        own += list(model.parameters()) * (1 + moments)
-    return sum(t.numel() * t.element_size() for t in own)
+        state += list(model.parameters()) * (1 + moments)
+    return sum(t.numel() * t.element_size() for t in state)
 
 
 def build_run(config: Config, ranks: Ranks, data: Data | None = None) -> Run:

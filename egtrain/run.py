@@ -48,7 +48,7 @@ class Run:
     extrapolated_steps: range
     """Steps in which there is extrapolation; none of a local phase."""
     new_samples: bool
-    """Whether a second gradient takes samples of its own."""
+    """Whether a second gradient takes other samples."""
     clip_norm: float | None
     precision: str
     seed: int
@@ -197,11 +197,11 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
         {name: group[name] for name in group.keys() - remembered}
         for group in optimizer.param_groups
     ]
-    for saved, own in zip(state["param_groups"], settings, strict=True):
-        if unknown := saved.keys() - own.keys() - remembered:
+    for saved, kept in zip(state["param_groups"], settings, strict=True):
+        if unknown := saved.keys() - kept.keys() - remembered:
             raise ValueError(
                 f"the optimizer is another one: it has no {', '.join(sorted(unknown))}"
             )
     optimizer.load_state_dict(state)
-    for group, own in zip(optimizer.param_groups, settings, strict=True):
-        group.update(own)
+    for group, kept in zip(optimizer.param_groups, settings, strict=True):
+        group.update(kept)

@@ -118,7 +118,7 @@ def take_step(
 def take_local_step(
     run: Run, post_local: PostLocal, learning_rate: float, stop_requested: Callable[[], bool]
 ) -> Tensor:
-    """Make one update of each worker's own weights, and average them where a period ends."""
+    """Make one update of each worker's weights, and average these where a period ends."""
     if not post_local.optimizers:
         post_local.begin()
         run.workers.begin_local_phase()

@@ -15,21 +15,21 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         UsageError: a name is missing or unknown, or a shape differs.
     """
-    own = model.state_dict()
-    for name in [*own, *tensors]:
-        if name not in tensors or name not in own:
+    weights = model.state_dict()
+    for name in [*weights, *tensors]:
+        if name not in tensors or name not in weights:
             if name.rpartition(".")[2] == "num_batches_tracked":
                 continue
-            where = "checkpoint" if name in own else "model"
+            where = "checkpoint" if name in weights else "model"
             raise UsageError(
                 f"the checkpoint is of another architecture: the {where} has no '{name}'"
             )
-        if own[name].shape != tensors[name].shape:
+        if weights[name].shape != tensors[name].shape:
             raise UsageError(
                 f"the checkpoint is of another architecture: '{name}' has shape "
                 f"{list(tensors[name].shape)}, "
-                f"and the model's {list(own[name].shape)}"
+                f"and the model's {list(weights[name].shape)}"
             )
     with torch.no_grad():
-        for name in own.keys() & tensors.keys():
-            own[name].copy_(tensors[name])
+        for name in weights.keys() & tensors.keys():
+            weights[name].copy_(tensors[name])

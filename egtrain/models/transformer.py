@@ -107,8 +107,8 @@ class DecoderLayer(nn.Module):
         it only.
         """
         normed = self.attention_norm(sequence)
-        own = self.attention.keys_and_values(normed)
-        sequence = sequence + self.dropout(self.attention(normed, *own, causal=True))
+        keys_and_values = self.attention.keys_and_values(normed)
+        sequence = sequence + self.dropout(self.attention(normed, *keys_and_values, causal=True))
         return self._rest(sequence, self.source_attention.keys_and_values(memory), mask)
 
     def step(self, place: Tensor, state: "LayerState", mask: Tensor | None) -> Tensor:

@@ -83,8 +83,8 @@ class PostLocal:
         """Restore what `state_dict` returned after `begin`, for the same number of workers."""
         self.begin()
         for row, optimizer in enumerate(self.optimizers.values()):
-            own: dict[int, dict[str, Tensor]] = {}
+            states: dict[int, dict[str, Tensor]] = {}
             for key, stacked in state.items():
                 index, _, name = key.partition(".")
-                own.setdefault(int(index), {})[name] = stacked[row].clone()
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": own})
+                states.setdefault(int(index), {})[name] = stacked[row].clone()
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
