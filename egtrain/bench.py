@@ -153,7 +153,7 @@ def config_of(preset: str, variant: str, overrides: Sequence[str]) -> Config:
     """Return the preset's configuration with another choice of ζ, which acts in every step."""
     settings = [*VARIANTS[variant], "post_local.period=null"]
     if (
-        SECTIONS[variant.split()[0]].along_momentum
+        "sgd" in SECTIONS[variant.split()[0]].momentum_of
         and load_config(preset, list(overrides)).optimizer.name == "sgd"
     ):
         # Its base is heavy-ball momentum, which takes as long as Nesterov's.

@@ -20,8 +20,9 @@ class Extrapolation(Section):
 
     name: str = "none"
 
-    along_momentum: ClassVar[bool] = False
-    """Whether it needs a base optimizer with momentum and without look-ahead."""
+    momentum_of: ClassVar[tuple[str, ...]] = ()
+    """Base optimizers whose momentum it follows, without their own look-ahead; it needs one of
+    them. With none it goes with every base."""
 
     @property
     def new_samples(self) -> bool:
@@ -147,17 +148,19 @@ class AgainstSecondGradient(Shift):
 
 
 class AlongMomentum(Shift):
-    """The shift follows the momentum of the base optimizer."""
+    """The shift follows the momentum of SGD."""
 
-    along_momentum: ClassVar[bool] = True
+    momentum_of: ClassVar[tuple[str, ...]] = ("sgd",)
 
 
 class AlongNormalisedMomentum(AlongMomentum):
-    """It follows it by a fixed length.
+    """The shift follows the momentum of any base that has one, by a fixed length.
 
     The default radius is that of the MSAM class of its authors; their CIFAR-100 examples, networks
     of millions of weights, take 3.
     """
+
+    momentum_of: ClassVar[tuple[str, ...]] = ("sgd", "lars", "lamb", "adam", "adamw")
 
     radius: NotNegative = 0.3
     """Length of the shift."""

@@ -162,9 +162,16 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _momentum_to_follow(self) -> "Config":
-        if not self.extrapolation.along_momentum:
-            return self
         name, base = self.extrapolation.name, self.optimizer
+        bases = self.extrapolation.momentum_of
+        if not bases:
+            return self
+        if base.name not in bases:
+            raise wrong(
+                "extrapolation.name",
+                f"extrapolation '{name}' needs the momentum of {' or '.join(bases)}; set "
+                f"optimizer.name to {bases[0]}",
+            )
         key = "momentum" if base.name in ("sgd", "lars") else "beta1"
         if getattr(base, key) == 0:
             raise wrong(

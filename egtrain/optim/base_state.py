@@ -36,6 +36,12 @@ class BaseState:
             for b, p in zip(buffers, self._parameters, strict=True)
         ]
 
+    def momentum_factors(self) -> list[float]:
+        """Return u of each parameter's group, for an optimizer that calls it `momentum` (SGD,
+        LARS).
+        """
+        return [self._optimizer.param_groups[i]["momentum"] for i in self._groups]
+
     def preconditioned(self, gradients: list[Tensor], *, trust_ratio: bool = True) -> list[Tensor]:
         """Return λ·g/(√v̂ + ε): each of the two factors where the optimizer has it, else the
         gradients as they are.
