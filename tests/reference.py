@@ -286,6 +286,9 @@ class Reference:
             velocity = self.velocity or [torch.zeros_like(x) for x in self.weights]
             norm = math.sqrt(squared_norm(velocity))
             return [zeta.size * v / norm if norm > 0 else v for v in velocity]
+        if zeta.name == "nesterov":
+            velocity = self.velocity or [torch.zeros_like(x) for x in self.weights]
+            return [learning_rate * self.base.momentum * v for v in velocity]
         if zeta.name == "average of updates":
             return [-zeta.ratio * learning_rate * m for m in self.average_update]
         if zeta.name == "average of gradients":

@@ -595,7 +595,7 @@ def test_overrides_are_applied_and_the_last_of_equal_keys_wins() -> None:
         (
             "{name: locl}",
             "extrapolation.name must be one of none, local, optimistic, gradient-noise, gaussian, "
-            "smoothout, extragradient, sam, msam, not 'locl'; did you mean 'local'?",
+            "smoothout, extragradient, sam, msam, nesterov, not 'locl'; did you mean 'local'?",
         ),
         ("{name: null}", "extrapolation.name must be one of none, local"),
         ("{name: [a]}", "extrapolation.name must be one of none, local"),
@@ -688,6 +688,27 @@ def test_two_lengths_in_one_command_are_refused_in_either_order() -> None:
 def test_a_shift_along_the_momentum_needs_one(base: str, message: str) -> None:
     text = f"optimizer: {base}\nextrapolation:\n  radius: 1\n  name: msam\n"
     assert complaint(text) == f"x.yaml:4: extrapolation 'msam' {message}"
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("{}", "needs a base without look-ahead; set optimizer.nesterov to false"),
+        (
+            "{nesterov: false, momentum: 0}",
+            "needs a base with momentum; set optimizer.momentum above 0, such as 0.9",
+        ),
+        *(
+            (f"{{name: {name}}}", "needs the momentum of sgd; set optimizer.name to sgd")
+            for name in ("lars", "lamb", "adam", "adamw")
+        ),
+    ],
+)
+def test_nesterovs_look_ahead_needs_sgd_with_momentum_that_does_not_look_ahead(
+    base: str, message: str
+) -> None:
+    text = f"optimizer: {base}\nextrapolation:\n  name: nesterov\n"
+    assert complaint(text) == f"x.yaml:3: extrapolation 'nesterov' {message}"
 
 
 @pytest.mark.parametrize(
@@ -838,7 +859,7 @@ TEXTS = {
 def test_every_member_survives_the_round_trip(section: str, name: str) -> None:
     further = {"gaussian": {"size": 0.1}, "smoothout": {"size": 0.1}}.get(name, {})
     base: dict[str, Any] = {
-        "msam": {"optimizer": {"nesterov": False}},
+        **{key: {"optimizer": {"nesterov": False}} for key in ("msam", "nesterov")},
         **dict.fromkeys(("language", "lstm"), TEXTS["language"]),
         **dict.fromkeys(("translation", "transformer"), TEXTS["translation"]),
     }.get(name, {})

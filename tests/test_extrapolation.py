@@ -25,6 +25,7 @@ from egtrain.optim import (
     GaussianNoise,
     GradientNoise,
     LocalGradient,
+    Nesterov,
     OptimisticGradient,
     SmoothOut,
 )
@@ -118,6 +119,8 @@ ROWS: list[tuple[Zeta, Direction | None, Base]] = [
     ),
     *((Zeta("msam", size=0.1), MSAM(radius=0.1), base) for base in (HEAVY_BALL, *OTHER_BASES)),
     (Zeta("msam", size=0.1, until=5, every=3), MSAM(radius=0.1), HEAVY_BALL),
+    (Zeta("nesterov"), Nesterov(), HEAVY_BALL),
+    (Zeta("nesterov", until=5), Nesterov(), HEAVY_BALL),
     (Zeta("extragradient", ratio=0.5, every=2), Extragradient(ratio=0.5), NESTEROV),
     (
         Zeta("extragradient", ratio=0.5, samples="new", until=5, every=3),
@@ -299,6 +302,7 @@ DIRECTIONS: dict[str, Direction] = {
     "extragradient-filter": Extragradient(size=0.1, scaling="filter"),
     "sam": SAM(radius=0.1),
     "msam": MSAM(radius=0.1),
+    "nesterov": Nesterov(),
     "average-of-updates": AverageOfUpdates(factor=0.5, decay=0.7, peak_rate=0.1),
     "average-of-gradients": AverageOfGradients(ratio=0.5, decay=0.6),
     "gaussian-none": GaussianNoise(size=0.1, scaling="none", norm_and_bias=True),
@@ -361,7 +365,7 @@ class UserLoop:
             ],
             lr=0.1,
             momentum=0.9,
-            nesterov=not isinstance(direction, MSAM),
+            nesterov=not isinstance(direction, MSAM | Nesterov),
         )
         self.extrapolation = Extrapolation(self.optimizer, direction, workers, seed=5)
         self.step_number = 0
@@ -612,7 +616,8 @@ def test_a_state_is_a_copy(direction: Direction) -> None:
     [
         row
         for row in ROWS
-        if row[0].until > 100 and (row[2] == NESTEROV or row[0].name in ("none", "msam"))
+        if row[0].until > 100
+        and (row[2] == NESTEROV or row[0].name in ("none", "msam", "nesterov"))
     ],
     ids=row_name,
 )
@@ -1135,6 +1140,7 @@ def test_sizes_that_are_not_sizes_are_refused(
         (Extragradient(ratio=0.5), 1),
         (SAM(radius=0.1), 1),
         (MSAM(radius=0.1), 1),
+        (Nesterov(), 1),
         (GaussianNoise(size=0.1), 1),
         (AverageOfUpdates(factor=0.5, decay=0.7, peak_rate=0.1), 2),
     ],
@@ -1146,6 +1152,7 @@ def test_sizes_that_are_not_sizes_are_refused(
         "extragradient",
         "sam",
         "msam",
+        "nesterov",
         "noise",
         "average-of-updates",
     ],

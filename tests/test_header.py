@@ -68,6 +68,7 @@ def test_a_header_names_all_that_a_run_consists_of() -> None:
         ("resnet-gaussian", ["extrapolation.scaling=none"], "gaussian, size 0.05"),
         ("resnet-sam", [], "sam, radius 0.05, two gradients a step"),
         ("resnet-msam", [], "msam, radius 0.3"),
+        ("resnet-nesterov", [], "nesterov"),
     ],
 )
 def test_the_shift_is_told_with_its_size(preset: str, overrides: list[str], text: str) -> None:

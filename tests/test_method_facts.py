@@ -25,6 +25,7 @@ from egtrain.optim import (
     GaussianNoise,
     GradientNoise,
     LocalGradient,
+    Nesterov,
     OptimisticGradient,
     SmoothOut,
 )
@@ -49,13 +50,15 @@ class Row:
     """Of the error against the implicit step. A past that is still empty is a plain step, of order
     2."""
     is_linear: bool = False
-    """Whether it is a linear recursion on quadratics: it has one gradient and divides by no
-    norm."""
+    """Whether it is a linear recursion on quadratics: it has one gradient and divides by no norm.
+    Nesterov's look-ahead is held to torch's instead."""
     bounded_at: tuple[float, ...] = ()
     """Sizes at which it is held to the bound, if its shift does not depend on the current sample,
     and u may be 0."""
     is_one_worker: bool = True
     """Whether workers that see the same are one worker: not if their noise is their own."""
+    has_size: bool = True
+    """Whether its length is a setting; where it is not, it has one base."""
     has_zero_past: bool = True
     """Whether a zero gradient means no shift."""
 
@@ -105,6 +108,7 @@ ROWS = {
     ),
     "sam": Row(direction=lambda radius: SAM(radius=radius)),
     "msam": Row(direction=lambda radius: MSAM(radius=radius), base=HEAVY_BALL),
+    "nesterov": Row(direction=lambda _: Nesterov(), base=HEAVY_BALL, has_size=False),
 }
 OTHER_BASES = {name: Base(name=name, clip_norm=2.5) for name in ("lars", "lamb", "adam", "adamw")}
 
@@ -316,6 +320,75 @@ def test_on_quadratics_the_iterates_are_a_linear_recursion(
 
 
 # ---------------------------------------------------------------------------------------------
+# Nesterov's look-ahead, written as a row and as torch has it
+
+
+def looked_ahead(
+    rates: list[float], *, as_a_row: bool, weight_decay: float = 0.0
+) -> list[list[Tensor]]:
+    """Return y_t for each step with that rate: where the row takes the gradient, or the weights
+    that `torch.optim.SGD(nesterov=True)` keeps.
+
+    Two groups have rates and momentum factors of their own; three workers have losses of their own.
+    """
+    weights = [nn.Parameter(torch.tensor(w).double()) for w in ([0.3, -0.8, 1.1], [0.5, 0.9])]
+    optimizer = torch.optim.SGD(
+        [{"params": weights[:1]}, {"params": weights[1:], "momentum": 0.6}],
+        lr=0.1,
+        momentum=0.9,
+        nesterov=not as_a_row,
+        weight_decay=weight_decay,
+    )
+    extrapolation = Extrapolation(optimizer, Nesterov(), 3) if as_a_row else None
+
+    def backward(worker: int) -> list[Tensor]:
+        optimizer.zero_grad()
+        shapes = torch.cat(weights)
+        torch.autograd.backward(bumpy(shapes[:3]) + torch.cos(shapes * (worker + 1)).prod())
+        return [w.grad.clone() for w in weights if w.grad is not None]
+
+    points = []
+    for rate in rates:
+        optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"] = rate, 0.5 * rate
+        gradients = []
+        for worker in range(3):
+            if extrapolation is None:
+                point = [w.detach().clone() for w in weights]
+                gradients.append(backward(worker))
+            else:
+                with extrapolation.shifted(worker):
+                    point = [w.detach().clone() for w in weights]
+                    gradients.append(backward(worker))
+        points.append(point)
+        for w, *parts in zip(weights, *gradients, strict=True):
+            w.grad = torch.stack(parts).mean(dim=0)
+        optimizer.step()
+    return points
+
+
+def test_nesterovs_look_ahead_is_torchs_at_a_constant_rate_without_weight_decay() -> None:
+    row, torchs = (looked_ahead([0.1] * 20, as_a_row=form) for form in (True, False))
+    torch.testing.assert_close(row, torchs, rtol=1e-12, atol=1e-13)
+    assert float((row[-1][0] - row[0][0]).norm()) > 0.5
+
+
+@pytest.mark.parametrize(
+    ("rates", "weight_decay", "equal_steps"),
+    [([0.1] * 5 + [0.02] * 5, 0.0, 5), ([0.1] * 10, 0.05, 1)],
+    ids=["falling rate", "weight decay"],
+)
+def test_nesterovs_look_ahead_differs_from_torchs_where_rate_or_decay_tell_x_from_y(
+    rates: list[float], weight_decay: float, equal_steps: int
+) -> None:
+    row, torchs = (
+        looked_ahead(rates, as_a_row=form, weight_decay=weight_decay) for form in (True, False)
+    )
+    differences = [float((a[0] - b[0]).norm()) for a, b in zip(row, torchs, strict=True)]
+    assert max(differences[:equal_steps]) < 1e-12
+    assert max(differences) > 1e-3
+
+
+# ---------------------------------------------------------------------------------------------
 # The bound for functions that are not convex
 
 WORKERS, DIMENSIONS, TRIALS = 4, 5, 400
@@ -409,7 +482,7 @@ def is_plain(direction: Direction, base: Base, dtype: torch.dtype, **settings: A
     )
 
 
-@rows(lambda row: row.direction(0.0))
+@rows(lambda row: row.direction(0.0) and row.has_size)
 @pytest.mark.parametrize("base", ["its own", *OTHER_BASES])
 def test_size_zero_is_the_base_optimizer_bit_for_bit(name: str, base: str) -> None:
     direction = ROWS[name].direction(0.0)
@@ -422,7 +495,7 @@ def test_size_zero_is_plain_training_with_every_scaling(make: Callable[[float], 
     assert is_plain(make(0.0), BASE, torch.float32)
 
 
-@rows(lambda row: row.direction(0.0))
+@rows(lambda row: row.direction(0.0) and row.has_size)
 def test_size_zero_is_plain_training_in_double_precision(name: str) -> None:
     direction = ROWS[name].direction(0.0)
     assert direction is not None
@@ -435,7 +508,7 @@ def test_size_zero_is_plain_training_with_new_samples_and_now_and_then() -> None
 
 
 @pytest.mark.parametrize("base", ["its own", *OTHER_BASES])
-@rows(lambda row: row.direction(0.0))
+@rows(lambda row: row.direction(0.0) and row.has_size)
 def test_a_size_that_is_not_zero_is_not_plain_training(name: str, base: str) -> None:
     direction = ROWS[name].direction(0.5)
     assert direction is not None
@@ -454,10 +527,15 @@ def test_extrapolation_from_the_past_begins_with_the_second_step() -> None:
 # Workers that see the same
 
 
-@rows(lambda row: row.is_one_worker)
 @pytest.mark.parametrize(
-    ("base", "workers"),
-    [("its own", 3), ("its own", 4), ("lars", 3), ("lamb", 3), ("adam", 3), ("adamw", 3)],
+    ("name", "base", "workers"),
+    [
+        (name, base, workers)
+        for name, row in ROWS.items()
+        if row.is_one_worker
+        for base, workers in (("its own", 3), ("its own", 4), *((b, 3) for b in OTHER_BASES))
+        if row.has_size or base == "its own"
+    ],
 )
 def test_workers_that_see_the_same_samples_are_one_worker(
     name: str, base: str, workers: int
@@ -566,8 +644,9 @@ def test_a_zero_gradient_is_no_shift(direction: Direction, dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("base", OTHER_BASES)
-@pytest.mark.parametrize("direction", NEEDS_A_GRADIENT.values(), ids=NEEDS_A_GRADIENT.keys())
-def test_a_zero_gradient_is_no_shift_with_any_base(direction: Direction, base: str) -> None:
+@pytest.mark.parametrize("name", [name for name in NEEDS_A_GRADIENT if name != "nesterov"])
+def test_a_zero_gradient_is_no_shift_with_any_base(name: str, base: str) -> None:
+    direction = NEEDS_A_GRADIENT[name]
     weights = [torch.full(shape, 2.0) for shape in ((3, 2), (2, 2, 2, 2), (4,), ())]
     no_decay = replace(NO_DECAY, name=base)
     inside = shifted_weights(

@@ -20,6 +20,7 @@ from egtrain.optim import (
     Extragradient,
     Extrapolation,
     LocalGradient,
+    Nesterov,
     OptimisticGradient,
 )
 from egtrain.optim.extrapolation import Direction
@@ -584,6 +585,23 @@ def test_a_base_without_heavy_ball_momentum_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         Extrapolation(optimizer([nn.Parameter(torch.ones(2))]), MSAM(radius=0.1))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        (lambda p: torch.optim.SGD(p, 0.1), "group 0 a momentum above 0"),
+        (lambda p: torch.optim.SGD(p, 0.1, 0.9, nesterov=True), r"set nesterov=False in group 0"),
+        (lambda p: LARS(p, 0.1), "make it the base instead of LARS"),
+        (lambda p: torch.optim.Adam(p, 0.1), "make it the base instead of Adam"),
+    ],
+    ids=["no momentum", "nesterov", "lars", "adam"],
+)
+def test_nesterovs_look_ahead_refuses_a_base_other_than_sgd_with_heavy_ball_momentum(
+    optimizer: Callable[[Any], Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        Extrapolation(optimizer([nn.Parameter(torch.ones(2))]), Nesterov())
 
 
 @pytest.mark.parametrize("name", ["lars", "lamb", "adam", "adamw"])

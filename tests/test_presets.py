@@ -43,6 +43,7 @@ VARIANTS = {
     "smoothout": ("smoothout", "sgd", None),
     "sam": ("sam", "sgd", None),
     "msam": ("msam", "sgd", None),
+    "nesterov": ("nesterov", "sgd", None),
     "lars": ("none", "lars", None),
     "eg-lars": ("local", "lars", None),
     "lamb": ("none", "lamb", None),
@@ -54,6 +55,7 @@ VARIANTS = {
 }
 """Extrapolation, optimizer and period of the local phase."""
 TWO_GRADIENTS = {"extragradient", "sam"}
+ALONG_MOMENTUM = {"msam", "nesterov"}
 REFERENCE_FAMILIES = [family for family in FAMILIES if family != "resnet8"]
 shipped = cache(load_config)
 
@@ -62,13 +64,17 @@ TEXT_FAMILIES = {
     "lstm": [
         variant
         for variant in VARIANTS
-        if variant not in ("msam", "lars", "eg-lars", "lamb", "eg-lamb")
+        if variant not in (*ALONG_MOMENTUM, "lars", "eg-lars", "lamb", "eg-lamb")
     ],
     # Its base is Adam, so that `eg` is EXTRAP-ADAM.
-    "transformer": [v for v in VARIANTS if v not in ("sgd", "msam", "lars", "eg-lars", "eg-adam")],
+    "transformer": [
+        variant
+        for variant in VARIANTS
+        if variant not in ("sgd", *ALONG_MOMENTUM, "lars", "eg-lars", "eg-adam")
+    ],
 }
-"""Variants that make sense: without momentum there is no MSAM, and a Transformer is not trained
-with SGD."""
+"""Variants that make sense: without momentum there is nothing to follow, and a Transformer is not
+trained with SGD."""
 ALONE = {"quickstart", "quickstart-sgd", "quickstart-lstm", "quickstart-transformer"}
 
 
@@ -126,7 +132,7 @@ def test_a_composed_preset_is_its_family_and_its_variant_and_nothing_else(
 def test_a_variant_changes_what_it_is_named_after_and_nothing_else(variant: str) -> None:
     extrapolation, optimizer, period = VARIANTS[variant]
     expected = {"extrapolation"} if extrapolation != "none" else set()
-    expected |= {"optimizer"} if optimizer != "sgd" or variant == "msam" else set()
+    expected |= {"optimizer"} if optimizer != "sgd" or variant in ALONG_MOMENTUM else set()
     expected |= {"schedule"} if optimizer in ("adam", "lamb") else set()
     expected |= {"post_local"} if period else set()
     changed = differences(shipped("resnet-sgd"), shipped(f"resnet-{variant}"))

@@ -168,7 +168,7 @@ def test_variants_of_the_table_have_presets_of_that_kind() -> None:
     rows = re.findall(
         r"^\| `(resnet-[\w-]+)` \| `([\w-]+)` \|.*\| (\d) \|$", README, flags=re.MULTILINE
     )
-    assert len(rows) == 9
+    assert len(rows) == 10
     for preset, name, gradients in rows:
         shown = egtrain(f"presets {preset}")
         assert re.search(rf"^extrapolation:\n  name: {name}$", shown, flags=re.MULTILINE), preset

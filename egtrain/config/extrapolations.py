@@ -221,6 +221,9 @@ ROWS = (
     Row("msam", "MSAM", AlongNormalisedMomentum,
         "along the normalised momentum of the base optimizer",
         "MSAM (Becker et al. 2024, arXiv 2401.12033)."),
+    Row("nesterov", "Nesterov", AlongMomentum,
+        "along the momentum of SGD, as far as that alone goes",
+        "Nesterov's look-ahead (Nesterov 1983)."),
 )
 # fmt: on
 """Every choice of ζ. How many gradients a step it takes is said by the direction itself."""

@@ -15,6 +15,7 @@ from egtrain.optim.directions.gaussian import GaussianNoise
 from egtrain.optim.directions.gradient_noise import GradientNoise
 from egtrain.optim.directions.local import LocalGradient
 from egtrain.optim.directions.msam import MSAM
+from egtrain.optim.directions.nesterov import Nesterov
 from egtrain.optim.directions.optimistic import OptimisticGradient
 from egtrain.optim.directions.sam import SAM
 from egtrain.optim.directions.smoothout import SmoothOut
@@ -34,6 +35,7 @@ __all__ = [
     "GaussianNoise",
     "GradientNoise",
     "LocalGradient",
+    "Nesterov",
     "NoiseScale",
     "OptimisticGradient",
     "Point",
