@@ -57,6 +57,14 @@ def test_several_bars_show_what_is_done_and_left(monkeypatch: pytest.MonkeyPatch
     assert "a message" in output
 
 
+def test_a_message_is_folded_between_words_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(progress: Progress) -> None:
+        progress.message(" ".join(["accuracy"] * 5))
+
+    lines = [line.strip() for line in shown_on_terminal(monkeypatch, work, "30").splitlines()]
+    assert [line.count("accuracy") for line in lines if "acc" in line] == [3, 2]
+
+
 def test_a_watched_bar_is_asked_before_it_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     def work(progress: Progress) -> None:
         progress.bar("trace", 10).watch(lambda: (4, "20 products"))
