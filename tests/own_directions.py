@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from egtrain.optim import Direction, Point, State
+from egtrain.optim import AlongGradient, Direction, Point, State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +35,11 @@ class AverageOfUpdates(Direction):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AverageOfGradients(Direction):
+class AverageOfGradients(AlongGradient):
     """ζ^k_t = ratio·γ_t·a^k_t/(1 − decay^n), a^k_{t+1} = decay·a^k_t + (1 − decay)·g^k_t, where n
     counts the worker's gradients.
     """
 
-    ratio: float
     decay: float
 
     def worker_state(self, parameters: list[Tensor]) -> State:
@@ -54,9 +53,8 @@ class AverageOfGradients(Direction):
         torch._foreach_add_(state["count"], 1.0)
 
     def zeta(self, at: Point) -> list[Tensor]:
-        return [
-            self.ratio * rate * average / (1 - self.decay ** count.clamp(min=1))
-            for rate, average, count in zip(
-                at.learning_rates, at.state["average"], at.state["count"], strict=True
-            )
+        unbiased = [
+            average / (1 - self.decay ** count.clamp(min=1))
+            for average, count in zip(at.state["average"], at.state["count"], strict=True)
         ]
+        return self.along(unbiased, at)

@@ -8,6 +8,7 @@
 >>> optimizer.step()
 """
 
+from egtrain.optim.along_gradient import AlongGradient
 from egtrain.optim.ddp import remember_local_gradients
 from egtrain.optim.direction import Direction, Point, State
 from egtrain.optim.directions.extragradient import Extragradient
@@ -22,13 +23,16 @@ from egtrain.optim.directions.smoothout import SmoothOut
 from egtrain.optim.extrapolation import Extrapolation
 from egtrain.optim.lamb import LAMB
 from egtrain.optim.lars import LARS
+from egtrain.optim.noise import Noise
 from egtrain.optim.noise_scale import NoiseScale
+from egtrain.optim.scaling import scaled_to_weights
 
 __all__ = [
     "LAMB",
     "LARS",
     "MSAM",
     "SAM",
+    "AlongGradient",
     "Direction",
     "Extragradient",
     "Extrapolation",
@@ -36,10 +40,12 @@ __all__ = [
     "GradientNoise",
     "LocalGradient",
     "Nesterov",
+    "Noise",
     "NoiseScale",
     "OptimisticGradient",
     "Point",
     "SmoothOut",
     "State",
     "remember_local_gradients",
+    "scaled_to_weights",
 ]
