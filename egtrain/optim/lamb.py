@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from egtrain.optim.base_state import second_moment_roots
-from egtrain.optim.layers import Alike, norms, require, update_alike
+from egtrain.optim.layers import Layers, check_setting, norms, update_layers
 
 
 class LAMB(torch.optim.Optimizer):
@@ -59,14 +59,14 @@ class LAMB(torch.optim.Optimizer):
         """Add parameters, with settings of their own or the optimizer's."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        require(group["lr"] > 0, "lr must be above 0", group["lr"])
-        require(
+        check_setting(group["lr"] > 0, "lr must be above 0", group["lr"])
+        check_setting(
             all(0 <= beta < 1 for beta in group["betas"]),
             "betas must be at least 0 and below 1",
             group["betas"],
         )
-        require(group["eps"] >= 0, "eps must be at least 0", group["eps"])
-        require(
+        check_setting(group["eps"] >= 0, "eps must be at least 0", group["eps"])
+        check_setting(
             group["weight_decay"] >= 0, "weight_decay must be at least 0", group["weight_decay"]
         )
 
@@ -78,9 +78,9 @@ class LAMB(torch.optim.Optimizer):
         Raises:
             RuntimeError: a gradient is sparse, or a group has none.
         """
-        return update_alike(self, closure, self._update)
+        return update_layers(self, closure, self._update)
 
-    def _update(self, layers: Alike, group: dict[str, Any]) -> None:
+    def _update(self, layers: Layers, group: dict[str, Any]) -> None:
         w, g = layers.weights, layers.gradients
         beta1, beta2 = group["betas"]
         states = [self.state[x] for x in w]

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from egtrain.optim.layers import Alike, norms, require, update_alike
+from egtrain.optim.layers import Layers, check_setting, norms, update_layers
 
 
 class LARS(torch.optim.Optimizer):
@@ -56,14 +56,14 @@ class LARS(torch.optim.Optimizer):
         """Add parameters, with settings of their own or the optimizer's."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        require(group["lr"] > 0, "lr must be above 0", group["lr"])
-        require(
+        check_setting(group["lr"] > 0, "lr must be above 0", group["lr"])
+        check_setting(
             0 <= group["momentum"] < 1, "momentum must be at least 0 and below 1", group["momentum"]
         )
-        require(
+        check_setting(
             group["weight_decay"] >= 0, "weight_decay must be at least 0", group["weight_decay"]
         )
-        require(
+        check_setting(
             group["trust_coefficient"] > 0,
             "trust_coefficient must be above 0",
             group["trust_coefficient"],
@@ -77,9 +77,9 @@ class LARS(torch.optim.Optimizer):
         Raises:
             RuntimeError: a gradient is sparse, or a group has none.
         """
-        return update_alike(self, closure, self._update)
+        return update_layers(self, closure, self._update)
 
-    def _update(self, layers: Alike, group: dict[str, Any]) -> None:
+    def _update(self, layers: Layers, group: dict[str, Any]) -> None:
         w, g, decay = layers.weights, layers.gradients, layers.weight_decay
         states = [self.state[x] for x in w]
         for state, x in zip(states, w, strict=True):

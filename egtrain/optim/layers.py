@@ -11,8 +11,8 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Alike:
-    """Parameters of one group, device, type and treatment, with their gradients."""
+class Layers:
+    """Layers of one group, device, type and treatment, with their gradients."""
 
     weights: list[Tensor]
     gradients: list[Tensor]
@@ -21,8 +21,8 @@ class Alike:
     weight_decay: float
 
 
-def alike(name: str, number: int, group: dict[str, Any]) -> Iterator[Alike]:
-    """Yield the parameters of a group that have a gradient, those together that are treated alike.
+def layers_treated_alike(name: str, number: int, group: dict[str, Any]) -> Iterator[Layers]:
+    """Yield the layers of a group that have a gradient, those together that are treated alike.
 
     Raises:
         RuntimeError: a gradient is sparse, or there is none where there could be one.
@@ -39,7 +39,7 @@ def alike(name: str, number: int, group: dict[str, Any]) -> Iterator[Alike]:
             f"parameter group {number} has no gradient: call backward() before step()"
         )
     for (_, _, matrices), weights in lists.items():
-        yield Alike(
+        yield Layers(
             weights,
             [w.grad for w in weights if w.grad is not None],
             adapted=matrices or group["adapt_norm_and_bias"],
@@ -47,13 +47,13 @@ def alike(name: str, number: int, group: dict[str, Any]) -> Iterator[Alike]:
         )
 
 
-def update_alike(
+def update_layers(
     optimizer: torch.optim.Optimizer,
     closure: Callable[[], Any] | None,
-    update: Callable[[Alike, dict[str, Any]], None],
+    update: Callable[[Layers, dict[str, Any]], None],
 ) -> Any:
-    """Update the parameters of all groups, those together that are treated alike; return the
-    closure's loss.
+    """Update the layers of all groups, those together that are treated alike; return the closure's
+    loss.
 
     Raises:
         RuntimeError: a gradient is sparse, or a group has none.
@@ -63,7 +63,7 @@ def update_alike(
         with torch.enable_grad():
             loss = closure()
     for number, group in enumerate(optimizer.param_groups):
-        for layers in alike(type(optimizer).__name__, number, group):
+        for layers in layers_treated_alike(type(optimizer).__name__, number, group):
             update(layers, group)
     return loss
 
@@ -73,7 +73,7 @@ def norms(tensors: list[Tensor]) -> Tensor:
     return torch.stack(list(torch._foreach_norm(tensors)))
 
 
-def require(fulfilled: bool, what: str, value: object) -> None:
+def check_setting(fulfilled: bool, what: str, value: object) -> None:
     """Raise ValueError with the value that a setting may not have."""
     if not fulfilled:
         raise ValueError(f"{what}, not {value}")
