@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from egtrain.config.extrapolations import DIRECTIONS, length_key
+from egtrain.build import build_direction
+from egtrain.config.extrapolations import length_key
 from egtrain.config.models import Model
 from egtrain.config.schema import Config
 from egtrain.config.tasks import LanguageSettings, Task
@@ -170,8 +171,8 @@ def samples_noun(task: Task) -> str:
 def extrapolation_text(config: Config) -> str:
     """Return the choice of ζ with its size, in words."""
     extrapolation = config.extrapolation
-    key = length_key(extrapolation)
-    if DIRECTIONS[extrapolation.name] is None:
+    direction, key = build_direction(config), length_key(extrapolation)
+    if direction is None:
         return "none, plain mini-batch gradients"
     if key is None:
         return extrapolation.name
@@ -182,7 +183,7 @@ def extrapolation_text(config: Config) -> str:
         how_far = f"{value} of the norm of each {scaling}'s weights"
     else:
         how_far = f"{key} {value}"
-    twice = ", two gradients a step" if hasattr(extrapolation, "every") else ""
+    twice = ", two gradients a step" if direction.gradients == 2 else ""
     return f"{extrapolation.name}, {how_far}{twice}"
 
 

@@ -26,8 +26,8 @@ class Extrapolation(Section):
 
     @property
     def new_samples(self) -> bool:
-        """Whether a second gradient takes samples of its own."""
-        return getattr(self, "samples", "same") == "new"
+        """Whether there is a second gradient, on other samples than the first."""
+        return False
 
     def steps(self, total: int, warmup_steps: int, local_start: float | None) -> range:
         """Return the steps of a run that shift the weights.
@@ -54,8 +54,18 @@ class Shift(Extrapolation):
     def steps(self, total: int, warmup_steps: int, local_start: float | None) -> range:
         """Return the steps of a run that shift the weights."""
         until = min(end for end in (1.0, self.until, local_start) if end is not None)
-        first = warmup_steps if getattr(self, "after_warmup", False) else 0
-        return range(first, round(until * total), getattr(self, "every", 1))
+        return range(round(until * total))
+
+
+class TwoGradients(Shift):
+    """Keys of every shift that takes a second gradient in the same step."""
+
+    every: Count = 1
+    """Shift on every so-many-th step only; the others are plain steps."""
+
+    def steps(self, total: int, warmup_steps: int, local_start: float | None) -> range:
+        """Return the steps of a run that shift the weights."""
+        return super().steps(total, warmup_steps, local_start)[:: self.every]
 
 
 class AlongGradient(Shift):
@@ -117,13 +127,16 @@ class AlongGradient(Shift):
         return {**super().settings(workers), "ratio": ratio}
 
 
-class AlongSecondGradient(AlongGradient):
+class AlongSecondGradient(TwoGradients, AlongGradient):
     """The gradient is a second one of the same step."""
 
     samples: Literal["same", "new"] = "same"
     """Whether the second gradient is taken on the same samples or on new ones."""
-    every: Count = 1
-    """Shift on every so-many-th step only; the others are plain steps."""
+
+    @property
+    def new_samples(self) -> bool:
+        """Whether the second gradient is on other samples than the first."""
+        return self.samples == "new"
 
 
 class Noise(Shift):
@@ -138,13 +151,11 @@ class Noise(Shift):
     """Shift normalisation parameters and biases too."""
 
 
-class AgainstSecondGradient(Shift):
+class AgainstSecondGradient(TwoGradients):
     """The shift goes uphill, by a fixed length."""
 
     radius: NotNegative = 0.05
     """Length of the shift."""
-    every: Count = 1
-    """Shift on every so-many-th step only; the others are plain steps."""
 
 
 class AlongMomentum(Shift):
@@ -166,6 +177,11 @@ class AlongNormalisedMomentum(AlongMomentum):
     """Length of the shift."""
     after_warmup: bool = True
     """No shift during the warm-up."""
+
+    def steps(self, total: int, warmup_steps: int, local_start: float | None) -> range:
+        """Return the steps of a run that shift the weights."""
+        steps = super().steps(total, warmup_steps, local_start)
+        return steps[warmup_steps:] if self.after_warmup else steps
 
 
 @dataclass(frozen=True)
