@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from helpers import forked_ranks, torch_as_it_was
 from own_directions import AverageOfGradients, AverageOfUpdates
-from test_readme import DDP, SECOND_GRADIENT
+from test_docs import DDP, SECOND_GRADIENT
 from tiny_run import train_watched
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -217,7 +217,7 @@ SETTINGS = [
     "threads=1",
     "device=cpu",
 ]
-"""The README's optimizer, in a run of 20 steps."""
+"""The library page's optimizer, in a run of 20 steps."""
 
 ZETAS = {
     "local": ["extrapolation.ratio=1/K"],
@@ -290,8 +290,8 @@ def steps_of_a_plain_loop(name: str) -> tuple[Trajectory, list[float]]:
     return weights, losses
 
 
-def steps_of_the_readme(name: str) -> tuple[Trajectory, list[float]]:
-    """Return the weights and this rank's losses of the README's example with DDP, on egtrain's
+def steps_of_the_page(name: str) -> tuple[Trajectory, list[float]]:
+    """Return the weights and this rank's losses of the page's example with DDP, on egtrain's
     network and batches.
     """
     program, given = re.subn(r"^(network|batches) = .*\n", "", DDP, flags=re.MULTILINE)
@@ -311,19 +311,19 @@ def steps_of_the_readme(name: str) -> tuple[Trajectory, list[float]]:
             losses.append(names["loss"].item())
 
     names = {"network": same.network, "batches": noted_batches(), "direction": same.direction}
-    exec(compile(program, "README.md", "exec"), names)
+    exec(compile(program, "docs/library.md", "exec"), names)
     return weights, losses
 
 
-def readme_with_every_zeta() -> dict[str, tuple[Trajectory, list[float]]]:
-    return {name: steps_of_the_readme(name) for name in ZETAS}
+def page_with_every_zeta() -> dict[str, tuple[Trajectory, list[float]]]:
+    return {name: steps_of_the_page(name) for name in ZETAS}
 
 
 @pytest.fixture(scope="module")
 def readmes_steps(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> list[dict[str, tuple[Trajectory, list[float]]]]:
-    return on_two_ranks(readme_with_every_zeta, tmp_path_factory.mktemp("readme"))
+    return on_two_ranks(page_with_every_zeta, tmp_path_factory.mktemp("readme"))
 
 
 @pytest.mark.parametrize("name", ZETAS)

@@ -605,10 +605,10 @@ def torchruns_store() -> Iterator[dict[str, str]]:
 
 @contextlib.contextmanager
 def two_nodes(command: list[str], folders: list[Path]) -> Iterator[list["subprocess.Popen[str]"]]:
-    """Start a command as the README starts it on two nodes, on this machine and a rank each."""
+    """Start a command as the page starts it on two nodes: on this machine, a rank each."""
     printed = [
         line.partition(" -m egtrain ")[0]
-        for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+        for line in (ROOT / "docs" / "ranks.md").read_text(encoding="utf-8").splitlines()
         if line.startswith("torchrun --nnodes 2 ")
     ]
     assert len(printed) == len(set(printed)) == 2
