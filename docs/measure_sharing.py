@@ -15,7 +15,7 @@ from egtrain.build import build_run
 from egtrain.config.files import load_config
 from egtrain.config.schema import Config
 from egtrain.data.images import ImageData
-from egtrain.distributed import pick_device
+from egtrain.ranks.distributed import pick_device
 from egtrain.statistics import HostCopy
 from egtrain.train import take_step
 from egtrain.workers import Ranks

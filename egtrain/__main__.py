@@ -32,7 +32,7 @@ def main() -> None:
             raise
         code, failure = 1, error
     if is_rank:
-        from egtrain.failures import end_rank
+        from egtrain.ranks.failures import end_rank
 
         end_rank(code, failure)
     if failure is not None:

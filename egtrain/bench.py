@@ -14,8 +14,8 @@ from egtrain.config.extrapolations import SECTIONS
 from egtrain.config.files import load_config
 from egtrain.config.schema import Config
 from egtrain.cost import seconds_taken, take_steps, warmed_up, with_peak_bytes
-from egtrain.distributed import pick_device
 from egtrain.errors import UsageError, did_you_mean
+from egtrain.ranks.distributed import pick_device
 from egtrain.run import Run
 from egtrain.workers import Ranks
 

@@ -17,7 +17,6 @@ from egtrain.data.images import ImageData, load_images
 from egtrain.data.pairs import PairData, load_pairs
 from egtrain.data.sets import OF_TASK
 from egtrain.data.text import TextData, load_text
-from egtrain.distributed import first_rank_first
 from egtrain.models.lstm import LSTMLanguageModel
 from egtrain.models.resnet import ResNet
 from egtrain.models.transformer import Transformer
@@ -29,6 +28,7 @@ from egtrain.optim.lars import LARS
 from egtrain.optim.post_local import PostLocal
 from egtrain.optim.randomness import seed_for
 from egtrain.plan import build_plan, build_schedule, with_fitting_warmup
+from egtrain.ranks.distributed import first_rank_first
 from egtrain.run import DataSummary, Run
 from egtrain.tasks import Task
 from egtrain.tasks.image import ImageTask

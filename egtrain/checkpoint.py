@@ -31,8 +31,8 @@ from torch import Tensor
 from egtrain.disk import FULL, sync_folder
 from egtrain.errors import DataError, EgtrainError, UsageError
 
-FORMAT = 1
-"""Version of the layout; a file of a newer one is refused."""
+FORMAT = 2
+"""Version of the layout; a file of another one is refused."""
 MAGIC = b"egtrain\n"
 """The last bytes of every checkpoint file."""
 INDEX = "index.json"
@@ -236,7 +236,7 @@ class CheckpointStore:
             ]
             entries = [_Entry(name, int(match[1]), None, False) for match, name in names if match]
         else:
-            _refuse_newer(path, found)
+            _refuse_other_formats(path, found)
         return sorted(entries, key=lambda entry: entry.step)
 
     def _remove_leftovers(self) -> None:
@@ -293,7 +293,7 @@ def read_checkpoint(
     )
     if not isinstance(content, dict):
         raise not_ours
-    _refuse_newer(path, content.get("format"))
+    _refuse_other_formats(path, content.get("format"))
     step, state = content.get("step"), content.get("state")
     if not isinstance(step, int) or not isinstance(state, dict):
         raise not_ours
@@ -440,10 +440,15 @@ def _portable(value: Any, where: str) -> Any:
     )
 
 
-def _refuse_newer(path: Path, found: Any) -> None:
+def _refuse_other_formats(path: Path, found: Any) -> None:
     if isinstance(found, int) and found > FORMAT:
         raise DataError(
             f"{path} has format {found}, and this egtrain reads up to {FORMAT}: update egtrain"
+        )
+    if isinstance(found, int) and found < FORMAT:
+        raise DataError(
+            f"{path} has format {found}, and this egtrain reads {FORMAT}: use the egtrain that "
+            "wrote it, or start a new run"
         )
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 
-from egtrain import distributed, launch
 from egtrain.build import (
     build_model,
     build_task,
@@ -20,6 +19,7 @@ from egtrain.cost import estimated_cost
 from egtrain.errors import MissingExtra, NotDownloaded
 from egtrain.header import facts_from_data, header_lines, parameter_count, run_facts
 from egtrain.plan import with_fitting_warmup
+from egtrain.ranks import distributed, launch
 from egtrain.workers import Ranks
 
 

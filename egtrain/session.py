@@ -9,19 +9,19 @@ from typing import Any
 
 import torch
 
-from egtrain import distributed, signals, torchrun
 from egtrain.build import build_run, locate_data, native_precision
 from egtrain.checkpoint import CheckpointStore
 from egtrain.config.files import config_file_of
 from egtrain.config.schema import Config, config_to_yaml, flat_values
-from egtrain.environment import git_commit, hardware, versions
 from egtrain.errors import DataError, InterruptedRun, UsageError
 from egtrain.formatting import counted, learning_rate_text
 from egtrain.header import facts_from_data, header_lines, next_lines, parameter_count, run_facts
+from egtrain.logs.environment import git_commit, hardware, versions
+from egtrain.logs.runlog import RunLog, finite, write_summary
 from egtrain.plan import with_fitting_warmup
+from egtrain.ranks import distributed, signals, torchrun
 from egtrain.run import Run
 from egtrain.run_directory import CHECKPOINTS, SUMMARY, RunDirectory
-from egtrain.runlog import RunLog, finite, write_summary
 from egtrain.tasks import LOSS, Metric, Split, metrics_text
 from egtrain.train import train
 from egtrain.training_display import TrainingDisplay

@@ -29,11 +29,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from egtrain import build, session, signals
+from egtrain import build, session
 from egtrain.__main__ import main
 from egtrain.checkpoint import read_checkpoint
 from egtrain.config.files import load_config
 from egtrain.config.schema import Config
+from egtrain.ranks import signals
 from egtrain.run_directory import CONFIG, RunDirectory
 from egtrain.tasks import Split
 from egtrain.tasks.image import ImageTask

@@ -298,9 +298,9 @@ def test_going_on_from_before_a_damaged_checkpoint_replaces_it(two_saved: Path) 
         b"",
         b"\x00" * 300,
         b"[1]",
-        b'{"format": 1, "checkpoints": [{"file": "../a/step-00000001.pt", '
+        b'{"format": 2, "checkpoints": [{"file": "../a/step-00000001.pt", '
         b'"step": 1, "metric": null, "final": false}]}',
-        b'{"format": 1, "checkpoints": [{"file": "step-00000099.pt", "step": 1, '
+        b'{"format": 2, "checkpoints": [{"file": "step-00000099.pt", "step": 1, '
         b'"metric": null, "final": false}]}',
     ],
 )
@@ -323,15 +323,24 @@ def test_a_file_that_the_index_does_not_name_is_ignored(two_saved: Path) -> None
     assert warnings == []
 
 
-def test_a_newer_format_is_refused_with_the_fix_and_not_skipped(
-    two_saved: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (1, "reads up to .: update egtrain"),
+        (-1, "reads .: use the egtrain that wrote it, or start a new run"),
+    ],
+)
+def test_another_format_is_refused_with_the_fix_and_not_skipped(
+    change: int, problem: str, two_saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    other = checkpoint.FORMAT + change
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "FORMAT", 2)
+        patch.setattr(checkpoint, "FORMAT", other)
+        (two_saved / checkpoint.INDEX).unlink()
         newest = CheckpointStore(two_saved).save(state_of(30), 30)
-    with pytest.raises(DataError, match="format 2, and this egtrain reads up to 1: update egtrain"):
+    with pytest.raises(DataError, match=f"format {other}, and this egtrain {problem}"):
         read_checkpoint(newest)
-    with pytest.raises(DataError, match="update egtrain"):
+    with pytest.raises(DataError, match=problem):
         CheckpointStore(two_saved).load_newest()
 
 
@@ -356,7 +365,7 @@ def test_code_in_a_checkpoint_is_refused_and_does_not_run(
     if variable:
         monkeypatch.setenv(variable, "1")
     mark = tmp_path / "the code has run"
-    content = {"format": 1, "step": 1, "state": {"model": Exploit(mark)}}
+    content = {"format": checkpoint.FORMAT, "step": 1, "state": {"model": Exploit(mark)}}
     buffer = io.BytesIO()
     if kind == "plain pickle":
         pickle.dump(content, buffer)
@@ -375,7 +384,9 @@ def test_code_in_a_checkpoint_is_refused_and_does_not_run(
 
 
 def test_a_compressed_record_is_refused_before_it_fills_the_memory(tmp_path: Path) -> None:
-    plain = saved_bytes({"format": 1, "step": 1, "state": {"zeros": torch.zeros(4_000_000)}})
+    plain = saved_bytes(
+        {"format": checkpoint.FORMAT, "step": 1, "state": {"zeros": torch.zeros(4_000_000)}}
+    )
     packed = io.BytesIO()
     with (
         zipfile.ZipFile(io.BytesIO(plain)) as source,
@@ -400,7 +411,9 @@ def test_a_tensor_that_declares_more_than_the_file_holds_is_refused(
 ) -> None:
     path = tmp_path / "huge.pt"
     path.write_bytes(
-        with_trailer(saved_bytes({"format": 1, "step": 1, "state": {"a": [{"b": tensor}]}}))
+        with_trailer(
+            saved_bytes({"format": checkpoint.FORMAT, "step": 1, "state": {"a": [{"b": tensor}]}})
+        )
     )
     with pytest.raises(DataError, match=r"huge\.pt is not a checkpoint"):
         read_checkpoint(path)
@@ -411,7 +424,9 @@ def test_references_without_end_do_not_hang(tmp_path: Path) -> None:
     for _ in range(60):
         nested = [nested, nested]
     path = tmp_path / "laughs.pt"
-    path.write_bytes(with_trailer(saved_bytes({"format": 1, "step": 1, "state": {"a": nested}})))
+    path.write_bytes(
+        with_trailer(saved_bytes({"format": checkpoint.FORMAT, "step": 1, "state": {"a": nested}}))
+    )
     assert read_checkpoint(path)[0] == 1
 
 
@@ -426,10 +441,13 @@ def test_references_without_end_do_not_hang(tmp_path: Path) -> None:
         with_trailer(b"PK\x03\x04 not a zip"),
         with_trailer(saved_bytes([1, 2])),
         with_trailer(saved_bytes({"weight": torch.zeros(3)})),
-        with_trailer(saved_bytes({"format": 1, "step": "1", "state": {}})),
-        with_trailer(saved_bytes({"format": 1, "step": 1, "state": {}}, legacy=True)),
+        with_trailer(saved_bytes({"format": checkpoint.FORMAT, "step": "1", "state": {}})),
         with_trailer(
-            saved_bytes({"format": 1, "step": 1, "state": {}}, legacy=True) + saved_bytes({})
+            saved_bytes({"format": checkpoint.FORMAT, "step": 1, "state": {}}, legacy=True)
+        ),
+        with_trailer(
+            saved_bytes({"format": checkpoint.FORMAT, "step": 1, "state": {}}, legacy=True)
+            + saved_bytes({})
         ),
     ],
 )

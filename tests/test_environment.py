@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from egtrain.environment import git_commit, hardware
+from egtrain.logs.environment import git_commit, hardware
 
 
 def test_the_hardware_is_named() -> None:

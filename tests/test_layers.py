@@ -21,14 +21,13 @@ LAYERS = [
     {"build"},
     {"plan"},
     {"train"},
-    {"run", "evaluate", "launch"},
-    {"distributed", "run_directory", "runlog", "figures"},
-    {"training_display", "events"},
-    {"workers", "checkpoint", "environment", "growing_file", "tables", "tasks"},
+    {"run", "evaluate"},
+    {"ranks", "run_directory", "logs", "figures"},
+    {"training_display"},
+    {"workers", "checkpoint", "tables", "tasks"},
     {"config"},
     {"models", "data", "optim", "statistics"},
-    {"failures", "signals"},
-    {"progress", "torchrun"},
+    {"progress"},
     {"formatting"},
     {"disk", "errors", "__init__"},
 ]
@@ -38,7 +37,7 @@ LAZY_UPWARD = {("__init__", "saved_run")}
 """`egtrain.load_run` is the one name that the package hands out, and it is imported when asked
 for."""
 
-TALKS_TO_RANKS = {"workers.py", "distributed.py", "torchrun.py", "optim/ddp.py"}
+TALKS_TO_RANKS = {"workers.py", "ranks/distributed.py", "ranks/torchrun.py", "optim/ddp.py"}
 """Files that may import torch.distributed: a worker is never a rank, and only these know ranks."""
 
 KNOWS_CONFIG = {
@@ -170,7 +169,7 @@ def test_only_these_files_talk_to_other_ranks() -> None:
         if any(f"{i.module}.".startswith("torch.distributed.") for i in imports_of(p))
     }
     assert users <= TALKS_TO_RANKS
-    assert {"workers.py", "distributed.py", "torchrun.py"} <= users
+    assert {"workers.py", "ranks/distributed.py", "ranks/torchrun.py"} <= users
 
 
 def test_nothing_below_the_builder_sees_a_configuration() -> None:

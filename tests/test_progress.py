@@ -125,8 +125,8 @@ def test_a_terminal_that_goes_ends_the_display_and_not_the_work(
 def test_a_terminal_is_given_back_also_at_the_second_ctrl_c() -> None:
     code = """if True:
         import os, signal, time
-        from egtrain import signals
-        from egtrain.signals import StopSignal
+        from egtrain.ranks import signals
+        from egtrain.ranks.signals import StopSignal
         from egtrain.progress import Progress
         signals.ONE_REQUEST_SECONDS = 0.1
         with StopSignal() as stop, Progress() as progress:

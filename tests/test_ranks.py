@@ -45,11 +45,12 @@ from helpers import (
 from torch import Tensor
 from torch.distributed import TCPStore
 
-from egtrain import launch, session
+from egtrain import session
 from egtrain.checkpoint import read_checkpoint
 from egtrain.errors import DataError, UsageError
+from egtrain.ranks import launch
+from egtrain.ranks.torchrun import OUTCOMES
 from egtrain.run_directory import RunLock
-from egtrain.torchrun import OUTCOMES
 
 pytestmark = pytest.mark.timeout(180)
 Undisturbed = Callable[..., dict[str, Any]]

@@ -13,10 +13,10 @@ from helpers import config_of, run_here
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata as hparams_metadata
 
-from egtrain import runlog
-from egtrain.environment import versions
 from egtrain.errors import EgtrainError
-from egtrain.runlog import RunLog, write_summary
+from egtrain.logs import runlog
+from egtrain.logs.environment import versions
+from egtrain.logs.runlog import RunLog, write_summary
 from egtrain.training_display import TrainingDisplay
 
 STEPS_PER_EPOCH = 4

@@ -28,9 +28,9 @@ from sharpness_models import (
 )
 from torch import Tensor, nn
 
-from egtrain.distributed import joined_ranks
 from egtrain.errors import DivergedError, UsageError
 from egtrain.models.resnet import ResNet
+from egtrain.ranks.distributed import joined_ranks
 from egtrain.sharpness.adaptive import average_sharpness, epsilon_sharpness, worst_sharpness
 from egtrain.sharpness.frozen_loss import FrozenLoss, LossFunction, flattened
 from egtrain.sharpness.landscape import filter_normalised_direction, line

@@ -61,9 +61,9 @@ def evaluate_run(
     """
     with ending_at_interrupt():
         from egtrain.checkpoint import write_atomically
-        from egtrain.distributed import pick_device
+        from egtrain.logs.runlog import finite
         from egtrain.progress import Progress
-        from egtrain.runlog import finite
+        from egtrain.ranks.distributed import pick_device
         from egtrain.saved_run import load_run
         from egtrain.tasks import LOSS, metrics_text
 

@@ -60,9 +60,9 @@ def plot_sharpness(
     Example: egtrain plot-sharpness runs/sgd runs/eg --metrics eigenvalues,trace
     """
     with ending_at_interrupt():
-        from egtrain.launch import launch
+        from egtrain.ranks.launch import launch
+        from egtrain.ranks.torchrun import started_by_torchrun
         from egtrain.sharpness.comparison import plot
-        from egtrain.torchrun import started_by_torchrun
 
     if nproc > 1 and not started_by_torchrun():
         arguments = [

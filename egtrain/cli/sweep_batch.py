@@ -219,8 +219,8 @@ def sweep_batch(
     with ending_at_interrupt():
         from rich.console import Console
 
-        from egtrain.distributed import require_cuda
         from egtrain.figures import ENDINGS
+        from egtrain.ranks.distributed import require_cuda
         from egtrain.run_directory import RunLock
         from egtrain.sweep import execution, report
         from egtrain.sweep.cells import PLAN, Folder

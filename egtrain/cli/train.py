@@ -191,8 +191,9 @@ def train(
     # Everything above needs no torch, so a wrong option is reported at once.
     with ending_at_interrupt():
         from egtrain import dry_run as plan_only
-        from egtrain import launch, session, torchrun
+        from egtrain import session
         from egtrain.config.schema import config_to_yaml
+        from egtrain.ranks import launch, torchrun
         from egtrain.run_directory import RunDirectory
 
     if dry_run:

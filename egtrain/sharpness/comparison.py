@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from egtrain import distributed, signals
 from egtrain.build import threads_of_a_rank
 from egtrain.errors import EgtrainError, InterruptedRun, UsageError
 from egtrain.figures import ENDINGS, save_figure
+from egtrain.logs.runlog import finite
+from egtrain.ranks import distributed, signals
 from egtrain.run_directory import RunLock
-from egtrain.runlog import finite
 from egtrain.sharpness.display import MeasureDisplay
 from egtrain.sharpness.measuring import measure_all
 from egtrain.sharpness.picture import PICTURES, draw_pictures

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from egtrain.distributed import agreed, only_first_rank
 from egtrain.evaluate import evaluate
+from egtrain.ranks.distributed import agreed, only_first_rank
+from egtrain.ranks.signals import StoppedEarly
 from egtrain.sharpness.display import MeasureDisplay
 from egtrain.sharpness.frozen_loss import FrozenLoss
 from egtrain.sharpness.metric import ModelAtCheckpoint
@@ -15,7 +16,6 @@ from egtrain.sharpness.metrics import metric_of
 from egtrain.sharpness.plan import Job, Work
 from egtrain.sharpness.records import LEVEL, MeasuredCheckpoint, MeasuredRun, Record, RecordStore
 from egtrain.sharpness.subjects import FrozenSample, load_checkpoint_into
-from egtrain.signals import StoppedEarly
 from egtrain.tasks import Task
 from egtrain.workers import Ranks, sum_over_ranks
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from egtrain.checkpoint import write_atomically
-from egtrain.environment import versions
 from egtrain.formatting import number, percent
-from egtrain.runlog import finite
+from egtrain.logs.environment import versions
+from egtrain.logs.runlog import finite
 from egtrain.sharpness.metrics import metric_of
 from egtrain.sharpness.records import MeasuredRun, Record
 

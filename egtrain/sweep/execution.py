@@ -15,11 +15,11 @@ from pathlib import Path
 from threading import Event
 from typing import TextIO
 
-from egtrain.distributed import require_cuda
 from egtrain.errors import EgtrainError, InterruptedRun, UsageError
 from egtrain.progress import Progress
+from egtrain.ranks.distributed import require_cuda
+from egtrain.ranks.signals import stop_signals
 from egtrain.run_directory import LOCK, RunLock
-from egtrain.signals import stop_signals
 from egtrain.sweep.cells import Folder, Status, last_words, start_egtrain, wait_for_server
 from egtrain.sweep.display import Display, last_metric
 from egtrain.sweep.plan import Cell, Plan

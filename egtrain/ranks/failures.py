@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from egtrain.errors import EgtrainError, InterruptedRun
 from egtrain.progress import show_cursor
-from egtrain.torchrun import OUTCOMES, holds_store, rank, restart_count, store
+from egtrain.ranks.torchrun import OUTCOMES, holds_store, rank, restart_count, store
 
 FAILURE_KEY = "egtrain/failure"
 """Key in torchrun's store, with the attempt's number: the first failure of a rank."""

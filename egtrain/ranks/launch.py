@@ -17,8 +17,8 @@ import torch
 
 from egtrain.errors import UsageError
 from egtrain.progress import show_cursor
-from egtrain.signals import stop_signals
-from egtrain.torchrun import OUTCOMES, is_alive
+from egtrain.ranks.signals import stop_signals
+from egtrain.ranks.torchrun import OUTCOMES, is_alive
 from egtrain.workers import divisors
 
 PATIENCE_SECONDS = 30.0

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from egtrain.errors import EgtrainError, UsageError
-from egtrain.failures import end_when_another_rank_fails
-from egtrain.torchrun import holds_store, restart_count, started_by_torchrun, store_address
+from egtrain.ranks.failures import end_when_another_rank_fails
+from egtrain.ranks.torchrun import holds_store, restart_count, started_by_torchrun, store_address
 from egtrain.workers import Ranks
 
 T = TypeVar("T")

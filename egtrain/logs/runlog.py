@@ -15,8 +15,8 @@ from typing import Any, Self
 
 from egtrain.checkpoint import write_atomically
 from egtrain.errors import EgtrainError
-from egtrain.events import Events
-from egtrain.growing_file import GrowingFile
+from egtrain.logs.events import Events
+from egtrain.logs.growing_file import GrowingFile
 from egtrain.training_display import TrainingDisplay
 
 TAGS = {

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from egtrain.growing_file import GrowingFile
+from egtrain.logs.growing_file import GrowingFile
 
 
 class Events:

@@ -10,7 +10,7 @@ from types import FrameType, TracebackType
 from typing import NoReturn
 
 from egtrain.progress import show_cursor
-from egtrain.torchrun import OUTCOMES, is_alive, rank, started_by_torchrun
+from egtrain.ranks.torchrun import OUTCOMES, is_alive, rank, started_by_torchrun
 
 ONE_REQUEST_SECONDS = 2.0
 """Signals within this time are one request: a terminal and a launcher both deliver Ctrl-C."""
