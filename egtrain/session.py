@@ -18,13 +18,13 @@ from egtrain.formatting import counted, learning_rate_text
 from egtrain.header import facts_from_data, header_lines, next_lines, parameter_count, run_facts
 from egtrain.logs.environment import git_commit, hardware, versions
 from egtrain.logs.runlog import RunLog, finite, write_summary
+from egtrain.logs.training_display import TrainingDisplay
 from egtrain.plan import with_fitting_warmup
 from egtrain.ranks import distributed, signals, torchrun
 from egtrain.run import Run
 from egtrain.run_directory import CHECKPOINTS, SUMMARY, RunDirectory
 from egtrain.tasks import LOSS, Metric, Split, metrics_text
 from egtrain.train import train
-from egtrain.training_display import TrainingDisplay
 from egtrain.workers import Ranks
 
 

@@ -23,7 +23,6 @@ LAYERS = [
     {"train"},
     {"run", "evaluate"},
     {"ranks", "run_directory", "logs", "figures"},
-    {"training_display"},
     {"workers", "checkpoint", "tables", "tasks"},
     {"config"},
     {"models", "data", "optim", "statistics"},

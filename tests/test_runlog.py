@@ -17,7 +17,7 @@ from egtrain.errors import EgtrainError
 from egtrain.logs import runlog
 from egtrain.logs.environment import versions
 from egtrain.logs.runlog import RunLog, write_summary
-from egtrain.training_display import TrainingDisplay
+from egtrain.logs.training_display import TrainingDisplay
 
 STEPS_PER_EPOCH = 4
 

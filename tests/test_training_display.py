@@ -9,8 +9,8 @@ from contextlib import suppress
 
 import pytest
 
+from egtrain.logs.training_display import TrainingDisplay
 from egtrain.tasks import ACCURACY, LOSS
-from egtrain.training_display import TrainingDisplay
 
 METRICS = (LOSS, ACCURACY)
 

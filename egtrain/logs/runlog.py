@@ -17,7 +17,7 @@ from egtrain.checkpoint import write_atomically
 from egtrain.errors import EgtrainError
 from egtrain.logs.events import Events
 from egtrain.logs.growing_file import GrowingFile
-from egtrain.training_display import TrainingDisplay
+from egtrain.logs.training_display import TrainingDisplay
 
 TAGS = {
     "learning_rate": "schedule/learning_rate",
