@@ -6,21 +6,19 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from egtrain.cli.importing import ending_at_interrupt
 from egtrain.cli.options import (
-    BATCH,
-    LENGTH,
-    WHAT,
     AsJson,
     DataDir,
     DataName,
     Device,
     Offline,
     Settings,
+    batch_option,
     complete_preset,
+    length_option,
     overrides_of,
+    what_option,
 )
 from egtrain.errors import UsageError
 
@@ -31,35 +29,23 @@ if TYPE_CHECKING:
 def bench(
     preset: Annotated[
         str,
-        typer.Option(
+        what_option(
             autocompletion=complete_preset,
             metavar="NAME|FILE",
             help="The preset whose model, data, base optimizer and batch are used.",
-            rich_help_panel=WHAT,
         ),
     ],
     variants: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME,...",
-            help="Variants of extrapolation, such as local,sam; default: all.",
-            rich_help_panel=WHAT,
+        what_option(
+            metavar="NAME,...", help="Variants of extrapolation, such as local,sam; default: all."
         ),
     ] = None,
     rounds: Annotated[
-        int,
-        typer.Option(
-            min=2,
-            metavar="N",
-            help="How often every variant is timed.",
-            rich_help_panel=LENGTH,
-        ),
+        int, length_option(min=2, metavar="N", help="How often every variant is timed.")
     ] = 20,
     workers: Annotated[
-        int,
-        typer.Option(
-            min=1, metavar="K", help="Number K of logical workers.", rich_help_panel=BATCH
-        ),
+        int, batch_option(min=1, metavar="K", help="Number K of logical workers.")
     ] = 1,
     settings: Settings = None,
     data: DataName = None,

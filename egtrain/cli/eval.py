@@ -2,26 +2,18 @@
 
 import json
 import sys
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from egtrain.cli.importing import ending_at_interrupt
-from egtrain.cli.options import WHAT, AsJson, Device, MovedDataDir, Offline
+from egtrain.cli.options import AsJson, Device, MovedDataDir, Offline, what_option
 from egtrain.formatting import counted
 
 EXAMPLES = 3
 """Translations to show."""
-
-
-class SplitName(StrEnum):
-    """The splits that can be evaluated."""
-
-    test = "test"
-    validation = "validation"
 
 
 def evaluate_run(
@@ -30,22 +22,17 @@ def evaluate_run(
     ],
     checkpoint: Annotated[
         str,
-        typer.Option(
-            metavar="last|best|FILE",
-            help="Which weights; best needs a validation split.",
-            rich_help_panel=WHAT,
-        ),
+        what_option(metavar="last|best|FILE", help="Which weights; best needs a validation split."),
     ] = "last",
     split: Annotated[
-        SplitName, typer.Option(help="What to evaluate on.", rich_help_panel=WHAT)
-    ] = SplitName.test,
+        Literal["test", "validation"], what_option(help="What to evaluate on.")
+    ] = "test",
     beam: Annotated[
         int | None,
-        typer.Option(
+        what_option(
             min=1,
             metavar="N",
             help="Hypotheses kept in translating; 1 is greedy. Default: as configured.",
-            rich_help_panel=WHAT,
         ),
     ] = None,
     data_dir: MovedDataDir = None,
@@ -77,15 +64,13 @@ def evaluate_run(
     told: dict[str, object] = {}
     translations = None
     with Progress(sys.stderr) as progress:
-        metrics = saved.evaluate(
-            split.value, partial(progress.report, f"evaluating on {split.value}")
-        )
+        metrics = saved.evaluate(split, partial(progress.report, f"evaluating on {split}"))
         if beam or saved.config.task.name == "translation":
             translations = saved.translate(
-                split.value, beam, partial(progress.report, f"translating {split.value}")
+                split, beam, partial(progress.report, f"translating {split}")
             )
     if translations:
-        file = run / f"hypotheses-{split.value}-beam{translations.beam}.txt"
+        file = run / f"hypotheses-{split}-beam{translations.beam}.txt"
         write_atomically(file, "".join(f"{line}\n" for line in translations.hypotheses).encode())
         metrics["bleu"] = translations.bleu
         told = {
@@ -95,12 +80,12 @@ def evaluate_run(
         }
     precision = saved.config.precision
     if as_json:
-        found = {"run": str(run), "step": saved.step, "split": split.value, "precision": precision}
+        found = {"run": str(run), "step": saved.step, "split": split, "precision": precision}
         print(json.dumps(finite({**found, **metrics, **told})))
         return
-    limit = saved.task.best_possible if split is SplitName.test else None
+    limit = saved.task.best_possible if split == "test" else None
     text = metrics_text(metrics, [saved.task.metric, LOSS], limit)
-    print(f"{split.value}: {text} after {counted(saved.step, 'step')}, in {precision}")
+    print(f"{split}: {text} after {counted(saved.step, 'step')}, in {precision}")
     if translations:
         print(f"beam {translations.beam}, {translations.signature}; the hypotheses are in {file}")
         for number in range(min(EXAMPLES, len(translations.sources))):

@@ -1,6 +1,7 @@
 """Options that several commands have, and the way from options to settings."""
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,8 +10,12 @@ from typer.core import TyperCommand, TyperGroup
 
 from egtrain.errors import UsageError
 
-WHAT, LENGTH, BATCH, PLACE, OUTPUT = "What", "How long", "Batch", "Where it runs", "Output"
-"""Titles of the groups of options in --help."""
+what_option = partial(typer.Option, rich_help_panel="What")
+length_option = partial(typer.Option, rich_help_panel="How long")
+batch_option = partial(typer.Option, rich_help_panel="Batch")
+place_option = partial(typer.Option, rich_help_panel="Where it runs")
+output_option = partial(typer.Option, rich_help_panel="Output")
+"""Options by their group in --help."""
 
 
 def complete_preset(incomplete: str) -> list[str]:
@@ -23,52 +28,32 @@ def complete_preset(incomplete: str) -> list[str]:
 
 PresetName = Annotated[
     str | None,
-    typer.Option(
+    what_option(
         metavar="NAME|FILE",
         help="A preset (`egtrain presets` lists them) or a YAML file.",
         autocompletion=complete_preset,
-        rich_help_panel=WHAT,
     ),
 ]
 Settings = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="Change a setting, e.g. optimizer.lr=0.2.",
-        rich_help_panel=WHAT,
-    ),
+    what_option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. optimizer.lr=0.2."),
 ]
 DataName = Annotated[
     str | None,
-    typer.Option(
+    what_option(
         "--data",
         metavar="NAME",
         help="cifar10, cifar100, npz:FILE; wikitext2, text:FOLDER; multi30k, "
         "pairs:FOLDER; or synthetic.",
-        rich_help_panel=WHAT,
     ),
 ]
-DataDir = Annotated[
-    Path | None,
-    typer.Option(metavar="DIR", help="Folder that holds the data.", rich_help_panel=WHAT),
-]
+DataDir = Annotated[Path | None, what_option(metavar="DIR", help="Folder that holds the data.")]
 MovedDataDir = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="DIR", help="Folder that holds the data, if they have moved.", rich_help_panel=WHAT
-    ),
+    Path | None, what_option(metavar="DIR", help="Folder that holds the data, if they have moved.")
 ]
-Offline = Annotated[
-    bool, typer.Option("--offline", help="Never download data.", rich_help_panel=WHAT)
-]
-Device = Annotated[
-    str | None,
-    typer.Option(metavar="auto|cpu|cuda", help="Where to compute.", rich_help_panel=PLACE),
-]
-AsJson = Annotated[
-    bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=OUTPUT)
-]
+Offline = Annotated[bool, what_option("--offline", help="Never download data.")]
+Device = Annotated[str | None, place_option(metavar="auto|cpu|cuda", help="Where to compute.")]
+AsJson = Annotated[bool, output_option("--json", help="Print the result as JSON.")]
 
 
 class Commands(TyperGroup):

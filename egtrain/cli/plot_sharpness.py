@@ -1,5 +1,6 @@
 """`egtrain plot-sharpness`: parse, hand over, print."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -65,28 +66,7 @@ def plot_sharpness(
         from egtrain.sharpness.comparison import plot
 
     if nproc > 1 and not started_by_torchrun():
-        arguments = [
-            "plot-sharpness",
-            *map(str, runs),
-            "--samples",
-            str(samples),
-            "--checkpoints",
-            checkpoints,
-        ]
-        arguments += ["--output", str(output), "--device", device]
-        arguments += [] if metrics is None else ["--metrics", metrics]
-        arguments += [] if data_dir is None else ["--data-dir", str(data_dir)]
-        arguments += [part for text in label or [] for part in ("--label", text)]
-        arguments += [
-            name
-            for name, wanted in (
-                ("--thorough", thorough),
-                ("--offline", offline),
-                ("--json", as_json),
-            )
-            if wanted
-        ]
-        raise typer.Exit(launch(nproc, arguments, 0))
+        raise typer.Exit(launch(nproc, sys.argv[1:]))
     plot(
         runs,
         metrics=None

@@ -3,74 +3,45 @@
 import json
 import sys
 from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, TypeVar
-
-import typer
+from typing import Annotated, Literal, TypeVar
 
 from egtrain.cli.importing import ending_at_interrupt
 from egtrain.cli.options import (
-    BATCH,
-    LENGTH,
-    OUTPUT,
-    PLACE,
-    WHAT,
     AsJson,
     DataDir,
     DataName,
     Device,
     Offline,
     Settings,
+    batch_option,
     complete_preset,
+    length_option,
+    output_option,
     overrides_of,
+    place_option,
+    what_option,
 )
 from egtrain.errors import UsageError
 
 N = TypeVar("N", int, float)
 
 
-class Growth(StrEnum):
-    """What makes a batch larger."""
-
-    workers = "workers"
-    worker_batch = "worker-batch"
-
-
-class RateScaling(StrEnum):
-    """How the learning rate follows the batch size."""
-
-    linear = "linear"
-    sqrt = "sqrt"
-    none = "none"
-
-
 def sweep_batch(
     preset: Annotated[
         list[str],
-        typer.Option(
+        what_option(
             autocompletion=complete_preset,
             metavar="NAME|FILE",
             help="A preset or YAML file to compare; once for each. The first is what the others "
             "are compared with.",
-            rich_help_panel=WHAT,
         ),
     ],
     batch_sizes: Annotated[
-        str,
-        typer.Option(
-            metavar="B,B,...",
-            help="Batch sizes, such as 256,1024,4096.",
-            rich_help_panel=BATCH,
-        ),
+        str, batch_option(metavar="B,B,...", help="Batch sizes, such as 256,1024,4096.")
     ],
     seeds: Annotated[
-        int,
-        typer.Option(
-            metavar="N",
-            help="Runs of each combination, with consecutive seeds.",
-            rich_help_panel=WHAT,
-        ),
+        int, what_option(metavar="N", help="Runs of each combination, with consecutive seeds.")
     ] = 1,
     settings: Settings = None,
     data: DataName = None,
@@ -78,113 +49,86 @@ def sweep_batch(
     offline: Offline = False,
     validation: Annotated[
         int | None,
-        typer.Option(
+        what_option(
             metavar="N",
             help="Training samples held out to select from a grid; default with a grid: a tenth "
             "of them.",
-            rich_help_panel=WHAT,
         ),
     ] = None,
     epochs: Annotated[
         int | None,
-        typer.Option(
-            metavar="N",
-            help="Length of every run in epochs: equal samples, if B divides them.",
-            rich_help_panel=LENGTH,
+        length_option(
+            metavar="N", help="Length of every run in epochs: equal samples, if B divides them."
         ),
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(
-            metavar="N",
-            help="Length of every run in updates: larger batches see more samples.",
-            rich_help_panel=LENGTH,
+        length_option(
+            metavar="N", help="Length of every run in updates: larger batches see more samples."
         ),
     ] = None,
     grow: Annotated[
-        Growth,
-        typer.Option(
-            help="What makes a batch larger: more workers, or more samples for each.",
-            rich_help_panel=BATCH,
-        ),
-    ] = Growth.workers,
+        Literal["workers", "worker-batch"],
+        batch_option(help="What makes a batch larger: more workers, or more samples for each."),
+    ] = "workers",
     lr_scaling: Annotated[
-        RateScaling | None,
-        typer.Option(
+        Literal["linear", "sqrt", "none"] | None,
+        batch_option(
             help="How the learning rate follows the batch size; default: as each preset says, else "
-            "linear.",
-            rich_help_panel=BATCH,
+            "linear."
         ),
     ] = None,
     lr_grid: Annotated[
         str,
-        typer.Option(
-            metavar="F,F,...",
-            help="Factors of the scaled learning rate to select from.",
-            rich_help_panel=BATCH,
-        ),
+        batch_option(metavar="F,F,...", help="Factors of the scaled learning rate to select from."),
     ] = "1",
     ratio_grid: Annotated[
         str,
-        typer.Option(
+        batch_option(
             metavar="F,F,...",
             help="Factors of a preset's ratio (or rate, size, radius) to select from.",
-            rich_help_panel=BATCH,
         ),
     ] = "1",
     device: Device = None,
     jobs: Annotated[
         str,
-        typer.Option(
+        place_option(
             metavar="N|auto",
             help="Runs at a time; auto: one for each GPU, or as many as the cores can carry.",
-            rich_help_panel=PLACE,
         ),
     ] = "auto",
     retry: Annotated[
-        bool,
-        typer.Option("--retry", help="Run failed and diverged cells again.", rich_help_panel=WHAT),
+        bool, what_option("--retry", help="Run failed and diverged cells again.")
     ] = False,
     output: Annotated[
         Path | None,
-        typer.Option(
+        output_option(
             metavar="DIR",
             help="Folder of the sweep; default: runs/sweep-PRESETS. A sweep that is there goes on, "
             "and may grow.",
-            rich_help_panel=OUTPUT,
         ),
     ] = None,
     target: Annotated[
         float | None,
-        typer.Option(
+        output_option(
             metavar="VALUE",
             help="Count the steps to this value of the metric; default: the best that every run "
             "reaches.",
-            rich_help_panel=OUTPUT,
         ),
     ] = None,
     within: Annotated[
         float,
-        typer.Option(
-            metavar="PERCENT",
-            help="How much worse than the smallest batch counts as equally good.",
-            rich_help_panel=OUTPUT,
+        output_option(
+            metavar="PERCENT", help="How much worse than the smallest batch counts as equally good."
         ),
     ] = 1,
     dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run",
-            help="Print the plan; train and download nothing.",
-            rich_help_panel=OUTPUT,
-        ),
+        bool, output_option("--dry-run", help="Print the plan; train and download nothing.")
     ] = False,
     estimate: Annotated[
         bool,
-        typer.Option(
-            "--estimate/--no-estimate",
-            help="Time a few steps of each preset for the plan.",
-            rich_help_panel=OUTPUT,
+        output_option(
+            "--estimate/--no-estimate", help="Time a few steps of each preset for the plan."
         ),
     ] = True,
     as_json: AsJson = False,
@@ -208,8 +152,8 @@ def sweep_batch(
         settings=tuple(given),
         rate_factors=tuple(_numbers("--lr-grid", lr_grid, float)),
         length_factors=tuple(_numbers("--ratio-grid", ratio_grid, float)),
-        grow=grow.value,
-        scaling=None if lr_scaling is None else lr_scaling.value,
+        grow=grow,
+        scaling=lr_scaling,
         validation=validation,
     )
     presets = checked_presets(request)

@@ -8,11 +8,6 @@ import typer
 
 from egtrain.cli.importing import ending_at_interrupt
 from egtrain.cli.options import (
-    BATCH,
-    LENGTH,
-    OUTPUT,
-    PLACE,
-    WHAT,
     AsJson,
     DataDir,
     DataName,
@@ -20,7 +15,12 @@ from egtrain.cli.options import (
     Offline,
     PresetName,
     Settings,
+    batch_option,
+    length_option,
+    output_option,
     overrides_of,
+    place_option,
+    what_option,
 )
 from egtrain.errors import DataError, UsageError
 
@@ -32,10 +32,8 @@ def train(
     preset: PresetName = None,
     resume: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="A run directory to go on with, from its newest checkpoint.",
-            rich_help_panel=WHAT,
+        what_option(
+            metavar="DIR", help="A run directory to go on with, from its newest checkpoint."
         ),
     ] = None,
     settings: Settings = None,
@@ -43,101 +41,69 @@ def train(
     data_dir: DataDir = None,
     offline: Offline = False,
     seed: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Seed of every random choice.", rich_help_panel=WHAT),
+        int | None, what_option(metavar="N", help="Seed of every random choice.")
     ] = None,
     allow_changes: Annotated[
         bool,
-        typer.Option(
-            "--allow-changes",
-            help="Resume although settings differ from those of the run.",
-            rich_help_panel=WHAT,
+        what_option(
+            "--allow-changes", help="Resume although settings differ from those of the run."
         ),
     ] = False,
-    epochs: Annotated[
-        int | None, typer.Option(metavar="N", help="Passes over the data.", rich_help_panel=LENGTH)
-    ] = None,
+    epochs: Annotated[int | None, length_option(metavar="N", help="Passes over the data.")] = None,
     steps: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Updates, instead of epochs.", rich_help_panel=LENGTH),
+        int | None, length_option(metavar="N", help="Updates, instead of epochs.")
     ] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option(
+        batch_option(
             metavar="B",
             help="Samples of an update, B = K·b; alone, a worker keeps its b, and K = B/b.",
-            rich_help_panel=BATCH,
         ),
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(
-            metavar="K",
-            help="Logical workers; alone, a worker keeps its b, and B grows.",
-            rich_help_panel=BATCH,
+        batch_option(
+            metavar="K", help="Logical workers; alone, a worker keeps its b, and B grows."
         ),
     ] = None,
     device: Device = None,
     nproc: Annotated[
         int | None,
-        typer.Option(
-            metavar="N",
-            help="Processes, a GPU each; default: as many GPUs as divide K, or 1.",
-            rich_help_panel=PLACE,
+        place_option(
+            metavar="N", help="Processes, a GPU each; default: as many GPUs as divide K, or 1."
         ),
     ] = None,
     precision: Annotated[
         str | None,
-        typer.Option(
+        place_option(
             metavar="auto|fp32|bf16",
             help="Precision of the arithmetic; auto: bf16 where the device computes in it.",
-            rich_help_panel=PLACE,
         ),
     ] = None,
     compile_model: Annotated[
         bool | None,
-        typer.Option(
-            "--compile/--no-compile",
-            help="Compile the model with torch.compile.",
-            rich_help_panel=PLACE,
-        ),
+        place_option("--compile/--no-compile", help="Compile the model with torch.compile."),
     ] = None,
     deterministic: Annotated[
         bool | None,
-        typer.Option(
+        place_option(
             "--deterministic/--no-deterministic",
             help="Same result bit for bit on any number of processes.",
-            rich_help_panel=PLACE,
         ),
     ] = None,
     max_restarts: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            metavar="N",
-            help="Restarts after a process has died.",
-            rich_help_panel=PLACE,
-        ),
+        int, place_option(min=0, metavar="N", help="Restarts after a process has died.")
     ] = 0,
     output: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="The run directory; default: runs/NAME-TIME.",
-            rich_help_panel=OUTPUT,
-        ),
+        output_option(metavar="DIR", help="The run directory; default: runs/NAME-TIME."),
     ] = None,
     checkpoint_every: Annotated[
-        int | None,
-        typer.Option(metavar="STEPS", help="Steps between checkpoints.", rich_help_panel=OUTPUT),
+        int | None, output_option(metavar="STEPS", help="Steps between checkpoints.")
     ] = None,
     dry_run: Annotated[
         bool,
-        typer.Option(
-            "--dry-run",
-            help="Print the plan with time and memory, and train nothing.",
-            rich_help_panel=OUTPUT,
-        ),
+        output_option("--dry-run", help="Print the plan with time and memory, and train nothing."),
     ] = False,
     as_json: AsJson = False,
     rank_of: Annotated[
