@@ -69,7 +69,7 @@ def print_plan(config: Config, directory: Path, nproc: int | None, as_json: bool
         facts |= {
             "step_seconds": seconds,
             "seconds": seconds * facts["steps"],
-            "memory_mib": round(most / 2**20),
+            "memory_mib": max(1, round(most / 2**20)),
         }
     if as_json:
         print(json.dumps({name: v for name, v in facts.items() if not name.endswith("_text")}))

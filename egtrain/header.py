@@ -83,11 +83,10 @@ def facts_from_data(
         )
     notes = list(data_notes)
     if config.schedule.warmup_epochs != given.schedule.warmup_epochs:
-        what = "the run ends" if plan.first_fall == plan.steps else "the rate falls"
         notes.append(
             f"warm-up shortened from {given.schedule.warmup_epochs:g} to "
-            f"{config.schedule.warmup_epochs:.3g} epochs, since {what} at step "
-            f"{plan.first_fall:,}"
+            f"{config.schedule.warmup_epochs:.3g} epochs ({counted(plan.warmup_steps, 'step')}), "
+            f"since {plan.end_of_peak}"
         )
     return {
         "parameters": parameters,
@@ -178,7 +177,9 @@ def extrapolation_text(config: Config) -> str:
         return extrapolation.name
     value, scaling = getattr(extrapolation, key), getattr(extrapolation, "scaling", "none")
     if key == "ratio":
-        how_far = f"{'1/' + str(config.workers) if value == '1/K' else value} of the learning rate"
+        part = f"1/{config.workers}" if value == "1/K" else f"{value}"
+        whole = part == "1/1"  # a single worker's share
+        how_far = "the whole learning rate" if whole else f"{part} of the learning rate"
     elif key == "size" and scaling != "none":
         how_far = f"{value} of the norm of each {scaling}'s weights"
     else:
@@ -213,5 +214,5 @@ def _rates_text(rates: dict[int, float]) -> str:
 def _time_text(seconds: float) -> str:
     """Return a rough time, such as `40 s`, `25 min` or `3.5 h`."""
     if seconds < 90:
-        return f"{seconds:.0f} s"
+        return f"{max(seconds, 1):.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

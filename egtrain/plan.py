@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from egtrain.config.schema import Config
 from egtrain.errors import UsageError
+from egtrain.formatting import counted
 from egtrain.optim import schedules
 
 
@@ -25,6 +26,13 @@ class Plan:
     def first_fall(self) -> int:
         """The step at which the learning rate first falls, or the end of the run."""
         return min(self.milestones, default=self.steps)
+
+    @property
+    def end_of_peak(self) -> str:
+        """What ends the time at the peak rate, for messages."""
+        if self.first_fall == self.steps:
+            return f"the run ends at step {self.steps:,}"
+        return f"the rate falls at step {self.first_fall:,} of {self.steps:,}"
 
     @property
     def warmup_fits(self) -> bool:
@@ -81,11 +89,10 @@ def with_fitting_warmup(config: Config, steps_per_epoch: int) -> Config:
     if plan.warmup_fits:
         return config
     if not config.schedule.shorten_warmup:
-        ends = "ends" if plan.first_fall == plan.steps else "falls"
         raise UsageError(
-            f"schedule.warmup_epochs {config.schedule.warmup_epochs:g} takes {plan.warmup_steps:,} "
-            f"steps, and the learning rate {ends} at step {plan.first_fall:,} of {plan.steps:,}: "
-            f"set it below {plan.first_fall / steps_per_epoch:.4g}, or train longer"
+            f"schedule.warmup_epochs {config.schedule.warmup_epochs:g} takes "
+            f"{counted(plan.warmup_steps, 'step')}, and {plan.end_of_peak}: "
+            f"set it to at most {(plan.first_fall - 1) / steps_per_epoch:.6g}, or train longer"
         )
     epochs = plan.first_fall // 2 / steps_per_epoch
     schedule = config.schedule.model_copy(update={"warmup_epochs": epochs})

@@ -394,8 +394,8 @@ def test_a_warm_up_that_was_set_and_does_not_fit_is_refused_and_leaves_nothing(
         result = egtrain_command(*mine, "--output", "run", *further)
         assert result.code == 2
         assert result.line == (
-            "schedule.warmup_epochs 1 takes 4 steps, and the learning rate ends at step 4 of 4: "
-            "set it below 1, or train longer"
+            "schedule.warmup_epochs 1 takes 4 steps, and the run ends at step 4: "
+            "set it to at most 0.75, or train longer"
         )
         assert list(tmp_path.iterdir()) == []
 
@@ -626,6 +626,7 @@ def test_every_help_fits_80_columns_and_has_its_example_on_a_line(
     assert max(map(len, lines)) <= 80
     assert "…" not in long.stdout
     assert "<bool>" not in long.stdout
+    assert "[x>" not in long.stdout
     if command:
         (example,) = [i for i, line in enumerate(lines) if line.startswith("Example: egtrain ")]
         assert lines[example - 1] == lines[example + 1] == ""

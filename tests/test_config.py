@@ -473,6 +473,11 @@ def test_an_unknown_key_is_named_with_its_line_and_a_suggestion(text: str, messa
         ("log.every=0", "log.every must be at least 1, not 0"),
         ("log.every=" + "9" * 5000, "a number of 5000 characters is too long; write it shorter"),
         ("optimzer.lr=1", "unknown key 'optimzer.lr'; did you mean 'optimizer.lr'?"),
+        (
+            "data.name=my/pictures.npz",
+            "data.name must be cifar10, cifar100, synthetic or npz:FILE, not 'my/pictures.npz'; "
+            "did you mean 'npz:my/pictures.npz'?",
+        ),
         ("lr=1", "unknown key 'lr'; did you mean 'optimizer.lr'?"),
         ("optimizer=1", "'optimizer' is a group; set one of its keys, such as optimizer.name"),
         ("optimizer.lr.x=1", "unknown key 'optimizer.lr.x'; did you mean 'optimizer.lr'?"),

@@ -116,7 +116,10 @@ WRONG = [
     ),
     ({"x_train": np.zeros((12, 7, 10, 3), np.uint8)}, "images of 7 x 10 pixels; at least 8 x 8"),
     ({"x_train": np.zeros((12, 10, 7), np.uint8)}, "images of 10 x 7 pixels; at least 8 x 8"),
-    ({"y_train": np.arange(12) % 3 - 1}, "y_train has labels from -1 to 1"),
+    (
+        {"y_train": np.arange(12) % 3 - 1},
+        "y_train has the label -1, and classes are numbered from 0",
+    ),
     (
         {"y_train": np.arange(12) % 10 + 1, "y_test": np.arange(6) + 1},
         r"the labels begin with 1, and classes are numbered from 0; store y_train - 1 and "
@@ -128,7 +131,7 @@ WRONG = [
     ),
     (
         {"y_test": np.arange(6) - 1},
-        "y_test has labels from -1 to 4 where y_train has classes 0 to 2",
+        "y_test has the label -1, and classes are numbered from 0",
     ),
     (
         {"y_test": np.arange(6) % 4},

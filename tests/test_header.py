@@ -66,6 +66,7 @@ def test_a_header_names_all_that_a_run_consists_of() -> None:
         ),
         ("resnet-gaussian", [], "gaussian, 0.05 of the norm of each filter's weights"),
         ("resnet-gaussian", ["extrapolation.scaling=none"], "gaussian, size 0.05"),
+        ("resnet-eg", ["workers=1"], "local, the whole learning rate"),
         ("resnet-sam", [], "sam, radius 0.05, two gradients a step"),
         ("resnet-msam", [], "msam, radius 0.3"),
         ("resnet-nesterov", [], "nesterov"),
@@ -83,12 +84,12 @@ def test_a_dry_run_and_the_run_print_the_same_and_the_plan_also_what_it_takes(
     trained = egtrain_command(*options).stdout.splitlines()
     costs = [line for line in planned if line.startswith(("time ", "memory "))]
     assert len(costs) == 2
-    assert re.fullmatch(r"time +about [\d.]+ s, [\d.e-]+ s a step", costs[0])
-    assert re.fullmatch(r"memory +about [\d,]+ MiB beside the data", costs[1])
+    assert re.fullmatch(r"time +about [1-9]\d* s, [\d.e-]+ s a step", costs[0])
+    assert re.fullmatch(r"memory +about [1-9][\d,]* MiB beside the data", costs[1])
     header = [line for line in planned if line not in costs]
     assert trained[: len(header)] == header
     assert header[-1] == (
-        "note        warm-up shortened from 1 to 0.5 epochs, since the run ends at step 4"
+        "note        warm-up shortened from 1 to 0.5 epochs (2 steps), since the run ends at step 4"
     )
     assert trained[-1] == "next: egtrain eval run"  # no TensorBoard files are written
 

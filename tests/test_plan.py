@@ -116,19 +116,19 @@ def test_a_warm_up_that_fits_stays(preset: str, overrides: list[str], steps_per_
     [
         (
             ["epochs=2", "schedule.warmup_epochs=5"],
-            "schedule.warmup_epochs 5 takes 120 steps, and the learning rate falls at step 24 of "
-            "48: set it below 1, or train longer",
+            "schedule.warmup_epochs 5 takes 120 steps, and the rate falls at step 24 of "
+            "48: set it to at most 0.958333, or train longer",
         ),
         # Here the milestone rounds onto the end of the warm-up.
         (
             ["steps=39", "schedule.warmup_epochs=0.82"],
-            "schedule.warmup_epochs 0.82 takes 20 steps, and the learning rate falls at step 20 "
-            "of 39: set it below 0.8333, or train longer",
+            "schedule.warmup_epochs 0.82 takes 20 steps, and the rate falls at step 20 "
+            "of 39: set it to at most 0.791667, or train longer",
         ),
         (
             ["epochs=2", "schedule.warmup_epochs=2", "schedule.decay=cosine"],
-            "schedule.warmup_epochs 2 takes 48 steps, and the learning rate ends at step 48 of "
-            "48: set it below 2, or train longer",
+            "schedule.warmup_epochs 2 takes 48 steps, and the run ends at step 48: "
+            "set it to at most 1.95833, or train longer",
         ),
     ],
 )
@@ -146,6 +146,26 @@ def test_a_warm_up_that_the_user_set_and_that_does_not_fit_is_refused(
         with pytest.raises(UsageError) as error:
             with_fitting_warmup(read, 24)
         assert str(error.value) == message
+
+
+@pytest.mark.parametrize(("steps", "steps_per_epoch"), [(20, 128), (39, 24), (1000, 7), (2, 390)])
+def test_the_longest_warm_up_that_a_message_names_fits_and_one_more_step_does_not(
+    steps: int, steps_per_epoch: int
+) -> None:
+    overrides = [f"steps={steps}", "schedule.decay=cosine"]
+    with pytest.raises(UsageError) as error:
+        with_fitting_warmup(
+            load_config("resnet-eg", [*overrides, "schedule.warmup_epochs=500"]), steps_per_epoch
+        )
+    longest = float(str(error.value).partition("at most ")[2].partition(",")[0])
+    fitting = load_config("resnet-eg", [*overrides, f"schedule.warmup_epochs={longest}"])
+    assert with_fitting_warmup(fitting, steps_per_epoch) == fitting
+    longer = longest + 1 / steps_per_epoch
+    with pytest.raises(UsageError):
+        with_fitting_warmup(
+            load_config("resnet-eg", [*overrides, f"schedule.warmup_epochs={longer}"]),
+            steps_per_epoch,
+        )
 
 
 @pytest.mark.parametrize(

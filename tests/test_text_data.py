@@ -160,7 +160,7 @@ def test_a_damaged_text_is_named_with_file_and_line(
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     folder = put(tmp_path / "t", TEXT)
     (folder / "valid.txt").unlink()
-    with pytest.raises(DataError, match=r"valid.txt: cannot be read \(No such file"):
+    with pytest.raises(DataError, match=r"valid.txt: the file is missing; put it there"):
         text_in(folder)
 
 

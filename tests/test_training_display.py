@@ -37,6 +37,24 @@ def test_on_a_pipe_the_display_is_a_few_plain_lines(monkeypatch: pytest.MonkeyPa
     ]
 
 
+@pytest.mark.parametrize(
+    ("epochs", "start_step", "text"),
+    [
+        (1, 0, "x: 1 epoch, 20 steps"),
+        (0.16, 0, "x: 20 steps"),
+        (2.5, 0, "x: 20 steps"),
+        (2, 5, "x: from step 5, 20 steps in all"),
+    ],
+)
+def test_a_run_begins_with_its_epochs_only_where_they_are_whole(
+    epochs: float, start_step: int, text: str
+) -> None:
+    stream = io.StringIO()
+    with TrainingDisplay("x", epochs=epochs, steps=20, start_step=start_step, stream=stream):
+        pass
+    assert stream.getvalue().splitlines()[0] == text
+
+
 def test_on_a_pipe_there_is_at_most_one_training_line_every_ten_seconds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

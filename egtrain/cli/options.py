@@ -61,13 +61,14 @@ class Commands(TyperGroup):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help."""
-        _take_types_from_flags(self.get_params(ctx))
+        _leave_out_types_that_say_nothing(self.get_params(ctx))
         super().format_help(ctx, formatter)
 
 
-def _take_types_from_flags(parameters: Iterable[Any]) -> None:
-    """Leave out the type of a flag in the help: it takes no value."""
+def _leave_out_types_that_say_nothing(parameters: Iterable[Any]) -> None:
+    """Leave out of the help the type of a flag, which takes no value, and `[x>=1]`."""
     for parameter in parameters:
+        parameter.min = parameter.max = None
         if getattr(parameter, "is_flag", False):
             parameter.metavar = " "
 
@@ -79,7 +80,7 @@ class OnceEach(TyperCommand):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help."""
-        _take_types_from_flags(self.get_params(ctx))
+        _leave_out_types_that_say_nothing(self.get_params(ctx))
         super().format_help(ctx, formatter)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

@@ -139,7 +139,9 @@ class Config(Section):
         names, own = DATA[task]
         name, prefix = self.data.name, own.partition(":")[0] + ":"
         if name not in names and not (name.startswith(prefix) and name != prefix):
-            hint = did_you_mean(name, names)
+            file = Path(name).name
+            missing = prefix == "npz:" and file.endswith(".npz") and ":" not in file
+            hint = f"; did you mean '{prefix}{name}'?" if missing else did_you_mean(name, names)
             raise wrong(
                 "data.name", f"data.name must be {', '.join(names)} or {own}, not {name!r}{hint}"
             )

@@ -234,7 +234,8 @@ def read_file(path: Path) -> bytes:
     except (OSError, EOFError, zlib.error) as problem:
         reason = getattr(problem, "strerror", None) or problem
         raise DataError(
-            f"{path}: cannot be read ({reason}); name another folder with --data-dir"
+            f"{path}: cannot be read ({reason}); mend the file, or name other data with --data or "
+            "--data-dir"
         ) from problem
 
 

@@ -63,10 +63,15 @@ def read_npz(path: Path) -> ImageArrays:
             )
     lowest, classes = int(y_train.min()), int(y_train.max()) + 1
     for key, labels in (("y_train", y_train), ("y_test", y_test)):
-        if int(labels.min()) < max(lowest, 0) or int(labels.max()) >= classes:
+        if int(labels.min()) < 0:
+            raise DataError(
+                f"{path}: {key} has the label {labels.min()}, and classes are numbered from 0; "
+                "number them 0, 1, 2 … alike in y_train and y_test"
+            )
+        if int(labels.min()) < lowest or int(labels.max()) >= classes:
             raise DataError(
                 f"{path}: {key} has labels from {labels.min()} to {labels.max()} where y_train "
-                f"has classes {max(lowest, 0)} to {classes - 1}; number the classes 0, 1, 2 … "
+                f"has classes {lowest} to {classes - 1}; number the classes 0, 1, 2 … "
                 "alike in both"
             )
     if lowest > 0:

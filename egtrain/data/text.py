@@ -86,6 +86,9 @@ def load_text(
             "a folder that holds train.txt, valid.txt and test.txt, as in --data text:FOLDER",
         )
         paths = [folder / file for file in ("train.txt", "valid.txt", "test.txt")]
+        for path in paths:
+            if not path.is_file():
+                raise DataError(f"{path}: the file is missing; put it there, a sentence a line")
         texts = [read_lines(path) for path in paths]
     words = [[line.split() for line in text] for text in texts]
     vocabulary = _vocabulary(words[0], max_vocabulary, paths[0])

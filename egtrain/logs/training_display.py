@@ -38,6 +38,7 @@ class TrainingDisplay:
     ) -> None:
         self._name = name
         self._epochs = math.ceil(epochs - 1e-9)
+        self._whole_epochs = abs(epochs - round(epochs)) < 1e-9
         self._steps = steps
         self._step = self._start_step = start_step
         self._metrics = tuple(dict.fromkeys(metrics))
@@ -46,13 +47,12 @@ class TrainingDisplay:
 
     def __enter__(self) -> Self:
         self._started = time.monotonic()
-        start = (
-            f"from step {count(self._start_step)}"
-            if self._start_step
-            else counted(self._epochs, "epoch")
-        )
-        total = counted(self._steps, "step") + (" in all" if self._start_step else "")
-        self.message(f"{self._name}: {start}, {total}")
+        text = counted(self._steps, "step")
+        if self._start_step:
+            text = f"from step {count(self._start_step)}, {text} in all"
+        elif self._whole_epochs:
+            text = f"{counted(self._epochs, 'epoch')}, {text}"
+        self.message(f"{self._name}: {text}")
         self._progress.__enter__()
         self._bar = self._progress.bar(self._name, self._steps, self._start_step)
         return self
