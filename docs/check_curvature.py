@@ -13,8 +13,8 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 
 import egtrain
 from egtrain.sharpness.frozen_loss import FrozenLoss
+from egtrain.sharpness.sample import frozen_sample
 from egtrain.sharpness.spectrum import eigenvalues, trace
-from egtrain.sharpness.subjects import frozen_sample
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from egtrain.build import build_run
 from egtrain.config.files import load_config
 from egtrain.run import Run
-from egtrain.sharpness.frozen_loss import weights_kept
+from egtrain.sharpness.restoring import weights_kept
 from egtrain.train import take_step
 from egtrain.workers import Ranks
 

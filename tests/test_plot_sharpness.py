@@ -26,19 +26,19 @@ from egtrain.config.files import load_config
 from egtrain.errors import UsageError
 from egtrain.figures import ENDINGS
 from egtrain.optim.randomness import generator_for
-from egtrain.sharpness import comparison, measuring, metrics, subjects
+from egtrain.sharpness import comparison, measuring, metrics
 from egtrain.sharpness.frozen_loss import FrozenLoss
+from egtrain.sharpness.measuring import Job
 from egtrain.sharpness.metrics import METRICS, level, metric_of
 from egtrain.sharpness.metrics.between import barrier
-from egtrain.sharpness.plan import Job
 from egtrain.sharpness.records import Record, RecordStore
-from egtrain.sharpness.results import Comparison
+from egtrain.sharpness.runs import Comparison, Run, given_labels
+from egtrain.sharpness.sample import comparable_settings, require_comparable
 from egtrain.sharpness.spectrum import eigenvalues, trace
-from egtrain.sharpness.subjects import require_comparable
+from egtrain.tasks.language import LanguageTask
 
 pytestmark = pytest.mark.timeout(120)
 
-SHARP_LABELS = ["task.label_smoothing=0"]
 SMALL: dict[str, dict[str, Any]] = {
     "eigenvalues": {"count": 2, "steps": 4},
     "density": {"vectors": 1, "steps": 5},
@@ -172,9 +172,8 @@ def test_every_metric_of_two_runs_is_in_every_output(
 
     after = files_in(runs)
     new = set(after) - set(before)
-    assert new == {"sgd/sharpness/events.out.tfevents.0000000000.sharpness"}, (
-        "eg wants no TensorBoard"
-    )
+    (events,) = new  # eg wants no TensorBoard
+    assert events.startswith("sgd/sharpness/events.out.tfevents.")
     assert {name: after[name] for name in before} == before
     assert events_in(runs / "sgd" / "sharpness")["sharpness/trace"] == {
         12: pytest.approx(metrics_of(results)["trace"]["mean"], rel=1e-6)
@@ -185,6 +184,7 @@ def test_every_metric_of_two_runs_is_in_every_output(
     assert "nothing left to measure, 19 stored already" in again.stderr
     assert json.loads(again.stdout) == results
     assert results_in(tmp_path) == results
+    assert len(list((runs / "sgd" / "sharpness").iterdir())) == 1
 
 
 def events_in(folder: Path) -> dict[str, dict[int, float]]:
@@ -280,7 +280,7 @@ def interrupt_in_third_metric() -> None:
 
 
 def interrupt_before_anything() -> None:
-    comparison.load_subjects = lambda *_: os.kill(os.getpid(), signal.SIGTERM)  # type: ignore[assignment]
+    comparison.load = lambda *_: os.kill(os.getpid(), signal.SIGTERM)  # type: ignore[assignment]
 
 
 def test_an_interrupt_says_what_is_stored(runs: Path, tmp_path: Path) -> None:
@@ -441,7 +441,7 @@ def test_what_cannot_be_measured_is_one_line(
     (tmp_path / "other/checkpoints").symlink_to(runs / "sgd" / "checkpoints")
     if "elsewhere" in arguments:
         # Under one name, so that only the data tell.
-        monkeypatch.setattr("egtrain.sharpness.subjects._asked_for", lambda config: {})
+        monkeypatch.setattr("egtrain.sharpness.sample.comparable_settings", lambda config: {})
     result = command_line(capsys, "plot-sharpness", *arguments)
     assert result.code == code
     assert words in result.line
@@ -497,18 +497,26 @@ def test_a_model_without_second_derivatives_is_one_line(
 def test_a_label_finds_its_run_however_the_path_is_written(tmp_path: Path) -> None:
     odd = tmp_path / "a=b"
     labels = [f"{tmp_path}//run/=one", f"{tmp_path}/./a=b=two = 2"]
-    assert subjects._given_labels([tmp_path / "run", odd], labels) == {
+    assert given_labels([tmp_path / "run", odd], labels) == {
         tmp_path / "run": "one",
         odd: "two = 2",
     }
 
 
-def test_runs_that_smooth_their_labels_differently_are_not_compared() -> None:
-    own, other = (
-        subjects._asked_for(load_config("transformer-eg", change)) for change in ([], SHARP_LABELS)
-    )
-    with pytest.raises(UsageError, match="label smoothing"):
-        require_comparable(("own", own), ("other", other))
+@pytest.mark.parametrize(
+    ("preset", "change", "words"),
+    [
+        ("transformer-eg", "task.label_smoothing=0", "label smoothing"),
+        ("lstm-eg", "task.bptt=7", "window lengths"),
+    ],
+)
+def test_runs_with_different_losses_or_samples_are_not_compared(
+    preset: str, change: str, words: str
+) -> None:
+    configs = [load_config(preset, changes) for changes in ([], [change])]
+    compared = [Run("run", Path("run"), config, []) for config in configs]
+    with pytest.raises(UsageError, match=words):
+        require_comparable(compared, [comparable_settings(config) for config in configs])
 
 
 def test_every_file_of_a_metric_has_a_row_and_every_public_name_is_there() -> None:
@@ -520,9 +528,8 @@ def test_every_file_of_a_metric_has_a_row_and_every_public_name_is_there() -> No
 
 def test_a_perplexity_is_that_of_the_mean_loss() -> None:
     loss = SimpleNamespace(value=lambda: (2.0, 99.0))
-    task = SimpleNamespace(training_metric=SimpleNamespace(name="perplexity"))
-    model: Any = SimpleNamespace(loss=loss, task=task, test=None)
-    assert level.measure(model, {})[0] == {"train": {"loss": 2.0, "perplexity": math.exp(2.0)}}
+    model: Any = SimpleNamespace(loss=loss, task=LanguageTask, test=None)
+    assert level.measure(model)[0] == {"train": {"loss": 2.0, "perplexity": math.exp(2.0)}}
 
 
 def test_the_barrier_is_the_rise_above_the_straight_line() -> None:

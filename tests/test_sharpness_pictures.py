@@ -2,6 +2,8 @@
 vain.
 """
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
@@ -10,16 +12,17 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from rich.cells import cell_len
 
+from egtrain.config.files import load_config
 from egtrain.sharpness.metrics import METRICS
 from egtrain.sharpness.picture import draw_pictures
-from egtrain.sharpness.records import MeasuredCheckpoint, MeasuredRun, Record
-from egtrain.sharpness.results import Comparison
-from egtrain.sharpness.table import tables_of
+from egtrain.sharpness.records import Record
+from egtrain.sharpness.report import tables_of
+from egtrain.sharpness.results import warnings_of
+from egtrain.sharpness.runs import Checkpoint, Comparison, Run
 from egtrain.tables import table_lines
-from egtrain.tasks import ACCURACY
 
 
-def measured_run(number: int, label: str, loss: float = 0.01, checkpoints: int = 1) -> MeasuredRun:
+def measured_run(number: int, label: str, loss: float = 0.01, checkpoints: int = 1) -> Run:
     """Return a run with made-up values of every metric."""
     sharpness = 20.0 * 1.5 ** (number % 5)
     positions = np.linspace(-1, 1, 9)
@@ -52,18 +55,12 @@ def measured_run(number: int, label: str, loss: float = 0.01, checkpoints: int =
         "epsilon": Record({"sizes": [1e-3, 5e-4], "sharpness": [2 * sharpness, sharpness]}),
     }
     path = {"positions": [-0.5, 0.0, 0.5, 1.0, 1.5], "losses": [2.0, 0.01, 1.0 + number, 0.01, 3.0]}
-    return MeasuredRun(
-        label=label,
-        directory=f"runs/{number}",
-        batch_size=256 * 2 ** (number // 2),
-        seed=number % 2,
-        metric=ACCURACY,
-        training_metric=ACCURACY,
-        checkpoints=tuple(
-            MeasuredCheckpoint(100 * step, "", "", records) for step in range(1, checkpoints + 1)
-        ),
-        from_first={"between": Record({"barrier": 1.0}, path)} if number else {},
-    )
+    if number:
+        records["between"] = Record({"barrier": 1.0}, path)
+    config = load_config("resnet-eg", [f"seed={number % 2}", f"workers={2 ** (number // 2)}"])
+    steps = [100 * step for step in range(1, checkpoints + 1)]
+    found = [Checkpoint(Path("file"), step, records) for step in steps]
+    return Run(label, Path("runs"), config, found)
 
 
 @pytest.mark.parametrize(("count", "length"), [(1, 3), (2, 10), (3, 10), (5, 30), (8, 120)])
@@ -98,10 +95,9 @@ def test_no_text_of_a_picture_overlaps_another_or_leaves_it(
                 assert not box.overlaps(other_box.shrunk(0.9, 0.9)), f"{text!r} overlaps {other!r}"
 
 
-def comparison_of(runs: list[MeasuredRun], *metrics: str) -> Comparison:
+def comparison_of(runs: list[Run], *metrics: str) -> Comparison:
     settings = {name: {} for name in metrics or METRICS if name != "between" or len(runs) > 1}
-    network = "resnet (depth 20, width 16) on cifar10"
-    return Comparison({"metrics": settings}, {"size": 1024}, tuple(runs), network)
+    return Comparison({"metrics": settings}, {"size": 1024}, runs)
 
 
 def panels_of(figure: Figure) -> list[str]:
@@ -154,7 +150,7 @@ def test_contour_planes_are_large_and_share_one_colour_bar(count: int) -> None:
 def test_accuracies_over_the_largest_eigenvalue_have_ticks_that_can_be_told_apart() -> None:
     runs = [measured_run(n, f"run {n}") for n in range(2)]
     for run, accuracy in zip(runs, (0.352, 0.361), strict=True):
-        run.level["test"]["accuracy"] = accuracy
+        run.records["level"].values["test"]["accuracy"] = accuracy
     figure = draw_pictures(comparison_of(runs, "eigenvalues"))["sharpness"]
     FigureCanvasAgg(figure).draw()
     (axes,) = [axes for axes in figure.axes if axes.get_title().startswith("Test accuracy")]
@@ -189,8 +185,8 @@ def test_a_table_holds_every_result_in_the_width_of_the_terminal(count: int, wid
 
 
 def test_unequal_training_losses_and_loose_eigenvalues_are_warned_of() -> None:
-    def warnings(*runs: MeasuredRun) -> list[str]:
-        return Comparison({}, {}, runs).warnings
+    def warnings(*runs: Run) -> list[str]:
+        return warnings_of(Comparison({}, {}, runs))
 
     assert warnings(measured_run(0, "a", 0.100), measured_run(1, "b", 0.109)) == []
     (warning,) = warnings(measured_run(0, "a", 0.100), measured_run(1, "b", 0.112))
@@ -198,5 +194,5 @@ def test_unequal_training_losses_and_loose_eigenvalues_are_warned_of() -> None:
     (warning,) = warnings(measured_run(7, "h"))
     assert "eigenvalues of h have not converged" in warning
     assert warning.endswith("use --thorough")
-    (warning,) = Comparison({"thorough": True}, {}, (measured_run(7, "h"),)).warnings
+    (warning,) = warnings_of(Comparison({"thorough": True}, {}, [measured_run(7, "h")]))
     assert "use --thorough" not in warning

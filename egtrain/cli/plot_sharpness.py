@@ -66,12 +66,12 @@ def plot_sharpness(
         from egtrain.sharpness.comparison import plot
 
     if nproc > 1 and not started_by_torchrun():
+        # Every process takes the same command, and is told by torchrun that it is one of several.
         raise typer.Exit(launch(nproc, sys.argv[1:]))
+    names = None if metrics is None else [name.strip() for name in metrics.split(",")]
     plot(
         runs,
-        metrics=None
-        if metrics is None
-        else [name.strip() for name in metrics.split(",") if name.strip()],
+        metrics=None if names is None else [name for name in names if name],
         thorough=thorough,
         samples=samples,
         labels=label or [],

@@ -63,6 +63,16 @@ class Events:
             summary.value.add(tag=tag, simple_value=value)
         self._add(self._event(step=step, summary=summary))
 
+    def image(self, tag: str, png: bytes, step: int) -> None:
+        """Write a picture."""
+        # A PNG's width and height stand at bytes 16 to 24.
+        width, height = int.from_bytes(png[16:20], "big"), int.from_bytes(png[20:24], "big")
+        image = self._summary.Image(
+            width=width, height=height, colorspace=4, encoded_image_string=png
+        )
+        value = self._summary.Value(tag=tag, image=image)
+        self._add(self._event(step=step, summary=self._summary(value=[value])))
+
     def text(self, tag: str, text: str, step: int) -> None:
         """Write a text, unless the tag has one."""
         from tensorboard.plugins.text.summary_v2 import text_pb

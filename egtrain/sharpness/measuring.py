@@ -1,124 +1,190 @@
-"""The measuring; each finished metric is stored before the next begins."""
+"""What is to be measured, and the measuring; each finished metric is stored before the next
+begins.
+"""
 
+import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
 
+from egtrain.checkpoint import read_checkpoint
+from egtrain.errors import UsageError, did_you_mean
 from egtrain.evaluate import evaluate
+from egtrain.formatting import counted
+from egtrain.models.loading import load_weights
+from egtrain.progress import Progress
 from egtrain.ranks.distributed import agreed, only_first_rank
 from egtrain.ranks.signals import StoppedEarly
-from egtrain.sharpness.display import MeasureDisplay
+from egtrain.saved_run import SavedRun
 from egtrain.sharpness.frozen_loss import FrozenLoss
-from egtrain.sharpness.metric import ModelAtCheckpoint
-from egtrain.sharpness.metrics import metric_of
-from egtrain.sharpness.plan import Job, Work
-from egtrain.sharpness.records import LEVEL, MeasuredCheckpoint, MeasuredRun, Record, RecordStore
-from egtrain.sharpness.subjects import FrozenSample, load_checkpoint_into
-from egtrain.tasks import Task
+from egtrain.sharpness.metric import GRADIENT, PRODUCT, ModelAtCheckpoint, Parameters, Settings
+from egtrain.sharpness.metrics import LEVEL, METRICS, metric_of
+from egtrain.sharpness.records import Record, RecordStore
+from egtrain.sharpness.runs import Checkpoint, Run
+from egtrain.sharpness.sample import FrozenSample
 from egtrain.workers import Ranks, sum_over_ranks
 
 
+@dataclass
+class Job:
+    """One metric of one checkpoint."""
+
+    metric: str
+    parameters: Parameters
+    run: Run
+    checkpoint: Checkpoint
+    key: dict[str, Any]
+    """Everything that the measurement is a function of."""
+    cost: float
+    record: Record | None = None
+
+
+def settings_of(
+    names: Sequence[str] | None, thorough: bool, runs: Sequence[Run]
+) -> dict[str, Parameters]:
+    """Return the parameters of the metrics that were asked for; by default of all that the runs
+    allow.
+
+    Raises:
+        UsageError: a metric is unknown, named twice or impossible.
+    """
+    different = next((run for run in runs if run.network != runs[0].network), None)
+    if names is None:
+        lines = len(runs) > 1 and different is None
+        names = [name for name in METRICS if lines or not metric_of(name).from_first_run]
+    if not names:
+        raise UsageError(f"--metrics names nothing to measure: choose from {', '.join(METRICS)}")
+    for name in names:
+        if name not in METRICS:
+            hint = did_you_mean(name, [*METRICS]) or f"; choose from {', '.join(METRICS)}"
+            raise UsageError(f"unknown metric {name!r}{hint}")
+        if names.count(name) > 1:
+            raise UsageError(f"--metrics names {name} twice: name it once")
+        if metric_of(name).from_first_run and len(runs) < 2:
+            raise UsageError(
+                f"{name} is the line between two runs: name a second run, or leave it out of "
+                "--metrics"
+            )
+        if metric_of(name).from_first_run and different is not None:
+            raise UsageError(
+                f"{runs[0].label} and {different.label} have different networks, and there is no "
+                f"line between them: leave {name} out of --metrics"
+            )
+    chosen = {name: metric_of(name) for name in METRICS if name in names}
+    settings = {name: m.thorough if thorough else m.default for name, m in chosen.items()}
+    return {name: metric.adapted(settings[name], settings) for name, metric in chosen.items()}
+
+
+def along_training(settings: Settings) -> dict[str, Parameters]:
+    """Return what is measured of the checkpoints before the compared one."""
+    return {name: metric_of(name).default for name in settings if metric_of(name).over_steps}
+
+
+def jobs_of(runs: Sequence[Run], settings: Settings, sample: FrozenSample) -> list[Job]:
+    """Return what is to be measured, run by run and checkpoint by checkpoint."""
+    jobs = []
+    for run in runs:
+        for checkpoint in run.checkpoints:
+            wanted = along_training(settings)
+            if checkpoint is run.checkpoints[-1]:
+                wanted = {LEVEL: {}, **settings}
+            for name, parameters in wanted.items():
+                metric = metric_of(name)
+                key = {
+                    "metric": name,
+                    "parameters": parameters,
+                    "checkpoint": checkpoint.sha256,
+                    "sample": sample.description,
+                }
+                if metric.from_first_run:
+                    if run is runs[0]:
+                        continue
+                    key["from"] = runs[0].checkpoints[-1].sha256
+                cost = metric.cost(parameters, wanted)
+                jobs.append(Job(name, parameters, run, checkpoint, key, cost))
+    return jobs
+
+
 def measure_all(
-    works: Sequence[Sequence[Work]],
-    models: Sequence[nn.Module],
-    task: Task,
-    sample: FrozenSample,
-    precisions: Sequence[str],
+    jobs: Sequence[Job],
+    runs: Sequence[Run],
+    saved: Sequence[SavedRun],
+    batches: Sequence[tuple[Any, int]],
     store: RecordStore,
     ranks: Ranks,
-    show: MeasureDisplay,
+    progress: Progress,
     stop_requested: Callable[[], bool],
-) -> tuple[MeasuredRun, ...]:
-    """Measure what is not stored yet and return the measured runs; a collective.
+) -> None:
+    """Give the checkpoints their records, in the order of the jobs, after measuring what is not
+    stored yet; a collective.
 
     Raises:
         StoppedEarly: `stop_requested` said so on some rank, after a metric.
         UsageError: the model has no second derivatives.
         DivergedError: the loss or its curvature is not finite.
     """
-    missing = take_stored(works, store, ranks)
-    stored = sum(len(work.records) for run in works for work in run)
-    show.start([job.cost for _, job in missing], stored)
-    first_weights = [p.detach().clone() for p in models[0].parameters() if p.requires_grad]
-    for run, model, precision in zip(works, models, precisions, strict=True):
-        for work in run:
-            jobs = [job for other, job in missing if other is work]
-            if not jobs:
+    found = [store.get(job.key) for job in jobs] if ranks.rank == 0 else []
+    contents = json.loads(agreed(json.dumps([r and asdict(r) for r in found]), ranks))
+    for job, content in zip(jobs, contents, strict=True):
+        job.record = Record(**content) if content else None
+    missing = [job for job in jobs if job.record is None]
+    to_make = f"{counted(len(missing), 'measurement')} to make"
+    stored = len(jobs) - len(missing)
+    progress.message(
+        (to_make if missing else "nothing left to measure")
+        + (f", {stored} stored already" if stored else "")
+    )
+    task, done = saved[0].task, 0.0
+    first_weights = [p.detach().clone() for p in saved[0].model.parameters() if p.requires_grad]
+    with progress.bar("measuring", sum(job.cost for job in missing)) as bar:
+        bar.update(0.0)
+        models = [(c, of_run) for r, of_run in zip(runs, saved, strict=True) for c in r.checkpoints]
+        for checkpoint, of_run in models:
+            wanted = [job for job in missing if job.checkpoint is checkpoint]
+            if not wanted:
                 continue
-            load_checkpoint_into(model, work.file)
-            test = None
-            if LEVEL in [job.metric for job in jobs] and task.evaluation_size("test"):
-                test = evaluate(task, model, "test", ranks, precision)
-            with FrozenLoss(model, task.loss, sample.batches, ranks) as loss:
-                at = ModelAtCheckpoint(loss, task, sample.batches, first_weights, test)
-                for job in jobs:
+            model, test = of_run.model, None
+            load_weights(model, read_checkpoint(checkpoint.file)[1]["model"])
+            if wanted[0].metric == LEVEL and task.evaluation_size("test"):
+                test = evaluate(task, model, "test", ranks, of_run.config.precision)
+            with FrozenLoss(model, task.loss, batches, ranks) as loss:
+                at = ModelAtCheckpoint(loss, task, batches, first_weights, test)
+                for job in wanted:
                     if sum_over_ranks(torch.tensor(float(stop_requested())), ranks) > 0:
                         raise StoppedEarly
-                    record = measure(at, job, show, work.subject.label)
-                    only_first_rank(ranks, lambda key=job.key, done=record: store.put(key, done))  # type: ignore[misc]
-                    work.records[job.metric] = record
-    return tuple(measured_run(run, task) for run in works)
+                    bar.watch(partial(_so_far, job, loss, done))
+                    job.record = measure(at, job)
+                    only_first_rank(ranks, partial(store.put, job.key, job.record))
+                    progress.message(_summary(job, job.record))
+                    done += job.cost
+                    bar.update(done)
+    for job in jobs:
+        assert job.record is not None
+        job.checkpoint.records[job.metric] = job.record
 
 
-def take_stored(
-    works: Sequence[Sequence[Work]], store: RecordStore, ranks: Ranks
-) -> list[tuple[Work, Job]]:
-    """Give each work the records that are stored, and return what is missing; a collective."""
-    jobs = [(work, job) for run in works for work in run for job in work.jobs]
-    found = [store.get(job.key) for _, job in jobs] if ranks.rank == 0 else []
-    there = agreed("".join("1" if record else "0" for record in found), ranks)
-    missing = []
-    for (work, job), mark in zip(jobs, there, strict=True):
-        if mark == "0":
-            missing.append((work, job))
-            continue
-        record = store.get(job.key)
-        assert record is not None
-        work.records[job.metric] = record
-    return missing
-
-
-def measure(model: ModelAtCheckpoint, job: Job, show: MeasureDisplay, label: str) -> Record:
+def measure(model: ModelAtCheckpoint, job: Job) -> Record:
     """Return one measurement with what it took."""
-    loss = model.loss
-    before = loss.products, loss.gradients, loss.evaluations
-    started = time.monotonic()
-
-    def counted() -> tuple[int, int, int]:
-        products, gradients, evaluations = before
-        return loss.products - products, loss.gradients - gradients, loss.evaluations - evaluations
-
-    show.begin(label, job.metric, job.cost, counted)
-    values, curves = metric_of(job.metric).measure(model, job.parameters)
-    record = Record(values, curves, *counted(), seconds=round(time.monotonic() - started, 3))
-    show.finish(label, job.metric, job.cost, record)
-    return record
+    loss, started = model.loss, time.monotonic()
+    loss.products = loss.gradients = loss.evaluations = 0
+    values, curves = metric_of(job.metric).measure(model, **job.parameters)
+    seconds = round(time.monotonic() - started, 3)
+    return Record(values, curves, loss.products, loss.gradients, loss.evaluations, seconds)
 
 
-def measured_run(works: Sequence[Work], task: Task) -> MeasuredRun:
-    """Return what was measured of the checkpoints of a run."""
-    subject = works[0].subject
-    return MeasuredRun(
-        label=subject.label,
-        directory=str(subject.directory),
-        batch_size=subject.config.batch_size,
-        seed=subject.config.seed,
-        metric=task.metric,
-        training_metric=task.training_metric,
-        checkpoints=tuple(
-            MeasuredCheckpoint(work.step, str(work.file), work.sha256, records_of(work, False))
-            for work in works
-        ),
-        from_first=records_of(works[-1], True),
-    )
+def _so_far(job: Job, loss: FrozenLoss, done: float) -> tuple[float, str]:
+    """Return how much of all jobs is done while one goes on, and what stands beside the bar."""
+    spent = PRODUCT * loss.products + GRADIENT * loss.gradients + loss.evaluations
+    products = f", {counted(loss.products, 'product')}" if loss.products else ""
+    return done + min(job.cost, spent), f"{job.run.label}: {job.metric}{products}"
 
 
-def records_of(work: Work, from_first_run: bool) -> dict[str, Record]:
-    """Return the records that were, or were not, taken between the first run and this one."""
-    return {
-        name: record
-        for name, record in work.records.items()
-        if metric_of(name).from_first_run == from_first_run
-    }
+def _summary(job: Job, record: Record) -> str:
+    amounts = {"product": record.products, "gradient": record.gradients}
+    amounts["evaluation"] = record.evaluations
+    work = [counted(amount, unit) for unit, amount in amounts.items() if amount]
+    return ", ".join([f"{job.run.label}: {job.metric}", *work, f"{record.seconds:.1f} s"])

@@ -1,10 +1,11 @@
-"""The results of a comparison as files: sharpness.json, .csv and .npz."""
+"""The results of a comparison as files: sharpness.json, .csv and .npz, and TensorBoard's."""
 
 import csv
 import io
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import numpy as np
 from egtrain.checkpoint import write_atomically
 from egtrain.formatting import number, percent
 from egtrain.logs.environment import versions
+from egtrain.logs.events import Events
 from egtrain.logs.runlog import finite
 from egtrain.sharpness.metrics import metric_of
-from egtrain.sharpness.records import MeasuredRun, Record
+from egtrain.sharpness.runs import Comparison, Run
 
 NAME = "sharpness"
 """Of the files."""
@@ -30,95 +32,65 @@ CAVEATS = (
 )
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Everything that the tables and pictures show."""
-
-    settings: dict[str, Any]
-    """`metrics`: the parameters of each; and the options that matter."""
-    sample: dict[str, Any]
-    """The size of the frozen sample, and its hashes."""
-    runs: tuple[MeasuredRun, ...]
-    network: str = ""
-    """Of the runs, with its data, for the titles."""
-
-    @property
-    def title(self) -> str:
-        """Return what all runs have in common, in a sentence."""
-        seeds = sorted({run.seed for run in self.runs})
-        one_seed = f"seed {seeds[0]}"
-        several = f"{len(seeds)} seeds ({', '.join(map(str, seeds))})"
-        runs = f"{len(self.runs)} runs of " if len(self.runs) > 1 else ""
-        return (
-            f"{runs}{self.network}, {one_seed if len(seeds) == 1 else several}: sharpness over "
-            f"{self.sample['size']:,} training samples"
+def warnings_of(comparison: Comparison) -> list[str]:
+    """Return what the numbers themselves warn of, a sentence each."""
+    runs, warnings = comparison.runs, []
+    low, high = min(runs, key=lambda run: run.loss), max(runs, key=lambda run: run.loss)
+    if high.loss > (1 + LOSS_TOLERANCE) * low.loss:
+        warnings.append(
+            f"the training losses differ by more than {percent(LOSS_TOLERANCE, 0)} "
+            f"({number(low.loss)} of {low.label}, {number(high.loss)} of {high.label}): "
+            "sharpness is best compared at equal training loss"
         )
-
-    @property
-    def warnings(self) -> list[str]:
-        """Return what the numbers themselves warn of, a sentence each."""
-        return [*self._unequal_losses(), *self._not_converged()]
-
-    def _unequal_losses(self) -> Iterator[str]:
-        low, high = (found(self.runs, key=lambda run: run.loss) for found in (min, max))
-        if high.loss > (1 + LOSS_TOLERANCE) * low.loss:
-            yield (
-                f"the training losses differ by more than {percent(LOSS_TOLERANCE, 0)} "
-                f"({number(low.loss)} of {low.label}, {number(high.loss)} of {high.label}): "
-                "sharpness is best compared at equal training loss"
-            )
-
-    def _not_converged(self) -> Iterator[str]:
-        loose: dict[str, dict[str, None]] = {}
-        for run in self.runs:
-            for _, metric, record in run.all_records():
-                if not metric_of(metric).converged(record):
-                    loose.setdefault(metric, {})[run.label] = None
-        more = "" if self.settings.get("thorough") else ": use --thorough"
-        for metric, labels in loose.items():
-            yield (
-                f"{metric} of {', '.join(labels)} have not converged (their residuals are in "
-                f"{NAME}.json){more}"
-            )
+    loose: dict[str, dict[str, None]] = {}
+    for run in runs:
+        for checkpoint, name in run.measured():
+            if not all(checkpoint.records[name].values.get("converged", [])):
+                loose.setdefault(name, {})[run.label] = None
+    more = "" if comparison.settings.get("thorough") else ": use --thorough"
+    for name, labels in loose.items():
+        warnings.append(
+            f"{name} of {', '.join(labels)} have not converged (their residuals are in "
+            f"{NAME}.json){more}"
+        )
+    return warnings
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
     """Return what sharpness.json holds: everything but the curves."""
-    return {
-        "settings": comparison.settings,
-        "sample": comparison.sample,
-        "runs": [
-            {
-                "label": run.label,
-                "directory": run.directory,
-                "batch_size": run.batch_size,
-                "seed": run.seed,
-                "metric": run.metric.name,
-                "checkpoints": [
-                    {
-                        "step": checkpoint.step,
-                        "file": checkpoint.file,
-                        "sha256": checkpoint.sha256,
-                        "metrics": {
-                            name: _without_curves(r) for name, r in checkpoint.records.items()
-                        },
-                    }
-                    for checkpoint in run.checkpoints
-                ],
-                **{name: _without_curves(record) for name, record in run.from_first.items()},
-            }
-            for run in comparison.runs
-        ],
-        "warnings": comparison.warnings,
-        "caveats": list(CAVEATS),
-        "versions": versions(),
+    results: dict[str, Any] = finite(
+        {
+            "settings": comparison.settings,
+            "sample": comparison.sample,
+            "runs": [_run_as_json(run) for run in comparison.runs],
+            "warnings": warnings_of(comparison),
+            "caveats": CAVEATS,
+            "versions": versions(),
+        }
+    )
+    return results
+
+
+def _run_as_json(run: Run) -> dict[str, Any]:
+    result: dict[str, Any] = {
+        "label": run.label,
+        "directory": str(run.directory),
+        "batch_size": run.config.batch_size,
+        "seed": run.config.seed,
+        "metric": run.metrics[0].name,
+        "checkpoints": [],
     }
-
-
-def _without_curves(record: Record) -> dict[str, Any]:
-    rest = asdict(record)
-    del rest["curves"]
-    return {**rest.pop("values"), **rest}
+    for c in run.checkpoints:
+        metrics: dict[str, Any] = {}
+        for name, record in c.records.items():
+            rest = asdict(record)
+            del rest["curves"]
+            # What is measured between two runs is not of a checkpoint alone.
+            place = result if metric_of(name).from_first_run else metrics
+            place[name] = {**rest.pop("values"), **rest}
+        of_checkpoint = {"step": c.step, "file": str(c.file), "sha256": c.sha256}
+        result["checkpoints"].append({**of_checkpoint, "metrics": metrics})
+    return result
 
 
 def write_results(comparison: Comparison, folder: Path) -> None:
@@ -127,28 +99,51 @@ def write_results(comparison: Comparison, folder: Path) -> None:
     Raises:
         EgtrainError: a file could not be written.
     """
-    text = json.dumps(finite(as_json(comparison)), indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(as_json(comparison), indent=2, ensure_ascii=False, allow_nan=False)
     write_atomically(folder / f"{NAME}.json", (text + "\n").encode())
-    arrays = io.BytesIO()
-    np.savez_compressed(arrays, **dict(_curves(comparison)))  # type: ignore[arg-type]
-    write_atomically(folder / f"{NAME}.npz", arrays.getvalue())
+    curves: dict[str, Any] = {}
     table = io.StringIO()
-    rows = csv.writer(table, lineterminator="\n")
-    rows.writerow(["run", "step", "metric", "quantity", "at", "value", "error"])
-    rows.writerows(_rows(comparison))
+    lines = csv.writer(table, lineterminator="\n")
+    lines.writerow(["run", "step", "metric", "quantity", "at", "value", "error"])
+    for run in comparison.runs:
+        for checkpoint, metric in run.measured():
+            for name, curve in checkpoint.records[metric].curves.items():
+                curves[f"{run.label}/{checkpoint.step}/{metric}/{name}"] = np.asarray(curve, float)
+            for row in checkpoint.rows(metric):
+                place = [run.label, checkpoint.step, metric, row.quantity, row.at]
+                lines.writerow([*place, row.value, row.error])
+    arrays = io.BytesIO()
+    np.savez_compressed(arrays, **curves)
+    write_atomically(folder / f"{NAME}.npz", arrays.getvalue())
     write_atomically(folder / f"{NAME}.csv", table.getvalue().encode())
 
 
-def _curves(comparison: Comparison) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
-    """Yield the arrays by name, `run/step/metric/curve`."""
-    for run in comparison.runs:
-        for checkpoint, metric, record in run.all_records():
-            for name, curve in record.curves.items():
-                yield f"{run.label}/{checkpoint.step}/{metric}/{name}", np.asarray(curve, float)
+def write_tensorboard(runs: Sequence[Run], images: Mapping[str, bytes]) -> None:
+    """Write numbers, and PNG images by name, into a folder of each run that logs to TensorBoard.
+
+    The files of the training stay as they are. What cannot be written is warned of.
+    """
+    scalars: dict[Path, dict[int, dict[str, float]]] = {}
+    for run in runs:
+        if run.config.log.tensorboard:
+            of_run = scalars.setdefault(run.directory / NAME, {})
+            for checkpoint, metric in run.measured():
+                for row in checkpoint.rows(metric):
+                    if row.tag:
+                        values = of_run.setdefault(checkpoint.step, {})
+                        values[f"{NAME}/{row.tag}"] = row.value
+    for folder, by_step in scalars.items():
+        try:
+            events = Events(folder, 0, lambda text: _warn(text.partition(";")[0]))
+        except OSError as error:
+            _warn(f"nothing was written to {folder} ({error.strerror})")
+            continue
+        for step, values in sorted(by_step.items()):
+            events.scalars(values, step)
+        for name, png in images.items():
+            events.image(name, png, max(by_step))
+        events.file.close()
 
 
-def _rows(comparison: Comparison) -> Iterator[list[object]]:
-    for run in comparison.runs:
-        for checkpoint, metric, record in run.all_records():
-            for quantity, value, at, error, _ in metric_of(metric).numbers(record):
-                yield [run.label, checkpoint.step, metric, quantity, at, value, error]
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)

@@ -1,6 +1,6 @@
 """A task binds data, loss and metric; the training loop knows no more of it than this protocol."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -20,6 +20,8 @@ class Metric:
     unit: str
     """`FRACTION` is shown in percent."""
     higher_is_better: bool
+    of_mean_loss: Callable[[float], float] | None = None
+    """Returns it from the mean loss, where it is a function of that and no mean itself."""
 
     @property
     def label(self) -> str:

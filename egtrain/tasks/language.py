@@ -54,6 +54,11 @@ def columns_of(tokens: int, workers: int, worker_batch_size: int, bptt: int) -> 
     return length, length // bptt
 
 
+def perplexity(loss: float) -> float:
+    """Return the exponential of a mean cross-entropy in nats a word."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
 class LanguageTask:
     """Windows of a text, loss and metric; every batch is a function of (seed, worker, step).
 
@@ -73,7 +78,9 @@ class LanguageTask:
         UsageError: the columns are shorter than a window.
     """
 
-    metric = training_metric = Metric("perplexity", "", higher_is_better=False)
+    metric = training_metric = Metric(
+        "perplexity", "", higher_is_better=False, of_mean_loss=perplexity
+    )
     sums: tuple[str, ...] = ("nats", "words")
 
     def __init__(
@@ -187,7 +194,7 @@ class LanguageTask:
         """Return the mean cross-entropy in nats a word and its exponential, the perplexity."""
         nats, words = sums
         loss = nats / words
-        return {"loss": loss, self.metric.name: math.exp(loss) if loss < 700 else math.inf}
+        return {"loss": loss, self.metric.name: perplexity(loss)}
 
     def _windows(self, starts: Tensor) -> Window:
         places = starts + torch.arange(self.bptt, device=starts.device)[:, None]

@@ -18,10 +18,12 @@ METRICS = (
     "between",
 )
 """A row for each metric, which is the name of its file, in the order of measuring."""
+LEVEL = "level"
+"""What is measured before them in any case: loss and metric of the task."""
 
 
 def metric_of(name: str) -> "SharpnessMetric":
-    """Return the metric of a name in the table, or `level`, which is always measured."""
+    """Return a metric by the name of its file."""
     # Imported when asked for: it brings torch, which the command line's --help does without.
     metric: SharpnessMetric = import_module(f"{__name__}.{name}").METRIC
     return metric

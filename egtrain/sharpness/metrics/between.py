@@ -6,39 +6,27 @@ from collections.abc import Iterator, Sequence
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from egtrain.formatting import number as number_text
-from egtrain.sharpness.drawing import colour, line_style
-from egtrain.sharpness.landscape import between, copied, recompute_batchnorm
-from egtrain.sharpness.metric import (
-    PASS_COST,
-    Measured,
-    ModelAtCheckpoint,
-    Number,
-    Panel,
-    Parameters,
-    SharpnessMetric,
-)
-from egtrain.sharpness.records import MeasuredRun, Record
+from egtrain.sharpness import landscape, metric
+from egtrain.sharpness.drawing import style_of
+from egtrain.sharpness.metric import Measured, ModelAtCheckpoint, Panel, Values
+from egtrain.sharpness.records import Row
+from egtrain.sharpness.runs import Run
 
 WIDE = 10.0
 """Losses that differ by a larger factor are drawn on a logarithmic axis."""
 
 
-def measure(model: ModelAtCheckpoint, parameters: Parameters) -> Measured:
+def measure(model: ModelAtCheckpoint, points: int) -> Measured:
     """Return the barrier, and loss and metric along the line."""
     loss, batches, forward = model.loss, model.batches, model.task.loss
-    path = between(
+    path = landscape.between(
         loss,
         model.first_weights,
-        copied(loss.parameters),
-        points=parameters["points"],
-        recompute_statistics=lambda: recompute_batchnorm(loss.model, batches, forward),
+        landscape.copied(loss.parameters),
+        points=points,
+        recompute_statistics=lambda: landscape.recompute_batchnorm(loss.model, batches, forward),
     )
-    curves = {
-        "positions": path.positions.tolist(),
-        "losses": path.losses.tolist(),
-        "metrics": path.metrics.tolist(),
-    }
+    curves = {name: tensor.tolist() for name, tensor in vars(path).items()}
     return {"barrier": barrier(curves["positions"], curves["losses"])}, curves
 
 
@@ -52,33 +40,20 @@ def barrier(positions: Sequence[float], losses: Sequence[float]) -> float:
     return max(inside, default=math.nan)
 
 
-def numbers(record: Record) -> Iterator[Number]:
+def rows(values: Values) -> Iterator[Row]:
     """Yield the barrier."""
-    yield Number("barrier", record.values["barrier"])
+    yield Row("barrier", values["barrier"], title="barrier from run 1")
 
 
-def rows(record: Record) -> dict[str, str]:
-    """Return the barrier."""
-    return {"barrier from run 1": number_text(record.values["barrier"])}
-
-
-def draw(axes: Axes, runs: Sequence[MeasuredRun]) -> None:
+def draw(axes: Axes, runs: Sequence[Run]) -> None:
     """Draw the loss over the position on the line."""
-    paths = {
-        number: run.from_first["between"].curves
-        for number, run in enumerate(runs)
-        if "between" in run.from_first
-    }
-    for number, curves in paths.items():
-        axes.plot(
-            curves["positions"],
-            curves["losses"],
-            color=colour(number),
-            linestyle=line_style(number),
-        )
+    losses = []
+    for number, run in enumerate(runs[1:], 1):
+        curves = run.records["between"].curves
+        axes.plot(curves["positions"], curves["losses"], **style_of(number))
+        losses += curves["losses"]
     for end in (0, 1):
         axes.axvline(end, color="#444444", linewidth=0.8, linestyle=":")
-    losses = [loss for curves in paths.values() for loss in curves["losses"]]
     if max(losses) > WIDE * min(losses) > 0:
         axes.set_yscale("log")
     axes.xaxis.set_major_locator(MaxNLocator(5))
@@ -87,12 +62,11 @@ def draw(axes: Axes, runs: Sequence[MeasuredRun]) -> None:
     axes.set_ylabel("loss (nats)")
 
 
-METRIC = SharpnessMetric(
+METRIC = metric.SharpnessMetric(
     default={"points": 21},
     thorough={"points": 81},
-    cost=lambda settings: 2 * PASS_COST * settings["between"]["points"],  # with the statistics
+    cost=lambda p, settings: 2 * p["points"],  # with the statistics
     measure=measure,
-    numbers=numbers,
     rows=rows,
     panels=(Panel(draw, picture="sharpness-paths", of_one_run=False),),
     from_first_run=True,

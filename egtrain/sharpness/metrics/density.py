@@ -6,64 +6,49 @@ from collections.abc import Sequence
 import torch
 from matplotlib.axes import Axes
 
-from egtrain.sharpness.drawing import colour, line_style
-from egtrain.sharpness.metric import (
-    PRODUCT_COST,
-    SEED,
-    Measured,
-    ModelAtCheckpoint,
-    Panel,
-    Parameters,
-    Settings,
-    SharpnessMetric,
-)
-from egtrain.sharpness.records import MeasuredRun
-from egtrain.sharpness.spectrum import Density, density, density_on
+from egtrain.sharpness import metric, spectrum
+from egtrain.sharpness.drawing import style_of
+from egtrain.sharpness.metric import Measured, ModelAtCheckpoint, Panel, Parameters, Settings
+from egtrain.sharpness.runs import Run
 
 GRID_POINTS = 512
 """Of the curve that is drawn."""
 
 
-def cost(settings: Settings) -> float:
+def cost(p: Parameters, settings: Settings) -> float:
     """Return the cost without the products that the eigenvalues have taken."""
-    parameters = settings["density"]
     shared = settings["eigenvalues"]["steps"] if "eigenvalues" in settings else 0
-    return float(PRODUCT_COST * max(parameters["vectors"] * parameters["steps"] - shared, 0))
+    return float(metric.PRODUCT * max(p["vectors"] * p["steps"] - shared, 0))
 
 
-def measure(model: ModelAtCheckpoint, parameters: Parameters) -> Measured:
+def measure(model: ModelAtCheckpoint, vectors: int, steps: int) -> Measured:
     """Return nodes and weights of the quadrature, so that compared runs get one common grid."""
-    found = density(
-        model.loss,
-        vectors=parameters["vectors"],
-        steps=parameters["steps"],
-        seed=SEED,
-        krylov=model.krylov,
+    found = spectrum.density(
+        model.loss, vectors=vectors, steps=steps, seed=metric.SEED, krylov=model.krylov
     )
     model.krylov = None  # its basis takes as much memory as many models
     return {}, {"nodes": found.nodes.tolist(), "weights": found.weights.tolist()}
 
 
-def draw(axes: Axes, runs: Sequence[MeasuredRun]) -> None:
+def draw(axes: Axes, runs: Sequence[Run]) -> None:
     """Draw the densities on a common grid with a common smoothing."""
+    curves = [run.records["density"].curves for run in runs]
     densities = [
-        Density(*(torch.tensor(curves[name], dtype=torch.float64) for name in ("nodes", "weights")))
-        for curves in (run.records["density"].curves for run in runs)
+        spectrum.Density(*(torch.tensor(c[name]).double() for name in ("nodes", "weights")))
+        for c in curves
     ]
     low = min(float(d.nodes.min()) for d in densities)
     high = max(float(d.nodes.max()) for d in densities)
     sigma = max(high - low, 1e-12) / 100
     grid = torch.linspace(low - 5 * sigma, high + 5 * sigma, GRID_POINTS, dtype=torch.float64)
-    curves = [density_on(d, grid, sigma) for d in densities]
+    smooth = [spectrum.density_on(d, grid, sigma) for d in densities]
     # Far from every node a sum of Gaussians is zero for all purposes, and a logarithm has no room
     # for that.
     outermost = min(float(d.weights.mean(dim=0)[d.nodes.mean(dim=0).argmax()]) for d in densities)
-    top = max(float(c.max()) for c in curves)
+    top = max(float(curve.max()) for curve in smooth)
     floor = max(outermost / (sigma * math.sqrt(2 * math.pi)) / 10, top * 1e-9)
-    for number, curve in enumerate(curves):
-        axes.plot(
-            grid, curve.clamp(min=floor / 10), color=colour(number), linestyle=line_style(number)
-        )
+    for number, curve in enumerate(smooth):
+        axes.plot(grid, curve.clamp(min=floor / 10), **style_of(number))
     axes.set_yscale("log")
     axes.set_ylim(floor, top * 3)
     axes.set_title("Spectrum of the Hessian")
@@ -71,7 +56,7 @@ def draw(axes: Axes, runs: Sequence[MeasuredRun]) -> None:
     axes.set_ylabel("density")
 
 
-METRIC = SharpnessMetric(
+METRIC = metric.SharpnessMetric(
     default={"vectors": 1, "steps": 50},
     thorough={"vectors": 10, "steps": 90},
     cost=cost,

@@ -4,66 +4,40 @@ from collections.abc import Iterator, Sequence
 
 from matplotlib.axes import Axes
 
-from egtrain.formatting import number as number_text
-from egtrain.sharpness.adaptive import epsilon_sharpness
-from egtrain.sharpness.drawing import draw_points, split
-from egtrain.sharpness.metric import (
-    GRADIENT_COST,
-    Measured,
-    ModelAtCheckpoint,
-    Number,
-    Panel,
-    Parameters,
-    Settings,
-    SharpnessMetric,
-)
-from egtrain.sharpness.records import MeasuredRun, Record
+from egtrain.sharpness import adaptive, metric
+from egtrain.sharpness.drawing import draw_values, split
+from egtrain.sharpness.metric import Measured, ModelAtCheckpoint, Panel, Values
+from egtrain.sharpness.records import Row
+from egtrain.sharpness.runs import Run
 
 
-def cost(settings: Settings) -> float:
-    """Return the cost of all ascents."""
-    p = settings["epsilon"]
-    return float(GRADIENT_COST * len(p["sizes"]) * p["iterations"])
-
-
-def measure(model: ModelAtCheckpoint, parameters: Parameters) -> Measured:
+def measure(model: ModelAtCheckpoint, sizes: list[float], iterations: int) -> Measured:
     """Return the sharpness in a box of each size."""
-    found = [
-        epsilon_sharpness(model.loss, size, iterations=parameters["iterations"])
-        for size in parameters["sizes"]
-    ]
-    return {"sizes": parameters["sizes"], "sharpness": found}, {}
+    found = [adaptive.epsilon_sharpness(model.loss, e, iterations=iterations) for e in sizes]
+    return {"sizes": sizes, "sharpness": found}, {}
 
 
-def numbers(record: Record) -> Iterator[Number]:
-    """Yield the sharpness at each size."""
-    for size, value in zip(record.values["sizes"], record.values["sharpness"], strict=True):
-        yield Number("sharpness", value, size, tag=f"epsilon_{size}")
+def rows(values: Values) -> Iterator[Row]:
+    """Yield the sharpness at each size; that at the first one is printed."""
+    for size, value in zip(values["sizes"], values["sharpness"], strict=True):
+        title = f"ε-sharpness ε={size:g}" if size == values["sizes"][0] else ""
+        yield Row("sharpness", value, at=size, tag=f"epsilon_{size}", title=title)
 
 
-def rows(record: Record) -> dict[str, str]:
-    """Return the sharpness at the first size."""
-    size, value = record.values["sizes"][0], record.values["sharpness"][0]
-    return {f"ε-sharpness ε={size:g}": number_text(value)}
-
-
-def draw(axes: Axes, runs: Sequence[MeasuredRun]) -> None:
+def draw(axes: Axes, runs: Sequence[Run]) -> None:
     """Draw the sharpness of each run, a place for each size."""
-    records = [run.records["epsilon"].values for run in runs]
-    sizes = records[0]["sizes"]
-    places = split(axes, len(sizes))
+    rows = runs[0].checkpoints[-1].rows("epsilon")
+    places = split(axes, len(rows))
+    for number, (place, row) in enumerate(zip(places, rows, strict=True)):
+        draw_values(place, runs, "epsilon", f"ε = {row.at:g}", row=number)
     places[0].set_ylabel("ε-sharpness (%)")
-    for number, (place, size) in enumerate(zip(places, sizes, strict=True)):
-        values = [(values["sharpness"][number], 0.0) for values in records]
-        draw_points(place, runs, f"ε = {size:g}", values)
 
 
-METRIC = SharpnessMetric(
+METRIC = metric.SharpnessMetric(
     default={"sizes": [1e-3], "iterations": 10},
     thorough={"sizes": [1e-3, 5e-4], "iterations": 10},
-    cost=cost,
+    cost=lambda p, settings: metric.GRADIENT * len(p["sizes"]) * p["iterations"],
     measure=measure,
-    numbers=numbers,
     rows=rows,
     panels=(Panel(draw, picture="sharpness-paths", of_one_run=False),),
 )

@@ -1,41 +1,29 @@
 """Loss and metric of the task, on the frozen sample and on the test split."""
 
-import math
 from collections.abc import Iterator
 
-from egtrain.sharpness.metric import (
-    PASS_COST,
-    Measured,
-    ModelAtCheckpoint,
-    Number,
-    Parameters,
-    SharpnessMetric,
-)
-from egtrain.sharpness.records import Record
+from egtrain.sharpness.metric import Measured, ModelAtCheckpoint, SharpnessMetric, Values
+from egtrain.sharpness.records import Row
 
 
-def measure(model: ModelAtCheckpoint, parameters: Parameters) -> Measured:
+def measure(model: ModelAtCheckpoint) -> Measured:
     """Return loss and metric by split."""
-    value, score = model.loss.value()
-    name = model.task.training_metric.name
-    if name == "perplexity":
-        score = math.exp(value)  # which the mean over batches is not
-    train = {"loss": value, name: score}
+    loss, score = model.loss.value()
+    metric = model.task.training_metric
+    if metric.of_mean_loss is not None:
+        score = metric.of_mean_loss(loss)  # which the mean over batches is not
+    train = {"loss": loss, metric.name: score}
     return {"train": train, **({"test": model.test} if model.test else {})}, {}
 
 
-def numbers(record: Record) -> Iterator[Number]:
+def rows(values: Values) -> Iterator[Row]:
     """Yield loss and metric of each split; the test split is in TensorBoard already."""
-    for split, found in record.values.items():
+    for split, found in values.items():
         for name, value in found.items():
             quantity = f"{split}_{name}"
-            yield Number(quantity, value, tag=quantity if split == "train" else None)
+            yield Row(quantity, value, tag=quantity if split == "train" else "")
 
 
 METRIC = SharpnessMetric(
-    default={},
-    thorough={},
-    cost=lambda settings: PASS_COST,
-    measure=measure,
-    numbers=numbers,
+    default={}, thorough={}, cost=lambda p, settings: 1.0, measure=measure, rows=rows
 )

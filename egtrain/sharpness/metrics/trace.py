@@ -4,61 +4,39 @@ from collections.abc import Iterator, Sequence
 
 from matplotlib.axes import Axes
 
-from egtrain.formatting import estimate_text
-from egtrain.sharpness.drawing import draw_points
-from egtrain.sharpness.metric import (
-    PRODUCT_COST,
-    SEED,
-    Measured,
-    ModelAtCheckpoint,
-    Number,
-    OverSteps,
-    Panel,
-    Parameters,
-    SharpnessMetric,
-)
-from egtrain.sharpness.records import MeasuredRun, Record
-from egtrain.sharpness.spectrum import trace
+from egtrain.sharpness import metric, spectrum
+from egtrain.sharpness.drawing import draw_values
+from egtrain.sharpness.metric import Measured, ModelAtCheckpoint, Panel, Values
+from egtrain.sharpness.records import Row
+from egtrain.sharpness.runs import Run
 
 
-def measure(model: ModelAtCheckpoint, parameters: Parameters) -> Measured:
+def measure(model: ModelAtCheckpoint, samples: int) -> Measured:
     """Return the mean with its standard error, and each sample."""
-    found = trace(model.loss, samples=parameters["samples"], seed=SEED)
+    found = spectrum.trace(model.loss, samples=samples, seed=metric.SEED)
     values = {"mean": found.mean, "standard_error": found.standard_error}
     return values, {"samples": found.samples}
 
 
-def mean_and_error(record: Record) -> tuple[float, float]:
-    """Return the estimate and its standard error."""
-    return record.values["mean"], record.values["standard_error"]
-
-
-def numbers(record: Record) -> Iterator[Number]:
+def rows(values: Values) -> Iterator[Row]:
     """Yield the estimate."""
-    mean, error = mean_and_error(record)
-    yield Number("trace", mean, error=error, tag="trace")
+    yield Row("trace", values["mean"], values["standard_error"], tag="trace", title="trace")
 
 
-def rows(record: Record) -> dict[str, str]:
-    """Return the estimate with its standard error."""
-    mean, error = mean_and_error(record)
-    return {"trace": estimate_text(mean, error)}
-
-
-def draw(axes: Axes, runs: Sequence[MeasuredRun]) -> str:
+def draw(axes: Axes, runs: Sequence[Run]) -> str | None:
     """Draw the trace of each run."""
-    draw_points(axes, runs, "Trace", [mean_and_error(run.records["trace"]) for run in runs])
     vectors = len(runs[0].records["trace"].curves["samples"])
-    return f"standard error over {vectors} random vectors (trace)"
+    return draw_values(
+        axes, runs, "trace", "Trace", f"standard error over {vectors} random vectors"
+    )
 
 
-METRIC = SharpnessMetric(
+METRIC = metric.SharpnessMetric(
     default={"samples": 30},
     thorough={"samples": 200},
-    cost=lambda settings: PRODUCT_COST * settings["trace"]["samples"],
+    cost=lambda p, settings: metric.PRODUCT * p["samples"],
     measure=measure,
-    numbers=numbers,
     rows=rows,
-    panels=(Panel(draw, size="half", of_one_run=False),),
-    over_steps=OverSteps("Trace", mean_and_error, "standard error over random vectors"),
+    panels=(Panel(draw, width="half", of_one_run=False),),
+    over_steps=("Trace", "standard error over random vectors"),
 )

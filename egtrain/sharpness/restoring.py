@@ -1,0 +1,94 @@
+"""Blocks after which a model and torch's settings are exactly as before, also after an error."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+@contextmanager
+def weights_kept(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Put the weights back, bit for bit, at the end of the block."""
+    kept = [p.detach().clone() for p in parameters]
+    try:
+        yield
+    finally:
+        copy_into(parameters, kept)
+
+
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Put the model's buffers back, bit for bit and as the same tensors, at the end of the
+    block.
+    """
+    kept = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
+    ]
+    try:
+        yield
+    finally:
+        for module, name, buffer, values in kept:
+            with torch.no_grad():
+                buffer.copy_(values)
+            module._buffers[name] = buffer
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put the model into evaluation mode, and each of its modules into its own mode at the end of
+    the block.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def twice_differentiable_kernels(model: nn.Module) -> Iterator[None]:
+    """Use full float32 precision, and kernels that can be differentiated twice, inside the block.
+
+    The fused attention kernels and cuDNN's recurrent nets cannot.
+    """
+    backends: Any = torch.backends
+    precisions = (
+        *(backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn),
+        *(backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn),
+    )
+    with ExitStack() as stack:
+        for place in precisions:
+            stack.enter_context(_with_attribute(place, "fp32_precision", "ieee"))
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            stack.enter_context(_with_attribute(backends.cudnn, "enabled", False))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        # The fast path of nn.MultiheadAttention, without gradients, would be another function up to
+        # rounding.
+        fast = backends.mha.get_fastpath_enabled()
+        stack.callback(backends.mha.set_fastpath_enabled, fast)
+        backends.mha.set_fastpath_enabled(False)
+        yield
+
+
+@contextmanager
+def _with_attribute(owner: Any, name: str, value: object) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def copy_into(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Give the parameters other values, in place."""
+    with torch.no_grad():
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.copy_(value)

@@ -1,0 +1,122 @@
+"""The models of a comparison, read back, and the frozen sample on which all are measured."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from egtrain.config.schema import Config
+from egtrain.errors import UsageError
+from egtrain.optim.randomness import generator_for
+from egtrain.saved_run import SavedRun, load_run
+from egtrain.sharpness.runs import Run
+from egtrain.tasks import Task
+
+SAMPLE_SEED = 0
+"""Fixed: runs of all seeds are measured on the same samples."""
+
+
+@dataclass(frozen=True)
+class FrozenSample:
+    """Training samples without augmentation, the same for all runs of a comparison."""
+
+    batches: list[tuple[Any, int]]
+    description: dict[str, Any]
+    """Its size and the SHA-256 of the indices and of the data."""
+
+
+def load(
+    runs: Sequence[Run], samples: int, data_dir: Path | None, offline: bool, device: str
+) -> tuple[list[SavedRun], FrozenSample]:
+    """Return each run at its compared checkpoint, and the frozen sample of the first one's task,
+    which serves all.
+
+    Raises:
+        UsageError: the runs cannot be compared, or there are fewer samples than asked for.
+        DataError: a checkpoint or the data are missing or damaged.
+    """
+    require_comparable(runs, [comparable_settings(run.config) for run in runs])
+    saved = [
+        load_run(
+            run.directory,
+            checkpoint=str(run.checkpoints[-1].file),
+            data_dir=data_dir,
+            offline=offline,
+            device=device,
+        )
+        for run in runs
+    ]
+    require_comparable(runs, [{"training data": f"{run.data.digest[:12]}…"} for run in saved])
+    return saved, frozen_sample(saved[0].task, samples, runs[0].label)
+
+
+def comparable_settings(config: Config) -> dict[str, object]:
+    """Return the settings that compared runs have in common."""
+    return {
+        "tasks": config.task.name,
+        "data": config.data.name,
+        "training samples": config.data.train_samples or "all",
+        "validation samples": config.data.validation,
+        "window lengths": getattr(config.task, "bptt", None),
+        "label smoothing": getattr(config.task, "label_smoothing", None),
+    }
+
+
+def require_comparable(runs: Sequence[Run], properties: Sequence[Mapping[str, object]]) -> None:
+    """Refuse runs whose numbers cannot be compared, since a property of theirs differs.
+
+    Raises:
+        UsageError: it names the property and both values.
+    """
+    for run, found in zip(runs, properties, strict=True):
+        for name, value in properties[0].items():
+            if found[name] != value:
+                raise UsageError(
+                    f"{runs[0].label} and {run.label} cannot be compared: their {name} differ "
+                    f"({value} and {found[name]}); plot them apart, with an --output of their own"
+                )
+
+
+def frozen_sample(task: Task, samples: int, label: str) -> FrozenSample:
+    """Return so many training samples, drawn by a fixed seed.
+
+    Raises:
+        UsageError: there are fewer.
+    """
+    if samples > task.samples:
+        raise UsageError(
+            f"--samples {samples} is more than the {task.samples} training samples of {label}: "
+            "lower it"
+        )
+    order = torch.randperm(task.samples, generator=generator_for(SAMPLE_SEED, "sharpness"))
+    indices = order[:samples].sort().values
+    batches = task.frozen_batches(indices)
+    description = {
+        "size": samples,
+        "indices_sha256": _sha256([indices]),
+        "data_sha256": _sha256(_tensors([batch for batch, _ in batches])),
+    }
+    return FrozenSample(batches, description)
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for key in sorted(batch):
+            yield from _tensors(batch[key])
+    elif isinstance(batch, list | tuple):
+        for part in batch:
+            yield from _tensors(part)
+
+
+def _sha256(tensors: Iterable[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
