@@ -51,20 +51,14 @@ def draw_points(
     """Draw each run's points: place, value, and error if there is one."""
     for number, (run, triples) in enumerate(zip(runs, points, strict=True)):
         places, values, errors = zip(*triples, strict=True)
-        axes.errorbar(
-            places,
-            values,
-            [error or 0.0 for error in errors] if any(errors) else None,
-            **style_of(number),
-            marker=marker_of(run, runs),
-            markersize=5,
-            capsize=3,
-        )
+        bars = [error or 0.0 for error in errors] if any(errors) else None
+        look: dict[str, Any] = {"marker": marker_of(run, runs), "markersize": 5, "capsize": 3}
+        axes.errorbar(places, values, bars, **style_of(number), **look)
 
 
 def draw_values(
     axes: Axes, runs: Sequence[Run], name: str, title: str, error: str = "", row: int = 0
-) -> str | None:
+) -> str:
     """Draw a number of each run, at the run's number in the legend."""
     rows = [run.checkpoints[-1].rows(name)[row] for run in runs]
     draw_points(axes, runs, [[(n, r.value, r.error)] for n, r in enumerate(rows, 1)])
@@ -73,33 +67,29 @@ def draw_values(
     axes.grid(axis="x", visible=False)
     if all(r.value > (r.error or 0.0) for r in rows):
         axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
-    axes.set_title(title)
-    axes.set_xlabel("run")
-    return f"{error} ({title.lower()})" if error else None
+    axes.set(title=title, xlabel="run")
+    return note(error, title)
 
 
-def draw_over_radii(
-    axes: Axes, runs: Sequence[Run], name: str, title: str, error: str = ""
-) -> str | None:
+def draw_over_radii(axes: Axes, runs: Sequence[Run], name: str, title: str, error: str = "") -> str:
     """Draw the rise of each run's loss over the radius, on logarithmic axes."""
     rows = [run.checkpoints[-1].rows(name) for run in runs]
-    # What is not above zero has no place on a logarithmic axis.
-    draw_points(
-        axes,
-        runs,
-        [[(r.at or 0.0, r.value if r.value > 0 else math.nan, r.error) for r in of] for of in rows],
-    )
     radii = [row.at or 0.0 for row in rows[0]]
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlim(radii[0] / 1.15, radii[-1] * 1.15)
+    points = [
+        # What is not above zero has no place on a logarithmic axis.
+        [
+            (at, r.value if r.value > 0 else math.nan, r.error)
+            for at, r in zip(radii, of_run, strict=True)
+        ]
+        for of_run in rows
+    ]
+    draw_points(axes, runs, points)
+    axes.set(xscale="log", yscale="log", xlim=(radii[0] / 1.15, radii[-1] * 1.15), title=title)
     shown = radii[:: max(1, len(radii) // 2)]
     axes.set_xticks(shown, [f"{radius:g}" for radius in shown])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_title(title)
-    axes.set_xlabel("adaptive radius ρ")
-    axes.set_ylabel("rise of the loss (nats)")
-    return f"{error} ({title.lower()})" if error else None
+    axes.set(xlabel="adaptive radius ρ", ylabel="rise of the loss (nats)")
+    return note(error, title)
 
 
 def draw_over_steps(axes: Axes, runs: Sequence[Run], name: str, title: str, error: str) -> str:
@@ -107,6 +97,10 @@ def draw_over_steps(axes: Axes, runs: Sequence[Run], name: str, title: str, erro
     rows = [[(c.step, c.rows(name)[0]) for c in run.checkpoints] for run in runs]
     draw_points(axes, runs, [[(step, r.value, r.error) for step, r in of_run] for of_run in rows])
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.set_title(f"{title} along training")
-    axes.set_xlabel("step")
-    return f"{error} ({title.lower()})"
+    axes.set(title=f"{title} along training", xlabel="step")
+    return note(error, title)
+
+
+def note(error: str, title: str) -> str:
+    """Return what the title of the picture says of the error bars of a panel, if it has any."""
+    return f"{error} ({title.lower()})" if error else ""

@@ -94,12 +94,8 @@ def jobs_of(runs: Sequence[Run], settings: Settings, sample: FrozenSample) -> li
                 wanted = {LEVEL: {}, **settings}
             for name, parameters in wanted.items():
                 metric = metric_of(name)
-                key = {
-                    "metric": name,
-                    "parameters": parameters,
-                    "checkpoint": checkpoint.sha256,
-                    "sample": sample.description,
-                }
+                key: dict[str, Any] = {"metric": name, "parameters": parameters}
+                key |= {"checkpoint": checkpoint.sha256, "sample": sample.description}
                 if metric.from_first_run:
                     if run is runs[0]:
                         continue

@@ -49,7 +49,7 @@ class Panel(NamedTuple):
     """A panel of a picture, in which all runs are drawn."""
 
     draw: Callable[[Axes, Sequence[Run]], str | None]
-    """Returns what its error bars or bands are, for the title."""
+    """Returns what its error bars or bands are, for the title of the picture."""
     width: str = "whole"
     """Two `half` panels share the place of one; `row`: as wide as the picture of several runs."""
     picture: str = "sharpness"

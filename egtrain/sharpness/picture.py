@@ -92,16 +92,16 @@ def title_of(comparison: Comparison) -> str:
     for run in runs:
         sizes = [f"{name} {v}" for name, v in run.network.items() if isinstance(v, int)]
         networks.add(f"{run.network['name']} ({', '.join(sizes)})")
-    network = networks.pop() if len(networks) == 1 else "several networks"
     kind, colon, file = runs[0].config.data.name.partition(":")
-    seeds_text = f"seed {seeds[0]}"
-    if len(seeds) > 1:
-        seeds_text = f"{len(seeds)} seeds ({', '.join(map(str, seeds))})"
-    return (
-        f"{f'{len(runs)} runs of ' if len(runs) > 1 else ''}{network} on {kind}{colon}"
-        f"{Path(file).name}, {seeds_text}: sharpness over "
-        f"{comparison.sample['size']:,} training samples"
-    )
+    several = f"{len(seeds)} seeds ({', '.join(map(str, seeds))})"
+    parts = [
+        f"{len(runs)} runs of " if len(runs) > 1 else "",
+        networks.pop() if len(networks) == 1 else "several networks",
+        f" on {kind}{colon}{Path(file).name}, ",
+        f"seed {seeds[0]}" if len(seeds) == 1 else several,
+        f": sharpness over {comparison.sample['size']:,} training samples",
+    ]
+    return "".join(parts)
 
 
 def _add_legend(figure: Figure, runs: Sequence[Run]) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,12 @@ class Checkpoint:
     step: int
     records: dict[str, Record] = field(default_factory=dict)
     """By metric."""
-    sha256: str = ""
+
+    @cached_property
+    def sha256(self) -> str:
+        """The hash of the file."""
+        with self.file.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
 
     def rows(self, metric: str) -> list[Row]:
         """Return the numbers of a metric."""
@@ -108,12 +114,7 @@ def find_runs(paths: Sequence[Path], labels: Sequence[str], which: str) -> list[
             raise UsageError(
                 f"two runs have the label {text!r}: give each its own with --label PATH=TEXT"
             )
-    runs = [_run(path, text, which) for path, text in zip(paths, texts, strict=True)]
-    for run in runs:
-        for checkpoint in run.checkpoints:
-            with checkpoint.file.open("rb") as opened:
-                checkpoint.sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
-    return runs
+    return [_run(path, text, which) for path, text in zip(paths, texts, strict=True)]
 
 
 def given_labels(paths: Sequence[Path], labels: Sequence[str]) -> dict[Path, str]:

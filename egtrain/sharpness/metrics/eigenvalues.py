@@ -60,9 +60,7 @@ def draw_test_over_largest(axes: Axes, runs: Sequence[Run]) -> None:
         show_percent(axes.yaxis)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     name = f"{split} {score.label}"
-    axes.set_title(f"{name[0].upper()}{name[1:]} over {LAMBDA_MAX}")
-    axes.set_xlabel(LAMBDA_MAX)
-    axes.set_ylabel(name)
+    axes.set(title=f"{name[0].upper()}{name[1:]} over {LAMBDA_MAX}", xlabel=LAMBDA_MAX, ylabel=name)
 
 
 METRIC = metric.SharpnessMetric(

@@ -40,8 +40,7 @@ def draw(axes: Axes, runs: Sequence[Run]) -> str | None:
     several = f"{directions} random directions"
     axes.set_title(f"Loss along {several if directions > 1 else 'a random direction'}")
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.set_xlabel("distance, relative to each filter's norm")
-    axes.set_ylabel(RISE)
+    axes.set(xlabel="distance, relative to each filter's norm", ylabel=RISE)
     return f"range over the {directions} directions (bands)" if directions > 1 else None
 
 

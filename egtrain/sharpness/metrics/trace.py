@@ -23,7 +23,7 @@ def rows(values: Values) -> Iterator[Row]:
     yield Row("trace", values["mean"], values["standard_error"], tag="trace", title="trace")
 
 
-def draw(axes: Axes, runs: Sequence[Run]) -> str | None:
+def draw(axes: Axes, runs: Sequence[Run]) -> str:
     """Draw the trace of each run."""
     vectors = len(runs[0].records["trace"].curves["samples"])
     return draw_values(
