@@ -1,6 +1,4 @@
-"""`python -m egtrain` and the console script: one line for an expected failure, and its exit
-code.
-"""
+"""`python -m egtrain` and the console script: an expected failure is one line and an exit code."""
 
 import io
 import os

@@ -1,6 +1,4 @@
-"""What each variant costs: steps of all of them, interleaved in one process, beside plain
-training.
-"""
+"""What each variant costs: steps of all of them, interleaved in one process with plain ones."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -21,9 +19,7 @@ from egtrain.workers import Ranks
 
 
 def _variants() -> dict[str, list[str]]:
-    """Return every choice of ζ with the settings that it needs, and once more every fourth step if
-    it need not act in every one.
-    """
+    """Return every choice of ζ with its settings, and some that act every fourth step only."""
     variants: dict[str, list[str]] = {}
     for name, section in SECTIONS.items():
         keys = section.model_fields
@@ -78,8 +74,7 @@ def compare_costs(
     wanted: Sequence[str] | None = None,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Comparison:
-    """Time steps of each variant of a preset, one after the other in every round, in an order that
-    turns.
+    """Time a step of each variant of a preset in every round, in an order that turns.
 
     Args:
         preset: whose model, data, base optimizer and batch are used; its own extrapolation is not.

@@ -135,9 +135,7 @@ def summary_of(data: Data) -> DataSummary:
 
 
 def build_model(config: Config, outputs: int, device: torch.device) -> nn.Module:
-    """Return the model with the initial weights of the seed; they are drawn on the CPU, the same
-    for every device.
-    """
+    """Return the model with the seed's initial weights, drawn on the CPU for every device."""
     torch.manual_seed(seed_for(config.seed, "weights"))
     model: nn.Module
     shape = config.model
@@ -223,9 +221,7 @@ def build_direction(config: Config) -> Direction | None:
 
 
 def worker_state_bytes(config: Config, outputs: int) -> int:
-    """Return the memory that the state of one worker takes: past gradient, statistics or hidden
-    state, local phase.
-    """
+    """Return what a worker's past gradient, statistics, hidden state and local phase take."""
     model = build_model(config, outputs, torch.device("cpu"))
     direction = build_direction(config)
     state = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
@@ -297,8 +293,7 @@ def build_run(config: Config, ranks: Ranks, data: Data | None = None) -> Run:
 
 
 def native_precision(name: str, device: torch.device) -> str:
-    """Return `fp32` or `bf16`; `auto` is bf16 where the device multiplies in it, and fp32 where it
-    would emulate it.
+    """Return `fp32` or `bf16`; `auto` is bf16 where the device does not merely emulate it.
 
     On a CPU without AVX-512-bf16 or AMX, bf16 convolutions were measured to take ten times as long
     as fp32 ones.

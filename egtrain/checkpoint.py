@@ -1,5 +1,4 @@
-"""Checkpoints that outlive kills, full disks and damaged files: written atomically, verified before
-they are used.
+"""Checkpoints that outlive kills, full disks and damaged files: written atomically, verified.
 
 A checkpoint file is what `torch.save` writes, then the SHA-256 of that (32 bytes) and `MAGIC`. So
 it can be verified wherever it is copied to, and `torch.load(path, weights_only=True)` reads it too.
@@ -72,8 +71,7 @@ class CheckpointStore:
     def save(
         self, state: dict[str, Any], step: int, *, metric: float | None = None, final: bool = False
     ) -> Path:
-        """Write the checkpoint of a step and return its path; a kill at any point leaves the
-        earlier ones as they were.
+        """Write the checkpoint of a step and return its path; a kill leaves earlier ones intact.
 
         Checkpoints of later steps come from a course of the run that this one replaces, and leave
         the index.
@@ -119,8 +117,7 @@ class CheckpointStore:
     def load_newest(
         self, map_location: str | torch.device = "cpu"
     ) -> tuple[int, dict[str, Any]] | None:
-        """Return (step, state) of the newest intact checkpoint, or None where none was saved;
-        damage is warned of.
+        """Return (step, state) of the newest intact checkpoint, or None; damage is warned of.
 
         Raises:
             DataError: all are damaged, or the newest intact one is refused, as by
@@ -149,8 +146,7 @@ class CheckpointStore:
     def load(
         self, which: str | Path, map_location: str | torch.device = "cpu"
     ) -> tuple[int, dict[str, Any]]:
-        """Return (step, state) of the `last` checkpoint, the `best` one, or a file (also by its
-        name in the folder).
+        """Return (step, state) of the `last` or `best` checkpoint, or of a file, by path or name.
 
         Raises:
             DataError: there is none, or it is damaged or refused, as by `read_checkpoint`.
@@ -191,9 +187,7 @@ class CheckpointStore:
         return [entry.step for entry in self._entries()]
 
     def best(self) -> tuple[int, float] | None:
-        """Return (step, metric) of the best checkpoint so far; the earliest where several are
-        equal.
-        """
+        """Return (step, metric) of the best checkpoint so far, the earliest of equal ones."""
         best = self._best(self._entries())
         return None if best is None or best.metric is None else (best.step, best.metric)
 
@@ -257,9 +251,7 @@ class _Entry:
     final: bool
 
     def checked(self) -> Self:
-        """Raise ValueError unless the entry is what `save` writes: a name in this folder that fits
-        the step.
-        """
+        """Raise ValueError unless the entry names a file of this folder that fits the step."""
         match = _FILE_NAME.fullmatch(self.file)
         if (
             match is None
@@ -301,8 +293,7 @@ def read_checkpoint(
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a kill, a power cut or a full disk leaves either the old content or the
-    new.
+    """Write a file so that a kill, a power cut or a full disk leaves the old content or the new.
 
     Raises:
         EgtrainError: it could not be written.
@@ -363,9 +354,7 @@ def _verified_size(file: BinaryIO, path: Path) -> int:
 
 
 def _load(file: BinaryIO, path: Path, size: int, map_location: str | torch.device) -> Any:
-    """Return the content of a verified file; a checksum says nothing of who made it, so it is not
-    trusted.
-    """
+    """Return the content of a verified file, not trusted: a checksum does not tell who made it."""
     try:
         if file.read(4) != b"PK\x03\x04":
             raise ValueError("not written by torch.save")
@@ -394,9 +383,7 @@ def _load(file: BinaryIO, path: Path, size: int, map_location: str | torch.devic
 
 
 def _refuse_inflated(content: Any, size: int) -> None:
-    """Raise ValueError where a tensor declares more than the file holds, or has no plain
-    storage.
-    """
+    """Raise ValueError where a tensor is not dense, or declares more than the file holds."""
     waiting, seen = [content], set()
     while waiting:
         value = waiting.pop()
@@ -418,9 +405,7 @@ def _refuse_inflated(content: Any, size: int) -> None:
 
 
 def _portable(value: Any, where: str) -> Any:
-    """Return a nested value as `read_checkpoint` will find it: on the CPU, and no tensor a view of
-    a larger storage.
-    """
+    """Return a nested value as it will be read: on the CPU, no tensor a view of a larger one."""
     if isinstance(value, Tensor):
         tensor = value.detach().cpu()
         if tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size():
@@ -458,9 +443,7 @@ def _ignore(point: str) -> None:
 
 @contextmanager
 def _replacing(path: Path, kill_at: Callable[[str], None] = _ignore) -> Iterator[BinaryIO]:
-    """Open a temporary file beside `path`, and put it in its place once it is written and
-    synced.
-    """
+    """Open a temporary file beside `path`, and put it in its place once it is on the disk."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:

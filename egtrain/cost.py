@@ -22,9 +22,7 @@ time."""
 
 
 def estimated_cost(config: Config, data: Data, ranks: Ranks, processes: int) -> tuple[float, int]:
-    """Return about how many seconds a step takes and how many bytes the tensors of a process, from
-    a few steps of one worker.
-    """
+    """Return seconds a step and bytes of a process's tensors, from a few steps of one worker."""
     one = config.model_copy(
         update={
             "workers": 1,
@@ -44,9 +42,7 @@ def estimated_cost(config: Config, data: Data, ranks: Ranks, processes: int) -> 
 
 
 def warmed_up(config: Config, ranks: Ranks, data: Data) -> Run:
-    """Return a run after a cycle of steps, in which everything is allocated and compiled that ever
-    will be.
-    """
+    """Return a run after a cycle of steps, in which all is allocated and compiled that will be."""
     run = build_run(config, ranks, data)
     run.model.train()
     take_steps(run, max(2, run.extrapolated_steps.step))
@@ -60,9 +56,7 @@ def take_steps(run: Run, count: int) -> None:
 
 
 def seconds_taken(action: Callable[[], object], ranks: Ranks) -> float:
-    """Return how long an action takes, on a GPU by its own clock and while the host runs ahead, as
-    in training.
-    """
+    """Return how long an action takes; on a GPU by its clock, while the host runs ahead."""
     if ranks.device.type != "cuda":
         start = time.perf_counter()
         action()
@@ -77,9 +71,7 @@ def seconds_taken(action: Callable[[], object], ranks: Ranks) -> float:
 
 
 def with_peak_bytes(make: Callable[[], Run], ranks: Ranks) -> tuple[Run, int]:
-    """Return what is made, and the most memory that tensors took at once meanwhile, beyond what
-    they took before.
-    """
+    """Return what is made, and the most memory that tensors took at once meanwhile on top."""
     if ranks.device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -96,9 +88,7 @@ def with_peak_bytes(make: Callable[[], Run], ranks: Ranks) -> tuple[Run, int]:
 
 @contextmanager
 def quiet_standard_error() -> Iterator[None]:
-    """Keep what C++ code prints off the terminal; torch 2.13 tells of each start and stop of its
-    profiler.
-    """
+    """Keep off the terminal what C++ prints: torch 2.13 tells of each start of its profiler."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)

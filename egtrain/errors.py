@@ -1,6 +1,4 @@
-"""What a user can do wrong, or what can happen to a run, each with the exit code that the command
-line returns.
-"""
+"""What a user can do wrong, or what can happen to a run, each with its exit code."""
 
 import difflib
 
@@ -48,9 +46,7 @@ class InterruptedRun(EgtrainError):
 
 
 def did_you_mean(word: str, known: list[str]) -> str:
-    """Return the hint at the nearest valid name, to be put behind a message; empty where none is
-    near.
-    """
+    """Return the hint at the nearest valid name, to end a message; empty where none is near."""
     # Matching takes quadratic time, and nobody mistypes a long text.
     if len(word) > 100:
         return ""

@@ -1,6 +1,4 @@
-"""Evaluation of a model on a held-out split, shared by the ranks, the same for any number of
-them.
-"""
+"""Evaluation on a held-out split, shared by the ranks, the same for any number of them."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,8 +19,7 @@ def evaluate(
     precision: str = "fp32",
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> dict[str, float]:
-    """Return the mean loss and the task's metric over a split; a collective where there are several
-    ranks.
+    """Return the mean loss and the task's metric over a split; a collective of the ranks.
 
     Each evaluation batch is a slot of its own in the sum over ranks, so the result does not depend
     on who computed it. The model's buffers are used as they are; its training mode is restored.
@@ -38,9 +35,7 @@ def evaluate(
 
 @contextmanager
 def evaluating(model: nn.Module, device: torch.device, precision: str) -> Iterator[None]:
-    """Hold a model in evaluation mode and PyTorch in the precision of the training, without
-    gradients.
-    """
+    """Hold a model in evaluation mode, without gradients, in the precision of the training."""
     training = model.training
     model.eval()
     cudnn: Any = torch.backends.cudnn

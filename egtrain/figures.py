@@ -1,6 +1,4 @@
-"""What the pictures share: colours that survive colour blindness and greyscale, a title, and files
-that are written whole.
-"""
+"""What the pictures share: colours for colour-blind eyes and greyscale, titles, whole files."""
 
 import io
 import textwrap
@@ -51,9 +49,7 @@ CHARACTERS_PER_INCH, LINE_HEIGHT = 12, 0.2
 def new_figure(
     rows: int, columns: int, width: float = 4.0, height: float = 3.2
 ) -> tuple[Figure, list[Axes]]:
-    """Return a figure of panels and its axes, row by row; `width` and `height` are a panel's, in
-    inches.
-    """
+    """Return a figure and its axes, row by row; `width` and `height` of a panel are in inches."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False)
@@ -79,8 +75,7 @@ def show_percent(axis: Axis) -> None:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, SVG and PDF, `path` with each ending; the same figure gives the same
-    bytes.
+    """Write a figure as PNG, SVG and PDF, `path` with each ending; equal figures, equal bytes.
 
     Raises:
         EgtrainError: the files could not be written.

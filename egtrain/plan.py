@@ -36,9 +36,7 @@ class Plan:
 
     @property
     def warmup_fits(self) -> bool:
-        """Whether the run reaches its peak rate: warm-up ends before the first decay and the
-        end.
-        """
+        """Whether warm-up ends before the first decay and the end, so that there is a peak."""
         return self.warmup_steps == 0 or self.warmup_steps < self.first_fall
 
 

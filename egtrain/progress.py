@@ -5,7 +5,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from types import TracebackType
 from typing import Any, Self, TextIO
 
 from rich import progress as rich_progress
@@ -73,12 +72,7 @@ class Progress:
             self._live.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._live is not None:
             self._live.stop()
 
@@ -179,9 +173,7 @@ class Bar:
             self._progress.message("  ".join(part for part in parts if part))
 
     def watch(self, look: Callable[[], tuple[float, str]]) -> None:
-        """On a terminal, call `look` before each redrawing, for what is done and a text beside
-        it.
-        """
+        """On a terminal, before each redrawing ask what is done, and for a text beside it."""
         if self._live is not None:
             self._live.looks[self._task] = lambda: self.update(*_beside(look()))
 
@@ -203,9 +195,7 @@ def _can_redraw(console: Console) -> bool:
 
 
 def show_cursor() -> None:
-    """Show the cursor of the terminal again, for a process that ends without leaving its
-    displays.
-    """
+    """Show the terminal's cursor again, for a process that ends without leaving its displays."""
     for stream in (1, 2):
         if os.isatty(stream) and os.environ.get("TERM", "dumb") != "dumb":
             with suppress(OSError):

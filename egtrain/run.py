@@ -17,9 +17,7 @@ from egtrain.workers import Workers
 
 @dataclass(frozen=True)
 class DataSummary:
-    """What a checkpoint keeps of the data: enough to know them again, and to make the model and
-    read what it says without them.
-    """
+    """What a checkpoint keeps of the data: to know them again, and to use a model without."""
 
     digest: str = ""
     """SHA-256 of the data."""
@@ -74,9 +72,7 @@ class Run:
         ]
 
     def set_learning_rate(self, optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-        """Set the rates of an optimizer: the schedule's, times what a parameter group's was over
-        the default when the run was made.
-        """
+        """Set each parameter group's rate: the schedule's, times the group's relative rate."""
         for group, relative in zip(optimizer.param_groups, self._relative_rates, strict=True):
             group["lr"] = learning_rate * relative
 
@@ -93,16 +89,13 @@ class Run:
         self.step += 1
 
     def synchronisations(self, step: int) -> int:
-        """Return how many times gradients or weights were averaged over the workers in the first
-        `step` updates.
-        """
+        """Return how often the first `step` updates averaged gradients or weights."""
         if self.post_local is None:
             return step
         return min(step, self.post_local.start) + self.post_local.averages(step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint holds, keyed by worker where it is a worker's; a collective, and
-        complete on the first rank only.
+        """Return what a checkpoint holds, complete on the first rank only; a collective.
 
         `model` has the mean of the workers' BatchNorm statistics and, in a local phase, weights,
         ready for evaluation.
@@ -184,8 +177,7 @@ class Run:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Restore what an optimizer remembers of its steps; PyTorch would take its settings from the
-    state, too.
+    """Restore what an optimizer remembers; PyTorch would take its settings from the state, too.
 
     The learning rate is no setting here, but that of the last step.
 

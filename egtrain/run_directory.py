@@ -9,7 +9,6 @@ import os
 import time
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from egtrain.checkpoint import write_atomically
@@ -55,19 +54,14 @@ class RunDirectory:
         try:
             self._require_as_it_was()
         except BaseException:
-            self._lock.__exit__(None, None, None)
+            self._lock.__exit__()
             raise
         self._metrics = self._stamp_of_metrics()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._lock is not None:
-            self._lock.__exit__(kind, error, traceback)
+            self._lock.__exit__()
 
     @property
     def lock_file(self) -> int | None:
@@ -83,9 +77,7 @@ class RunDirectory:
         write_atomically(self.path / CONFIG, text.encode())
 
     def withdraw(self) -> None:
-        """Undo everything for a run that trained nothing, so that the command can be given again
-        once what kept it from that is mended.
-        """
+        """Undo everything for a run that trained nothing, so that it can be started again."""
         if self._lock is None or self._stamp_of_metrics() != self._metrics:
             return
         if self._before is not None:
@@ -120,8 +112,7 @@ class RunDirectory:
 
 
 class RunLock:
-    """Holds a run directory for one process at a time; the lock ends with the process, however that
-    ends.
+    """Holds a run directory for one process at a time; the lock ends with the process.
 
     Raises:
         UsageError: another process holds the directory, or it cannot be written.
@@ -154,12 +145,7 @@ class RunLock:
             os.pwrite(self.file, f"{os.getpid()}\n".encode(), 0)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.file is not None:
             os.close(self.file)
             self.file = None

@@ -134,8 +134,7 @@ def load_run(
     offline: bool = False,
     device: str = "cpu",
 ) -> SavedRun:
-    """Return the model and configuration of a run directory; its data are read only where its task
-    or an evaluation needs them.
+    """Return the model and configuration of a run directory; data are read only when needed.
 
     Args:
         path: the run directory.

@@ -160,9 +160,7 @@ def require_step_in_plan(step: int, steps: int, directory: Path) -> None:
 
 
 def change_of_plan(run: Run, state: dict[str, Any]) -> str | None:
-    """Return what is another in the rest of a run than it was planned when its checkpoint was
-    saved: the steps, and the learning rate where it goes on; None where nothing is.
-    """
+    """Return how steps and rates differ from the plan at the checkpoint; None if they do not."""
     planned, rate = state["steps"], state["last_learning_rate"]
     if (planned, rate) == (run.steps, run.last_learning_rate):
         return None
@@ -214,9 +212,7 @@ class NoRecorder:
 
 
 class Recorder:
-    """Writes a run's metrics, checkpoints and summary, and shows its progress; on the first
-    rank.
-    """
+    """Writes a run's metrics, checkpoints and summary, and shows its progress; on rank 0."""
 
     def __init__(
         self,

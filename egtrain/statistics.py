@@ -12,9 +12,7 @@ T = TypeVar("T")
 
 
 class Reported(NamedTuple, Generic[T]):
-    """A number of each worker under each name: tensors [workers] on the device, lists on the
-    host.
-    """
+    """A number of each worker: tensors [workers] on the device, lists on the host."""
 
     loss: T
     metric: T

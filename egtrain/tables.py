@@ -97,9 +97,7 @@ def _lines(columns: Sequence[Column], widths: Sequence[int]) -> list[str]:
 
 
 def _words(title: str) -> list[str]:
-    """Return the words of a title, and the parts of those with hyphens or slashes, each with what
-    ends it; a percent sign stays with its number.
-    """
+    """Return the parts of a title, split after spaces, hyphens and slashes, but not before a %."""
     return re.findall(r".+?(?:[-/](?=\w)| (?!%)|$)", title) or [""]
 
 

@@ -30,9 +30,7 @@ class Observer(Protocol):
         """Take the metrics of an evaluation after `run.step` updates."""
 
     def save(self, run: Run, state: dict[str, Any], validation: dict[str, float] | None) -> None:
-        """Write a checkpoint of `run.step`; `validation` are the metrics of that step, if there was
-        an evaluation.
-        """
+        """Write a checkpoint of `run.step`, with that step's metrics if it was evaluated."""
 
 
 def train(
@@ -171,8 +169,7 @@ def take_local_gradient(run: Run, worker: int) -> None:
 def report(
     run: Run, observer: Observer, step: int, learning_rate: float, statistics: HostCopy
 ) -> bool:
-    """Read a step's statistics on the host, pass them on, and return whether a rank was asked to
-    stop.
+    """Read a step's statistics, pass them on, and return whether a rank was asked to stop.
 
     Raises:
         DivergedError: a worker's loss or the mean gradient was not finite.

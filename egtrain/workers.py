@@ -1,5 +1,4 @@
-"""K logical workers on R ranks: who carries whom, their BatchNorm statistics, and the mean of their
-gradients.
+"""K logical workers on R ranks: who carries whom, BatchNorm statistics and mean gradients.
 
 The number of workers is the algorithm, the number of ranks only how it is run: nothing here is
 keyed by rank.
@@ -97,9 +96,7 @@ class Workers:
 
     @property
     def collective_bytes(self) -> int:
-        """Bytes that a rank gives into the one collective of a step: the gradient and what the
-        workers report.
-        """
+        """Bytes that a rank gives into the one collective of a step."""
         return self._collective.numel() * self._collective.element_size()
 
     def begin_step(self) -> None:
@@ -178,17 +175,14 @@ class Workers:
         self.parameters.copy_(self._worker_parameters[self._row(worker)])
 
     def keep_local_weights(self, worker: int) -> None:
-        """Take the worker's updated weights out of the model, unless its loss or gradient was not
-        finite.
-        """
+        """Take the worker's updated weights, unless its loss or gradient was not finite."""
         assert self._worker_parameters is not None
         row = self._worker_parameters[self._row(worker)]
         finite = self._all_finite & self._finite_updates()[worker]
         torch.where(finite, self.parameters, row, out=row)
 
     def report_only(self, stop: bool) -> Tensor:
-        """Return what `average_gradients` does of a step in which each worker made an update for
-        itself.
+        """Return what `average_gradients` does, of a step in which each worker made an update.
 
         The gradients stay where they are: the squared norm of their mean is said to be zero.
         """
@@ -204,25 +198,20 @@ class Workers:
         self._worker_parameters.copy_(self._mean_over_workers(self._worker_parameters))
 
     def clip(self, maximum: float) -> Tensor:
-        """Scale the mean gradient to a norm of at most `maximum`; return the factor (a scalar
-        tensor).
-        """
+        """Scale the mean gradient to a norm of at most `maximum`; return the factor (scalar)."""
         factor = torch.clamp(maximum / (torch.linalg.vector_norm(self.gradients) + 1e-6), max=1.0)
         self.gradients.mul_(factor)
         return factor
 
     def undo_unless_finite(self) -> None:
-        """Put the weights back if this or an earlier step met a loss or gradient that was not
-        finite.
+        """Put the weights back if this or an earlier step met a loss or gradient not finite.
 
         It is decided on the device: the host learns of it when it reads the step's statistics.
         """
         torch.where(self._all_finite, self.parameters, self._parameters_before, out=self.parameters)
 
     def average_for_evaluation(self) -> None:
-        """Give the model the mean of the workers' buffers and, in a local phase, weights; the next
-        step undoes it.
-        """
+        """Give the model the mean of buffers and local weights, until the next step."""
         if self._buffers.numel():
             self._buffers.copy_(self.gather(self._worker_buffers).mean(dim=0))
         if self._worker_parameters is not None:
@@ -262,9 +251,7 @@ class Workers:
         return gathered
 
     def gather_on_first(self, rows: Tensor) -> Tensor:
-        """Return the rows [K/R, ...] of all ranks as [K, ...], in worker order, on the first rank;
-        on the others, no rows. It is a collective.
-        """
+        """Return the ranks' rows [K/R, ...] as [K, ...] on the first rank; a collective."""
         if self.ranks.count == 1:
             return rows
         first = self.ranks.rank == 0
@@ -274,9 +261,7 @@ class Workers:
         return gathered
 
     def state_dict(self) -> dict[str, Tensor | None]:
-        """Return every worker's buffers [K, ...] and, in a local phase, weights, and worker 0's
-        previous gradient; they are complete on the first rank only. It is a collective.
-        """
+        """Return what a checkpoint holds, complete on the first rank only; a collective."""
         weights = self._worker_parameters
         return {
             "buffers": self.gather_on_first(self._worker_buffers).clone(),
@@ -307,9 +292,7 @@ class Workers:
 
 
 def sum_over_ranks(tensor: Tensor, ranks: Ranks) -> Tensor:
-    """Return the sum of the ranks' tensors, the same on each of them; a collective where there are
-    several.
-    """
+    """Return the sum of the ranks' tensors, on each of them; a collective."""
     if ranks.count == 1:
         return tensor
     total = tensor.to(ranks.device, copy=True)
@@ -324,9 +307,7 @@ def divisors(number: int) -> list[int]:
 
 
 def lay_flat(tensors: Sequence[Tensor]) -> Tensor:
-    """Move dense tensors of one type into one flat tensor, of which they become views of the same
-    shape and strides.
-    """
+    """Make dense tensors of one type views of one flat tensor, in their shapes and strides."""
     if not tensors:
         return torch.empty(0)
     flat = torch.empty(

@@ -1,6 +1,4 @@
-"""The command line: one file a subcommand, which parses, hands over and prints. torch is imported
-only to work.
-"""
+"""The command line: one file a subcommand, which parses, hands over and prints."""
 
 from typing import Annotated
 

@@ -8,9 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def ending_at_interrupt() -> Iterator[None]:
-    """End the process for Ctrl-C in a `with` block; an exception in the import of torch or NumPy
-    can get lost there.
-    """
+    """End the process at Ctrl-C, since torch's or NumPy's import can lose an exception."""
     before = signal.getsignal(signal.SIGINT)
     if before is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))

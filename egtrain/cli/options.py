@@ -74,9 +74,7 @@ def _leave_out_types_that_say_nothing(parameters: Iterable[Any]) -> None:
 
 
 class OnceEach(TyperCommand):
-    """A command that refuses an option given twice, where only the last would count, and names a
-    missing one.
-    """
+    """A command that refuses an option given twice, and names a missing one."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help."""

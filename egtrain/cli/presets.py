@@ -70,9 +70,7 @@ def _print_json(value: Any) -> None:
 
 
 def _print_table() -> None:
-    """Print families and variants once each, which fits a screen where the list of all combinations
-    does not.
-    """
+    """Print families and variants once each: all combinations would not fit a screen."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

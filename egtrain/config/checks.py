@@ -1,6 +1,4 @@
-"""From settings to a configuration, with every complaint as one sentence that names the place and
-the fix.
-"""
+"""From settings to a configuration: every complaint is a sentence with the place and the fix."""
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -12,9 +10,7 @@ from egtrain.errors import UsageError, did_you_mean
 
 
 def _known_keys() -> dict[str, list[str]]:
-    """Return every dotted key, those of all members of a union included; a section's keys stand
-    under its name.
-    """
+    """Return the keys of every section, those of all members of a union included."""
     known: dict[str, list[str]] = {"": []}
     for name, info in Config.model_fields.items():
         known[""].append(name)
@@ -34,9 +30,7 @@ DOTTED_KEYS = [
 
 
 def validated(settings: Settings) -> Config:
-    """Return the configuration, with every complaint as one sentence about the first wrong
-    setting.
-    """
+    """Return the configuration, or complain in a sentence about the first wrong setting."""
     _check_keys(settings)
     values = dict(settings.values)
     for section, default in DEFAULT_NAMES.items():

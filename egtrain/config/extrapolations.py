@@ -1,6 +1,4 @@
-"""The section `extrapolation`: where the gradient is taken; one table has a row for each choice of
-ζ.
-"""
+"""The section `extrapolation`: where the gradient is taken; a table row for each choice of ζ."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union

@@ -31,8 +31,7 @@ class TypedOption(str):
 
 
 def presets_dir() -> Path:
-    """Return the folder of the shipped presets: inside the installed package, or beside it in a
-    checkout.
+    """Return the folder of the shipped presets: in the package, or beside it in a checkout.
 
     Raises:
         UsageError: there is none.
@@ -45,9 +44,7 @@ def presets_dir() -> Path:
 
 
 def preset_names() -> list[str]:
-    """Return the names of the shipped presets that can be trained: those of a file of their own,
-    then family by family.
-    """
+    """Return the shipped presets that can be trained: single files, then family by family."""
     alone = sorted(path.stem for path in presets_dir().glob("*.yaml"))
     composed = [
         f"{family}-{variant}"
@@ -58,9 +55,7 @@ def preset_names() -> list[str]:
 
 
 def preset_description(name: str) -> str:
-    """Return the leading comment line of a shipped preset; of a composed one, its family's and its
-    variant's.
-    """
+    """Return a preset's leading comment; a composed one has its family's and its variant's."""
     path = _shipped(name)
     files = [path] if path.is_file() else [_shipped(part) for part in _composed()[name]]
     first_lines = [file.read_text(encoding="utf-8").partition("\n")[0] for file in files]
@@ -68,8 +63,7 @@ def preset_description(name: str) -> str:
 
 
 def preset_families() -> dict[str, list[str]]:
-    """Return the shipped families, each with the variants that it is composed with, in the order of
-    its file.
+    """Return the shipped families, each with its variants in the order of its file.
 
     Raises:
         UsageError: a family names a variant that does not exist.
@@ -78,8 +72,7 @@ def preset_families() -> dict[str, list[str]]:
 
 
 def load_config(presets: str | Path, overrides: list[str] | None = None) -> Config:
-    """Return the configuration of a shipped preset or a .yaml file, with overrides such as
-    `optimizer.lr=0.2`.
+    """Return the configuration of a shipped preset or a .yaml file, with KEY=VALUE overrides.
 
     Raises:
         UsageError: a name, file, key or value is wrong; the message says where it was set.
@@ -164,9 +157,7 @@ def _families(folder: Path) -> dict[str, list[str]]:
 
 
 def _composed() -> dict[str, tuple[str, str]]:
-    """Return the family's and the variant's file of each preset that is composed by name; the
-    longest family wins.
-    """
+    """Return family and variant of each preset composed by name; the longest family wins."""
     families = preset_families()
     return {
         f"{family}-{variant}": (f"family/{family}", f"variant/{variant}")
@@ -190,9 +181,7 @@ def _shipped(name: str) -> Path:
 
 
 def _other_families(name: str) -> str:
-    """Return a hint at the families that have a variant, where a family without it was named; else
-    nothing.
-    """
+    """Return a hint at the families that do have the variant of a name, or nothing."""
     families = preset_families()
     for family in families:
         variant = name.removeprefix(f"{family}-")
@@ -203,9 +192,7 @@ def _other_families(name: str) -> str:
 
 
 def _read(path: Path, label: str) -> Settings:
-    """Read a settings file; that of a composed preset, which does not exist, would inherit its two
-    parts.
-    """
+    """Read a settings file; a composed preset has none, and inherits its two parts."""
     parts = (
         _composed().get(path.stem) if path.parent == presets_dir() and not _is_file(path) else None
     )
@@ -215,9 +202,7 @@ def _read(path: Path, label: str) -> Settings:
 
 
 def _find_parent(name: str, child: Path | None, place: str) -> tuple[Path, str]:
-    """Return the file that `inherits` names, and what to call it: a shipped preset, else a file
-    beside the child.
-    """
+    """Return file and label of what `inherits` names: shipped, or else beside the child."""
     if not name.endswith((".yaml", ".yml")):
         try:
             path = _shipped(name)
@@ -282,9 +267,7 @@ def _inherited(
 
 
 def _overrides(overrides: list[str]) -> Settings:
-    """Return KEY=VALUE overrides as one layer of settings, so that their order matters for equal
-    keys only.
-    """
+    """Return KEY=VALUE overrides as one layer: their order matters for equal keys only."""
     settings = Settings()
     for override in overrides:
         typed = getattr(override, "typed", f"--set {override}")

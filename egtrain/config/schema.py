@@ -1,5 +1,4 @@
-"""The configuration of a run: everything that it is a function of, as one strict, typed, frozen
-object.
+"""The configuration of a run: all that it is a function of, one strict, typed, frozen object.
 
 Nothing here imports torch, so that a wrong option is reported at once.
 """
@@ -102,9 +101,7 @@ class Config(Section):
         return f"{size.format(**model)} (width {self.model.width}) on {data}"
 
     def local_start_fraction(self) -> float | None:
-        """Return the fraction of the run at which the local phase begins, or None where there is
-        none.
-        """
+        """Return the fraction of the run at which the local phase begins; None without one."""
         if self.post_local.period is None:
             return None
         return (
@@ -239,9 +236,7 @@ def config_to_yaml(config: Config) -> str:
 
 
 def differences(a: Config, b: Config) -> list[str]:
-    """Return what changes from a to b, as `optimizer.lr: 0.1 -> 0.2`; the informational `preset` is
-    left out.
-    """
+    """Return what changes from a to b, as `optimizer.lr: 0.1 -> 0.2`, but for `preset`."""
     old, new = flat_settings(a), flat_settings(b)
     keys = [
         key

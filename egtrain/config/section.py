@@ -11,9 +11,7 @@ Positive = Annotated[float, Field(gt=0)]
 
 
 class Section(BaseModel):
-    """A part of the configuration: unknown keys, other types and numbers that are not finite are
-    refused.
-    """
+    """A part of the configuration, which refuses unknown keys, other types and infinite numbers."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True

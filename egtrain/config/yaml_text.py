@@ -36,9 +36,7 @@ _YAML_1_1_BOOLEANS = {"y", "n", "yes", "no", "on", "off"}
 
 @dataclass
 class Settings:
-    """A tree of plain values and, for every key in it, where it was set: `file.yaml:7` or `--set
-    optimizer.lr=1`.
-    """
+    """A tree of plain values, and where each key was set: `file.yaml:7`, `--set optimizer.lr=1`."""
 
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[Key, str] = field(default_factory=dict)
@@ -147,9 +145,7 @@ def describe(value: object) -> str:
 
 
 def write_settings(values: dict[str, Any], indent: str = "") -> str:
-    """Return YAML text that `parse_settings` reads back as the same values; lists are written on
-    one line.
-    """
+    """Return YAML text that `parse_settings` reads back as the same values."""
     lines = []
     for key, value in values.items():
         if isinstance(value, dict):
@@ -209,9 +205,7 @@ def _resolve(text: str) -> Any:
 
 
 class _Builder:
-    """Builds values from parser events, so that nothing is constructed before it has been looked
-    at.
-    """
+    """Builds values from parser events: nothing is constructed before it was looked at."""
 
     def __init__(
         self, text: str, label: str, places: dict[Key, str], *, lines: bool = True

@@ -25,9 +25,7 @@ def versions() -> dict[str, str | None]:
 
 
 def hardware() -> dict[str, Any]:
-    """Return the processor's name, the cores that this process may use, and the names of the
-    GPUs.
-    """
+    """Return the processor's name, the cores for this process, and the GPUs' names."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     return {
@@ -38,9 +36,7 @@ def hardware() -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """Return the commit of the working directory; None outside a repository, or where git takes
-    over a second.
-    """
+    """Return the commit of the working directory; None without one, or if git takes over 1 s."""
     return _output_of("git", "rev-parse", "--verify", "HEAD")
 
 

@@ -11,8 +11,7 @@ from egtrain.logs.growing_file import GrowingFile
 
 
 class Events:
-    """Event files in one folder: one for each process that went on with the run, in the order of
-    their names.
+    """Event files in one folder: one for each process that went on with the run, by name.
 
     TensorBoard names a run by its folder, relative to the log directory: files that lie in the run
     directory itself give `resnet-eg`, and not `resnet-eg/tensorboard`.
@@ -83,8 +82,7 @@ class Events:
     def hyperparameters(
         self, values: Mapping[str, object], final_metrics: Mapping[str, float], step: int
     ) -> None:
-        """Write what the run's row in the table of hyperparameters shows, unless this step has
-        that.
+        """Write the run's row in the table of hyperparameters, unless this step has one.
 
         There is no experiment record: of several runs TensorBoard shows only the columns that the
         first one names, and without any it finds the columns of all by itself.

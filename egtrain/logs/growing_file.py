@@ -6,9 +6,7 @@ from pathlib import Path
 
 
 class GrowingFile:
-    """A file of records that only grows. What the disk does not take waits in memory, so no record
-    is lost or torn.
-    """
+    """A file of records. What the disk does not take waits in memory, so none is lost or torn."""
 
     def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
         self._path = path

@@ -1,6 +1,4 @@
-"""What a run leaves to read: metrics.jsonl, TensorBoard events and the summary; each step once,
-even if resumed.
-"""
+"""What a run leaves to read: metrics.jsonl, TensorBoard events and summary, each step once."""
 
 import json
 import math
@@ -10,7 +8,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from egtrain.checkpoint import write_atomically
@@ -41,8 +38,7 @@ SMOOTHED_STEPS = 20
 
 
 class RunLog:
-    """Writes the metrics of a run to metrics.jsonl and, if wanted, TensorBoard events, and shows
-    them.
+    """Writes a run's metrics to metrics.jsonl and TensorBoard events, and shows them.
 
     A file that cannot be written during the run is warned of once; its records wait in memory for
     room on the disk.
@@ -98,12 +94,7 @@ class RunLog:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def train_step(self, step: int, epoch: float, metrics: Mapping[str, float]) -> None:
@@ -136,9 +127,7 @@ class RunLog:
         self._speed.restart_clock()
 
     def text(self, tag: str, text: str) -> None:
-        """Put a text into TensorBoard, in Markdown; a resumed run, which has it already, keeps
-        that.
-        """
+        """Put a Markdown text into TensorBoard, unless an earlier part of the run did."""
         if self._events is not None:
             self._events.text(tag, text, self._step)
 
@@ -155,15 +144,11 @@ class RunLog:
             self._events.hyperparameters(values, final_metrics, self._step)
 
     def restart_clock(self) -> None:
-        """Say that the time since the last step did not go into training, but for example into a
-        checkpoint.
-        """
+        """Leave the time since the last step out of the speed: it went into a checkpoint."""
         self._speed.restart_clock()
 
     def flush(self) -> None:
-        """Bring everything to the disk; to be called before a checkpoint, which must never be ahead
-        of the log.
-        """
+        """Bring everything to the disk, before a checkpoint: it must not be ahead of the log."""
         self._lines.sync()
         for events in self._event_files():
             events.file.sync()
@@ -210,9 +195,7 @@ class _Speed:
         self._since: float | None = None
 
     def after_step(self, samples: int) -> float | None:
-        """Return the speed, now that a step has ended; None until one was timed (the first holds
-        the start-up).
-        """
+        """Return the speed after a step; None after the first, which holds the start-up."""
         now = time.monotonic()
         if self._since is not None:
             self._steps.append((samples, now - self._since))
@@ -228,9 +211,7 @@ class _Speed:
 
 
 def _cut_lines_after(path: Path, step: int) -> float:
-    """Cut off the lines of later steps, and torn ones; return the seconds that the last one left
-    has on its clock.
-    """
+    """Cut off torn lines and those of later steps; return the last one's seconds."""
     if not path.exists():
         return 0.0
     if not step:

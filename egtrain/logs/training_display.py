@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import Self, TextIO
 
 from egtrain.formatting import count, counted, duration
@@ -12,8 +11,7 @@ from egtrain.tasks import LOSS, Metric, metrics_text
 
 
 class TrainingDisplay:
-    """Shows how far a run is; a context manager, which gives the terminal back however the run
-    ends.
+    """Shows how far a run is; a context manager, which gives the terminal back at the end.
 
     Args:
         name: of the run.
@@ -57,13 +55,8 @@ class TrainingDisplay:
         self._bar = self._progress.bar(self._name, self._steps, self._start_step)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._progress.__exit__(kind, error, traceback)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._progress.__exit__()
         done = "done" if kind is None and self._step >= self._steps else "stopped"
         self.message(
             f"{self._name}: {done} at step {count(self._step)} of {count(self._steps)} "
@@ -77,9 +70,7 @@ class TrainingDisplay:
         metrics: Mapping[str, float],
         samples_per_second: float | None = None,
     ) -> None:
-        """Take a completed update; `epoch` may be the running number or the fraction of epochs
-        done.
-        """
+        """Take a completed update; `epoch` may be a fraction."""
         self._step = step
         speed = "" if samples_per_second is None else f"{count(samples_per_second)} samples/s"
         text = metrics_text(metrics, self._metrics, between="  ")

@@ -86,8 +86,7 @@ def agreed(text: str, ranks: Ranks) -> str:
 
 
 def first_rank_first(ranks: Ranks, prepare: Callable[[], T]) -> T:
-    """Return prepare() of every rank, rank 0's before the others': what fails on one of them fails
-    on all.
+    """Return prepare() of every rank, rank 0's first; what fails on one of them fails on all.
 
     Raises:
         EgtrainError: what `prepare` raised on some rank, with its exit code.

@@ -1,5 +1,4 @@
-"""Ranks that end together: what fails on one of them is printed once, and the others end within
-seconds, whatever they wait for.
+"""Ranks that end together: one's failure is printed once, and the others end within seconds.
 
 The first failure of an attempt is written into torchrun's store, where every rank looks for it.
 """
@@ -24,8 +23,7 @@ WATCH_SECONDS = 0.5
 
 
 def end_rank(code: int, failure: BaseException | None = None) -> NoReturn:
-    """End a rank with its exit code, or 1 for a failure that nobody expected; a failure is printed
-    once in the run, and the other ranks end for it within seconds.
+    """End a rank with its exit code, the others with it, and print a failure once in the run.
 
     torchrun restarts what fails and returns 1 for every failure. So under the launcher that
     `--nproc` is, an expected failure is noted for it. An interrupted run has not failed.
@@ -85,9 +83,7 @@ def _wait_for_report(seconds: float) -> None:
 
 
 def end_when_another_rank_fails(done: threading.Event) -> None:
-    """End this process as soon as another rank has reported a failure; for a thread, until `done`
-    is set.
-    """
+    """In a thread, until `done`: end this process once another rank has reported a failure."""
     with suppress(RuntimeError):  # torchrun is gone: StopSignal notices it, too
         while not store().check([_failure_key()]):
             if done.wait(WATCH_SECONDS):

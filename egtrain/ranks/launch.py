@@ -1,5 +1,4 @@
-"""The launcher that `--nproc` is: it starts a run's ranks through torchrun, hands signals on to
-them, and returns the exit code of the run.
+"""The launcher that `--nproc` is: it starts ranks through torchrun and hands signals on.
 
 A run has as many launchers as commands: several nodes start torchrun by themselves, and have none.
 """
@@ -28,8 +27,7 @@ PATIENCE_SECONDS = 30.0
 def launch(
     ranks: int, arguments: list[str], max_restarts: int = 0, lock_file: int | None = None
 ) -> int:
-    """Run `python -m egtrain ARGUMENTS` as `ranks` processes under torchrun and return the run's
-    exit code.
+    """Run `python -m egtrain ARGUMENTS` as `ranks` processes under torchrun; return its exit code.
 
     SIGTERM, Ctrl-C and SIGHUP are handed to every rank, which saves and leaves; then the code is
     75. A second one, later than two seconds after the first, ends all processes.

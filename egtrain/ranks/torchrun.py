@@ -1,6 +1,4 @@
-"""What torchrun, and the launcher that `--nproc` is, tell the ranks that they start: by the
-environment, by the store of torchrun, and by notes in a folder.
-"""
+"""What torchrun, and the launcher that `--nproc` is, tell the ranks that they start."""
 
 import os
 from datetime import timedelta
@@ -68,9 +66,7 @@ def store() -> TCPStore:
 
 
 def remember_directory(directory: Path) -> None:
-    """Tell a later attempt of this run, after a restart by torchrun, which directory it has
-    made.
-    """
+    """Tell a later attempt, after a restart by torchrun, which directory this one made."""
     if started_by_torchrun():
         store().set(DIRECTORY_KEY, str(directory))
 

@@ -1,3 +1,1 @@
-"""Batch-size sweeps: what is run (`plan`), running it (`execution`), what came of it (`results`)
-and its `picture`.
-"""
+"""Batch-size sweeps: their `plan`, its `execution`, its `results` and their `picture`."""

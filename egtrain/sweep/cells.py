@@ -1,6 +1,4 @@
-"""A cell on disk and as a process: its run directory, how it stands, and `egtrain ARGUMENTS` forked
-from a server that has imported torch already.
-"""
+"""A cell on disk, and as a process that is forked from a server with torch imported."""
 
 import json
 import multiprocessing
@@ -67,8 +65,7 @@ class Folder:
         return self.path / "failures" / f"{cell.name}.json"
 
     def claim(self, plan: Plan) -> None:
-        """Make this the folder of the plan's sweep, or of one with more or fewer cells of the same
-        kind.
+        """Make this the folder of the plan's sweep, or of one with other cells of the same kind.
 
         Raises:
             UsageError: it is another sweep's, or a run.

@@ -1,6 +1,4 @@
-"""What a sweep shows while it runs: bars on a terminal, and everywhere a line for each cell that
-ends.
-"""
+"""What a sweep shows while it runs: bars on a terminal, and a line for each cell that ends."""
 
 import json
 import os
@@ -8,7 +6,6 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, TextIO
 
 from egtrain.formatting import value_text
@@ -20,8 +17,7 @@ TAIL_BYTES = 8192
 
 
 class Display:
-    """Shows how far a sweep is; a context manager, which gives the terminal back however the sweep
-    ends.
+    """Shows how far a sweep is; a context manager, which gives the terminal back at the end.
 
     Args:
         plan: of the sweep.
@@ -49,13 +45,8 @@ class Display:
         self._sweep.watch(lambda: (sum(self._gradients.values()), self._count()))
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._progress.__exit__(kind, error, traceback)
+    def __exit__(self, *_: object) -> None:
+        self._progress.__exit__()
 
     def started(self, cell: Cell) -> None:
         """Take a cell that begins to run."""

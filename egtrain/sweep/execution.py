@@ -1,6 +1,4 @@
-"""Running the cells of a sweep, some at a time, each in a process of its own; what is finished is
-never repeated. Before, a few steps say how long they will take.
-"""
+"""Running the cells of a sweep, each once and in a process of its own, and timing a few steps."""
 
 import json
 import os
@@ -121,8 +119,7 @@ def run_cells(
 
 
 def devices_for(plan: Plan, jobs: str) -> tuple[int, list[str]]:
-    """Return how many cells run at a time for `--jobs`, a number or `auto`, and the GPUs that they
-    take in turn.
+    """Return how many cells run at a time for `--jobs`, and the GPUs that they take in turn.
 
     Raises:
         UsageError: `jobs` is neither.
@@ -169,9 +166,7 @@ class Speed:
 
 
 def measured_speeds(plan: Plan, gpus: list[str], stream: TextIO) -> dict[str, Speed] | None:
-    """Return how quickly each preset trains, from its first cell; None, said in a line, where one
-    of them fails.
-    """
+    """Return how quickly each preset's first cell trains; None, with a line, where one fails."""
     speeds: dict[str, Speed] = {}
     firsts = {cell.preset: cell for cell in reversed(plan.cells)}
     with (
@@ -196,8 +191,7 @@ def measured_speeds(plan: Plan, gpus: list[str], stream: TextIO) -> dict[str, Sp
 
 
 def measured_speed(cell: Cell, gpus: Sequence[str], scratch: Path) -> Speed:
-    """Return how quickly a cell trains, from a throw-away run of a few steps, the first of which is
-    left out.
+    """Return how quickly a cell trains, from a few steps without the first.
 
     Raises:
         EgtrainError: the run failed.

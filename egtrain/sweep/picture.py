@@ -1,5 +1,4 @@
-"""The picture of a sweep: the final metric, steps and samples to a target over the batch size, and
-learning curves.
+"""The picture of a sweep: final metric, steps and cost to a target, and learning curves.
 
 Steps and samples to a target are the curves of Shallue et al. 2018 (arXiv 1811.03600), the noise
 scale is that of McCandlish et al. 2018 (arXiv 1812.06162).
@@ -261,9 +260,7 @@ def _curve_batch_sizes(results: Results) -> tuple[int, ...]:
 
 
 def _mean_curve(cells: Sequence[CellResult]) -> tuple[list[float], list[float], list[float] | None]:
-    """Return epochs, mean and standard deviation over the seeds at the steps that all of them
-    have.
-    """
+    """Return epochs, mean and standard deviation over the seeds, at the steps of all."""
     curves = [dict(result.curve) for result in cells]
     steps = sorted(set.intersection(*(set(curve) for curve in curves)))
     means = [statistics.fmean(curve[step] for curve in curves) for step in steps]

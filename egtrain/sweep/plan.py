@@ -1,5 +1,4 @@
-"""What a sweep runs: a cell for each preset, batch size, seed and grid point, and the one rule that
-scales them.
+"""What a sweep runs: its cells, and the one rule that scales them.
 
 Nothing here imports torch before the data are looked at, so that a wrong option is reported at
 once.
@@ -193,9 +192,7 @@ def make_plan(
 
 
 def facts_from_data(offline: bool = False) -> Callable[[Config], Facts]:
-    """Return a function that loads the data of a configuration, once, and says what they make of
-    it; it needs torch.
-    """
+    """Return a function that says what a configuration's data, loaded once, make of it."""
     import torch
 
     from egtrain.build import build_direction, build_task, load_data

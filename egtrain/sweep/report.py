@@ -1,6 +1,4 @@
-"""What a sweep tells: its plan and its results as tables with notes, results.json and
-results.csv.
-"""
+"""What a sweep tells: tables of its plan and results, notes, results.json and results.csv."""
 
 import csv
 import io
@@ -33,9 +31,7 @@ from egtrain.tables import Column, print_line, print_table
 def print_plan(
     plan: Plan, folder: Folder, console: Console, jobs: int, speeds: dict[str, Speed] | None
 ) -> None:
-    """Print what a sweep runs, by preset and batch size, the rule that scales rates, and what has
-    been done before.
-    """
+    """Print what a sweep runs, the rule that scales rates, and what was done before."""
     rows = [
         [c for c in plan.cells if (c.preset, c.batch_size) == (preset, batch_size)]
         for preset in plan.presets
@@ -82,8 +78,7 @@ def print_plan(
 
 
 def write_results(results: Results, path: Path) -> None:
-    """Write results.json and results.csv into a folder; what depends on the clock is under `wall`
-    or in wall_seconds.
+    """Write results.json and results.csv; what depends on the clock is apart, as `wall`.
 
     Raises:
         EgtrainError: they could not be written.
@@ -237,9 +232,7 @@ def _notes_on_selection(results: Results) -> list[str]:
 
 
 def _differences(results: Results) -> list[str]:
-    """Return a line for each preset after the first: how much better or worse it is than that, by
-    batch size.
-    """
+    """Return a line for each further preset: by how much it beats the first, by batch size."""
     first, *others = results.plan.presets
     metric = results.plan.metric
     unit = f" in {difference_unit(metric.unit)}" if difference_unit(metric.unit) else ""

@@ -1,5 +1,4 @@
-"""What the user of a sweep asks for: presets, batch sizes, seeds and grids, checked to make one
-comparison.
+"""What the user of a sweep asks for, checked to make one comparison.
 
 Without torch, so that a wrong option is reported at once.
 """
@@ -157,8 +156,7 @@ def _require_comparable(preset: Preset, others: Sequence[Preset]) -> None:
 
 
 def settled_on_device(request: Request) -> tuple[Request, list[Preset]]:
-    """Return the request and its presets with device and precision settled, which numbers depend
-    on; it needs torch.
+    """Return the request and its presets with device and precision settled; it needs torch.
 
     Raises:
         UsageError: as `checked_presets`.

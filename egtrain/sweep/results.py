@@ -1,6 +1,4 @@
-"""What came of a sweep: each cell's numbers, the selected cells of each grid, and comparisons of
-them.
-"""
+"""What came of a sweep: each cell's numbers, the selected cells of grids, and comparisons."""
 
 import json
 import math
@@ -38,9 +36,7 @@ class CellResult:
         return None if self.final is None else self.final.get(split, {}).get(name)
 
     def steps_to(self, target: float, higher_is_better: bool) -> int | None:
-        """Return the step of the first evaluation that is as good as the target; None where none
-        was.
-        """
+        """Return the step of the first evaluation that reaches the target, or None."""
         return next(
             (s for s, v in self.curve if (v >= target if higher_is_better else v <= target)), None
         )
@@ -80,9 +76,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Difference:
-    """A preset less the first one at a batch size, seed by seed, each at its selected point of the
-    grid.
-    """
+    """A preset less the first one at a batch size, seed by seed, at the selected points."""
 
     preset: str
     batch_size: int
@@ -125,8 +119,7 @@ class Results:
         ]
 
     def largest_batch_within(self, preset: str) -> int | None:
-        """Return the largest batch whose mean is at most so many per cent worse than the smallest
-        batch's.
+        """Return the largest batch whose mean is within that percentage of the smallest batch's.
 
         A batch that a seed did not survive is none of them; nor is anything, if it is the smallest
         one.
@@ -166,9 +159,7 @@ class Results:
         }
 
     def gradients_per_sample(self, preset: str) -> float | None:
-        """Return how many gradients a preset takes of a sample, a whole number or a fraction above
-        one.
-        """
+        """Return how many gradients a preset takes of a sample: one, or a fraction above."""
         done = [
             r
             for r in self.cells

@@ -1,6 +1,4 @@
-"""Gives the server of processes, which imports this first, a session: a signal to the sweep's group
-must not end it.
-"""
+"""Gives the process server, which imports this first, a session apart from signals."""
 
 import os
 from contextlib import suppress

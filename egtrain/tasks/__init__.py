@@ -34,9 +34,7 @@ ACCURACY = Metric("accuracy", FRACTION, higher_is_better=True)
 
 
 class Task(Protocol):
-    """What the training loop and the evaluation ask of a task; every batch is a function of (seed,
-    worker, step).
-    """
+    """What training and evaluation ask of a task; a batch is a function of (seed, worker, step)."""
 
     metric: Metric
     """Of held-out data."""
@@ -65,27 +63,19 @@ class Task(Protocol):
         """Return the mean loss, with its graph, and the mean of the training metric, without."""
 
     def frozen_batches(self, indices: Tensor) -> list[tuple[Any, int]]:
-        """Return these training samples [samples], without augmentation, in batches with their
-        sizes.
-        """
+        """Return these training samples [samples], not augmented, in batches with sizes."""
 
     def evaluation_size(self, split: Split) -> int:
         """Return the number of samples of a split."""
 
     def evaluation_batches(self, split: Split) -> int:
-        """Return the number of batches that a split is evaluated in, whatever the number of
-        ranks.
-        """
+        """Return the number of batches that a split is evaluated in, on any ranks."""
 
     def evaluate_batch(self, model: nn.Module, split: Split, index: int) -> Tensor:
-        """Return `sums` over one evaluation batch, in float64; it does not depend on the other
-        batches.
-        """
+        """Return `sums` over one evaluation batch, in float64, whatever the other batches."""
 
     def metrics_of(self, sums: list[float], split: Split) -> dict[str, float]:
-        """Return the mean loss in nats, as `loss`, and the metric from the sums over a whole
-        split.
-        """
+        """Return the mean `loss` in nats, and the metric, from the sums over a split."""
 
 
 def metrics_text(

@@ -34,8 +34,7 @@ def steps_in_epoch(samples: int, workers: int, worker_batch_size: int) -> int:
 
 
 class ImageTask:
-    """Batches, loss and metric of an image classifier; every batch is a function of (seed, worker,
-    step).
+    """Batches, loss and metric of an image classifier.
 
     Args:
         data: the images; they are moved to the device once.
@@ -93,9 +92,7 @@ class ImageTask:
         )
 
     def extra_batch(self, worker: int, step: int) -> Batch:
-        """Return b further images of the training data, drawn independently, for a second gradient
-        in the step.
-        """
+        """Return b images drawn independently, for a second gradient in the step."""
         generator = generator_for(self.seed, "extra samples", worker, step, device=self.device)
         chosen = torch.randint(
             self.samples, (self.worker_batch_size,), generator=generator, device=self.device
@@ -109,9 +106,7 @@ class ImageTask:
         return F.cross_entropy(logits, labels), (logits.detach().argmax(1) == labels).float().mean()
 
     def frozen_batches(self, indices: Tensor) -> list[tuple[Batch, int]]:
-        """Return these training images [images], without augmentation, in batches with their
-        sizes.
-        """
+        """Return these training images [images], not augmented, in batches with sizes."""
         chosen = torch.split(indices.to(self.device), FROZEN_BATCH)
         return [
             ((self._normalised(self._train[0][part]), self._train[1][part]), len(part))
@@ -123,15 +118,11 @@ class ImageTask:
         return len(self._held_out[split][1])
 
     def evaluation_batches(self, split: Split) -> int:
-        """Return the number of batches that a split is evaluated in; it does not depend on workers
-        or ranks.
-        """
+        """Return the number of batches that a split is evaluated in."""
         return -(-self.evaluation_size(split) // EVALUATION_BATCH)
 
     def evaluate_batch(self, model: nn.Module, split: Split, index: int) -> Tensor:
-        """Return the sums over one evaluation batch, [cross-entropy in nats, right answers], in
-        float64.
-        """
+        """Return [cross-entropy in nats, right answers] of one batch, in float64."""
         images, labels = (
             t[index * EVALUATION_BATCH : (index + 1) * EVALUATION_BATCH]
             for t in self._held_out[split]

@@ -1,6 +1,4 @@
-"""Language modelling: cross-entropy and perplexity over words, by truncated back-propagation
-through time.
-"""
+"""Language modelling: perplexity over words, by truncated back-propagation through time."""
 
 import math
 from typing import NamedTuple
@@ -36,8 +34,7 @@ class Window(NamedTuple):
 
 
 def columns_of(tokens: int, workers: int, worker_batch_size: int, bptt: int) -> tuple[int, int]:
-    """Return the length of each of the K·b columns that a stream is cut into, and the number of
-    whole windows in it.
+    """Return the length of each of K·b columns of a stream, and the whole windows in it.
 
     Raises:
         UsageError: there is not one.
@@ -118,9 +115,7 @@ class LanguageTask:
         return Window(self._words[rows, own], self._targets[rows, own], self._carried[slot > 0])
 
     def extra_batch(self, worker: int, step: int) -> Window:
-        """Return b windows from anywhere in the training text, each from a state of zero, for a
-        second gradient.
-        """
+        """Return b windows from anywhere, with a state of zero, for a second gradient."""
         device = self._train.device
         generator = generator_for(self.seed, "extra samples", worker, step, device=device)
         starts = torch.randint(
@@ -147,8 +142,7 @@ class LanguageTask:
         return loss, loss.detach().exp()
 
     def frozen_batches(self, indices: Tensor) -> list[tuple[Window, int]]:
-        """Return these windows [samples] of the training text, each from a state of zero, in
-        batches with their sizes.
+        """Return these windows [samples], each from a state of zero, in batches with sizes.
 
         Window i starts at word i·bptt.
         """
@@ -160,9 +154,7 @@ class LanguageTask:
         return len(self._held_out[split])
 
     def evaluation_batches(self, split: Split) -> int:
-        """Return the number of batches that a split is evaluated in; it does not depend on workers
-        or ranks.
-        """
+        """Return the number of batches that a split is evaluated in."""
         return min(EVALUATION_BATCHES, self.evaluation_size(split))
 
     def evaluate_batch(self, model: nn.Module, split: Split, index: int) -> Tensor:
@@ -201,9 +193,7 @@ class LanguageTask:
         return Window(self._train[places], self._train[places + 1])
 
     def _columns(self, split: Split) -> tuple[Tensor, Tensor]:
-        """Return the words [length, columns] of a split, each after the one before it, and the
-        targets.
-        """
+        """Return words and targets [length, columns] of a split, column after column."""
         targets = self._held_out[split]
         columns = min(EVALUATION_COLUMNS, len(targets))
         length = -(-len(targets) // columns)

@@ -99,18 +99,14 @@ class TranslationTask:
         return self._pairs(self._orders[worker][1][slot])
 
     def extra_batch(self, worker: int, step: int) -> Pairs:
-        """Return b further pairs of the training data, drawn independently, for a second gradient
-        in the step.
-        """
+        """Return b pairs drawn independently, for a second gradient in the step."""
         generator = generator_for(self.seed, "extra samples", worker, step)
         return self._pairs(
             torch.randint(self.samples, (self.worker_batch_size,), generator=generator)
         )
 
     def loss(self, model: nn.Module, batch: Pairs) -> tuple[Tensor, Tensor]:
-        """Return the mean smoothed cross-entropy in nats a subword, and the fraction of subwords
-        that are likeliest.
-        """
+        """Return the mean smoothed cross-entropy in nats, and the fraction of right subwords."""
         logits = model(batch.source, batch.target).float().flatten(0, 1)
         following = batch.following.flatten()
         loss = F.cross_entropy(
@@ -138,9 +134,7 @@ class TranslationTask:
         return len(self.sentences(split))
 
     def evaluation_batches(self, split: Split) -> int:
-        """Return the number of batches that a split is evaluated in; it does not depend on workers
-        or ranks.
-        """
+        """Return the number of batches that a split is evaluated in."""
         return -(-self.evaluation_size(split) // EVALUATION_BATCH)
 
     def evaluate_batch(self, model: nn.Module, split: Split, index: int) -> Tensor:
@@ -162,9 +156,7 @@ class TranslationTask:
         )
 
     def metrics_of(self, sums: list[float], split: Split) -> dict[str, float]:
-        """Return the mean cross-entropy in nats a subword, not smoothed, and sacreBLEU's BLEU, 0 to
-        100.
-        """
+        """Return the mean cross-entropy in nats, not smoothed, and BLEU, 0 to 100."""
         from sacrebleu.metrics.bleu import BLEU
 
         nats, subwords, *counts = sums
@@ -181,9 +173,7 @@ class TranslationTask:
         length_penalty: float,
         progress: Callable[[int, int], object] = lambda done, total: None,
     ) -> list[str]:
-        """Return the translations of a split's sentences, in their order; `progress` is told how
-        many of how many there are.
-        """
+        """Return a split's translations; `progress` is told of (done, total) sentences."""
         translations = [""] * self.evaluation_size(split)
         training = model.training
         model.eval()
