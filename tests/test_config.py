@@ -494,7 +494,7 @@ def test_an_unknown_key_is_named_with_its_line_and_a_suggestion(text: str, messa
 )
 def test_a_wrong_override_is_refused_in_one_sentence(override: str, rest: str) -> None:
     message = set_complaint(override)
-    assert message.startswith(f"--set {override}"[:206] + ": " + rest)
+    assert message.startswith(f"--set {override}"[:200] + ": " + rest)
     assert "\n" not in message
 
 
