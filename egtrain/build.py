@@ -17,6 +17,7 @@ from egtrain.data.images import ImageData, load_images
 from egtrain.data.pairs import PairData, load_pairs
 from egtrain.data.sets import OF_TASK
 from egtrain.data.text import TextData, load_text
+from egtrain.logs.environment import cores
 from egtrain.models.lstm import LSTMLanguageModel
 from egtrain.models.resnet import ResNet
 from egtrain.models.transformer import Transformer
@@ -52,9 +53,9 @@ def load_data(config: Config, offline: bool = False) -> Data:
     Raises:
         DataError: they are missing or damaged.
     """
-    name, folder = config.data.name, Path(config.data.dir) if config.data.dir else None
+    name, limit, task = config.data.name, config.data.train_samples, config.task
+    folder = Path(config.data.dir) if config.data.dir else None
     offline = config.data.offline or offline
-    limit, task = config.data.train_samples, config.task
     if isinstance(task, LanguageSettings):
         tokens = None if limit is None else limit * task.bptt
         return load_text(
@@ -307,11 +308,6 @@ def native_precision(name: str, device: torch.device) -> str:
         if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         else "fp32"
     )
-
-
-def cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def threads_of_a_rank() -> int:

@@ -99,10 +99,8 @@ class CheckpointStore:
         if metric is not None and not math.isfinite(metric):
             metric = None
         before = self._entries()
-        entries = [
-            *[entry for entry in before if entry.step < step],
-            _Entry(path.name, step, metric, final),
-        ]
+        entries = [entry for entry in before if entry.step < step]
+        entries.append(_Entry(path.name, step, metric, final))
         kept = entries if self._keep == "all" else self._worth_keeping(entries)
         index = {"format": FORMAT, "checkpoints": [asdict(entry) for entry in kept]}
         write_atomically(self.directory / INDEX, (json.dumps(index, indent=1) + "\n").encode())
@@ -114,9 +112,7 @@ class CheckpointStore:
                     (self.directory / name).unlink()
         return path
 
-    def load_newest(
-        self, map_location: str | torch.device = "cpu"
-    ) -> tuple[int, dict[str, Any]] | None:
+    def load_newest(self) -> tuple[int, dict[str, Any]] | None:
         """Return (step, state) of the newest intact checkpoint, or None; damage is warned of.
 
         Raises:
@@ -124,9 +120,12 @@ class CheckpointStore:
                 `read_checkpoint`.
         """
         entries = self._entries()
+        return self._newest_intact(entries) if entries else None
+
+    def _newest_intact(self, entries: "list[_Entry]") -> tuple[int, dict[str, Any]]:
         for entry in reversed(entries):
             try:
-                step, state = read_checkpoint(self.directory / entry.file, map_location)
+                step, state = read_checkpoint(self.directory / entry.file)
             except _DamagedFile as error:
                 self._warn(f"{error}; going back to the checkpoint before it")
                 continue
@@ -136,47 +135,36 @@ class CheckpointStore:
                 f"{self.directory / entry.file} is of step {step}; going back to the checkpoint "
                 "before it"
             )
-        if entries:
-            raise DataError(
-                f"every checkpoint in {self.directory} is damaged: restore one from a backup, or "
-                "start a new run"
-            )
-        return None
+        raise DataError(
+            f"every checkpoint in {self.directory} is damaged: restore one from a backup, or "
+            "start a new run"
+        )
 
-    def load(
-        self, which: str | Path, map_location: str | torch.device = "cpu"
-    ) -> tuple[int, dict[str, Any]]:
+    def load(self, which: str | Path) -> tuple[int, dict[str, Any]]:
         """Return (step, state) of the `last` or `best` checkpoint, or of a file, by path or name.
 
         Raises:
             DataError: there is none, or it is damaged or refused, as by `read_checkpoint`.
             UsageError: there is no `best`, because the run had no validation split.
         """
+        if which not in ("last", "best"):
+            path = Path(which)
+            inside = self.directory / path
+            return read_checkpoint(inside if inside.is_file() and not path.is_file() else path)
+        entries = self._entries()
+        if not entries:
+            raise DataError(
+                f"{self.directory} holds no checkpoint: let the run reach its first one"
+            )
         if which == "last":
-            newest = self.load_newest(map_location)
-            if newest is None:
-                raise DataError(
-                    f"{self.directory} holds no checkpoint: let the run reach its first one"
-                )
-            return newest
-        if which == "best":
-            entries = self._entries()
-            if not entries:
-                raise DataError(
-                    f"{self.directory} holds no checkpoint: let the run reach its first one"
-                )
-            best = self._best(entries)
-            if best is None:
-                raise UsageError(
-                    "there is no best checkpoint, because the run had no validation split: "
-                    "use last, or train with --set data.validation=N"
-                )
-            return read_checkpoint(self.directory / best.file, map_location)
-        path = Path(which)
-        inside = self.directory / path
-        return read_checkpoint(
-            inside if inside.is_file() and not path.is_file() else path, map_location
-        )
+            return self._newest_intact(entries)
+        best = self._best(entries)
+        if best is None:
+            raise UsageError(
+                "there is no best checkpoint, because the run had no validation split: "
+                "use last, or train with --set data.validation=N"
+            )
+        return read_checkpoint(self.directory / best.file)
 
     def file_of(self, step: int) -> Path:
         """Return the place of the checkpoint of a step."""
@@ -200,11 +188,7 @@ class CheckpointStore:
         return [entry for entry in entries if entry in kept]
 
     def _best(self, entries: "list[_Entry]") -> "_Entry | None":
-        measured = [
-            (entry.metric * self._sign, -entry.step, entry)
-            for entry in entries
-            if entry.metric is not None
-        ]
+        measured = [(e.metric * self._sign, -e.step, e) for e in entries if e.metric is not None]
         return max(measured)[-1] if measured else None
 
     def _entries(self) -> "list[_Entry]":
@@ -212,10 +196,8 @@ class CheckpointStore:
         path = self.directory / INDEX
         try:
             index = json.loads(path.read_bytes())
-            found, entries = (
-                index["format"],
-                [_Entry(**row).checked() for row in index["checkpoints"]],
-            )
+            found = index["format"]
+            entries = [_Entry(**row).checked() for row in index["checkpoints"]]
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -225,10 +207,8 @@ class CheckpointStore:
                 f"{path} is damaged: going by the names of the checkpoint files; which was the "
                 "best is lost"
             )
-            names = [
-                (_FILE_NAME.fullmatch(file.name), file.name) for file in self.directory.iterdir()
-            ]
-            entries = [_Entry(name, int(match[1]), None, False) for match, name in names if match]
+            matches = [_FILE_NAME.fullmatch(file.name) for file in self.directory.iterdir()]
+            entries = [_Entry(m.string, int(m[1]), None, False) for m in matches if m]
         else:
             _refuse_other_formats(path, found)
         return sorted(entries, key=lambda entry: entry.step)
@@ -253,18 +233,13 @@ class _Entry:
     def checked(self) -> Self:
         """Raise ValueError unless the entry names a file of this folder that fits the step."""
         match = _FILE_NAME.fullmatch(self.file)
-        if (
-            match is None
-            or int(match[1]) != self.step
-            or not isinstance(self.metric, int | float | None)
-        ):
+        fits = match is not None and int(match[1]) == self.step
+        if not fits or not isinstance(self.metric, int | float | None):
             raise ValueError(self)
         return self
 
 
-def read_checkpoint(
-    path: Path, map_location: str | torch.device = "cpu"
-) -> tuple[int, dict[str, Any]]:
+def read_checkpoint(path: Path) -> tuple[int, dict[str, Any]]:
     """Verify a checkpoint file and return its (step, state); nothing in it is ever executed.
 
     Raises:
@@ -277,7 +252,7 @@ def read_checkpoint(
         with path.open("rb") as file:
             size = _verified_size(file, path)
             file.seek(0)
-            content = _load(file, path, size, map_location)
+            content = _load(file, path, size)
     except OSError as error:
         raise _DamagedFile(f"cannot read checkpoint {path}: {error.strerror}") from error
     not_ours = DataError(
@@ -353,7 +328,7 @@ def _verified_size(file: BinaryIO, path: Path) -> int:
     return size
 
 
-def _load(file: BinaryIO, path: Path, size: int, map_location: str | torch.device) -> Any:
+def _load(file: BinaryIO, path: Path, size: int) -> Any:
     """Return the content of a verified file, not trusted: a checksum does not tell who made it."""
     try:
         if file.read(4) != b"PK\x03\x04":
@@ -367,7 +342,7 @@ def _load(file: BinaryIO, path: Path, size: int, map_location: str | torch.devic
             warnings.simplefilter("ignore")
             # Both arguments are explicit: then no environment variable and no setting of torch can
             # change them.
-            content = torch.load(file, map_location=map_location, weights_only=True, mmap=False)
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=False)
         _refuse_inflated(content, size)
     except (OSError, MemoryError, torch.OutOfMemoryError):
         raise
@@ -437,12 +412,10 @@ def _refuse_other_formats(path: Path, found: Any) -> None:
         )
 
 
-def _ignore(point: str) -> None:
-    """Be the fault point of files that have none."""
-
-
 @contextmanager
-def _replacing(path: Path, kill_at: Callable[[str], None] = _ignore) -> Iterator[BinaryIO]:
+def _replacing(
+    path: Path, kill_at: Callable[[str], object] = lambda point: None
+) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path`, and put it in its place once it is on the disk."""
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -465,13 +438,11 @@ def _replacing(path: Path, kill_at: Callable[[str], None] = _ignore) -> Iterator
 def _cannot_write(path: Path, error: OSError) -> EgtrainError:
     """Return the error that tells the user; to be called after the temporary file is gone."""
     folder = next(folder for folder in [*path.parents, Path()] if folder.is_dir())
-    full = error.errno in FULL
+    remedy = "free some space" if error.errno in FULL else "make the folder writable"
     return EgtrainError(
         f"cannot write {path}: {error.strerror or error}, {shutil.disk_usage(folder).free} bytes "
-        "are free there; "
-        f"{'free some space' if full else 'make the folder writable'}, then start again, or go on "
-        "with --resume: "
-        "what was saved before is intact"
+        f"are free there; {remedy}, then start again, or go on with --resume: what was saved "
+        "before is intact"
     )
 
 

@@ -5,19 +5,12 @@ from pathlib import Path
 
 import torch
 
-from egtrain.build import (
-    build_model,
-    build_task,
-    cores,
-    load_data,
-    locate_data,
-    native_precision,
-    summary_of,
-)
+from egtrain.build import build_model, build_task, load_data, native_precision, summary_of
 from egtrain.config.schema import Config
 from egtrain.cost import estimated_cost
 from egtrain.errors import MissingExtra, NotDownloaded
-from egtrain.header import facts_from_data, header_lines, parameter_count, run_facts
+from egtrain.header import facts_from_data, header_lines, run_facts
+from egtrain.logs.environment import cores
 from egtrain.plan import with_fitting_warmup
 from egtrain.ranks import distributed, launch
 from egtrain.workers import Ranks
@@ -39,14 +32,7 @@ def print_plan(config: Config, directory: Path, nproc: int | None, as_json: bool
     config = config.model_copy(
         update={"precision": native_precision(config.precision, device), "threads": threads}
     )
-    facts = run_facts(
-        config,
-        directory,
-        data=locate_data(config),
-        device=device.type,
-        ranks=ranks,
-        threads=threads,
-    )
+    facts = run_facts(config, directory, device=device.type, ranks=ranks, threads=threads)
     try:
         data = load_data(config, offline=True)
     except (NotDownloaded, MissingExtra) as error:
@@ -58,14 +44,8 @@ def print_plan(config: Config, directory: Path, nproc: int | None, as_json: bool
         task = build_task(config, data, torch.device("cpu"))
         fitting = with_fitting_warmup(config, task.steps_per_epoch)
         seconds, most = estimated_cost(fitting, data, Ranks(device=device), ranks)
-        facts |= facts_from_data(
-            fitting,
-            config,
-            parameters=parameter_count(build_model(config, summary_of(data).outputs, device)),
-            samples=task.samples,
-            steps_per_epoch=task.steps_per_epoch,
-            data_notes=data.notes,
-        )
+        model = build_model(config, summary_of(data).outputs, device)
+        facts |= facts_from_data(fitting, config, model, task, data.notes)
         facts |= {
             "step_seconds": seconds,
             "seconds": seconds * facts["steps"],

@@ -7,37 +7,30 @@ from typing import Any
 
 from torch import nn
 
-from egtrain.build import build_direction
+from egtrain.build import build_direction, locate_data
 from egtrain.config.extrapolations import length_key
 from egtrain.config.models import Model
 from egtrain.config.schema import Config
-from egtrain.config.tasks import LanguageSettings, Task
+from egtrain.config.tasks import LanguageSettings
+from egtrain.config.tasks import Task as TaskSettings
 from egtrain.formatting import counted, learning_rate_text
 from egtrain.plan import build_plan, build_schedule
+from egtrain.tasks import Task
 
 LABEL_WIDTH = 11
 OPTIMIZERS = {"sgd": "SGD", "lars": "LARS", "lamb": "LAMB", "adam": "Adam", "adamw": "AdamW"}
 
 
 def run_facts(
-    config: Config, directory: Path, *, data: str, device: str, ranks: int, threads: int
+    config: Config, directory: Path, *, device: str, ranks: int, threads: int
 ) -> dict[str, Any]:
-    """Return what is known of a run before its data are read.
-
-    Args:
-        config: of the run; its precision is that of the device.
-        directory: of the run.
-        data: where the data are.
-        device: `cpu` or `cuda`.
-        ranks: processes.
-        threads: of each process, on the CPU.
-    """
+    """Return what is known of a run before its data are read; `device` is `cpu` or `cuda`."""
     extrapolation = config.extrapolation
     key = length_key(extrapolation)
     return {
         "directory": str(directory),
         "model": model_text(config.model),
-        "data": f"{config.data.name}, {data}",
+        "data": f"{config.data.name}, {locate_data(config)}",
         "batch_size": config.batch_size,
         "workers": config.workers,
         "worker_batch_size": config.worker_batch_size,
@@ -56,10 +49,8 @@ def run_facts(
 def facts_from_data(
     config: Config,
     given: Config,
-    *,
-    parameters: int,
-    samples: int,
-    steps_per_epoch: int,
+    model: nn.Module,
+    task: Task,
     data_notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return what is known of a run once its data are read.
@@ -67,12 +58,11 @@ def facts_from_data(
     Args:
         config: of the run, with a warm-up that fits it.
         given: as the user gave it.
-        parameters: of the model.
-        samples: that it is trained on.
-        steps_per_epoch: updates.
+        model: that is trained.
+        task: with its data.
         data_notes: what the user is told of the data.
     """
-    plan = build_plan(config, steps_per_epoch)
+    plan = build_plan(config, task.steps_per_epoch)
     rate = build_schedule(config, plan)
     phases = {0, plan.warmup_steps, *plan.milestones, plan.steps // 2, plan.steps - 1}
     local_phase = None
@@ -89,9 +79,9 @@ def facts_from_data(
             f"since {plan.end_of_peak}"
         )
     return {
-        "parameters": parameters,
-        "samples": samples,
-        "samples_text": f"{samples:,} {samples_noun(config.task)}",
+        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "samples": task.samples,
+        "samples_text": f"{task.samples:,} {samples_noun(config.task)}",
         "steps_per_epoch": plan.steps_per_epoch,
         "steps": plan.steps,
         "learning_rate": {
@@ -155,12 +145,7 @@ def model_text(model: Model) -> str:
             return f"Transformer of {model.layers} + {model.layers} layers"
 
 
-def parameter_count(model: nn.Module) -> int:
-    """Return the number of weights that are trained."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def samples_noun(task: Task) -> str:
+def samples_noun(task: TaskSettings) -> str:
     """Return what a task counts as samples."""
     if isinstance(task, LanguageSettings):
         return f"windows of {task.bptt} words"

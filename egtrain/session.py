@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from egtrain.build import build_run, locate_data, native_precision
+from egtrain.build import build_run, native_precision
 from egtrain.checkpoint import CheckpointStore
 from egtrain.config.files import config_file_of
 from egtrain.config.schema import Config, config_to_yaml, flat_values
 from egtrain.errors import DataError, InterruptedRun, UsageError
 from egtrain.formatting import counted, learning_rate_text
-from egtrain.header import facts_from_data, header_lines, next_lines, parameter_count, run_facts
+from egtrain.header import facts_from_data, header_lines, next_lines, run_facts
 from egtrain.logs.environment import git_commit, hardware, versions
 from egtrain.logs.runlog import RunLog, finite, write_summary
 from egtrain.logs.training_display import TrainingDisplay
@@ -96,7 +96,11 @@ def _train_until(
                 print_result(summary, run.task.metric, directory, as_json)
             return
         if first:
-            print_header(config, given, run, ranks, directory, as_json)
+            threads, stream = torch.get_num_threads(), sys.stderr if as_json else sys.stdout
+            device = ranks.device.type
+            facts = run_facts(config, directory, device=device, ranks=ranks.count, threads=threads)
+            facts |= facts_from_data(config, given, run.model, run.task, run.data_notes)
+            print("\n".join(header_lines(facts)), file=stream, flush=True)
         recorders: list[Recorder] = []
         distributed.only_first_rank(
             ranks,
@@ -115,29 +119,6 @@ def _train_until(
             print_result(summary, run.task.metric, directory, as_json)
             if not as_json:
                 print("\n".join(next_lines(config, directory)))
-
-
-def print_header(
-    config: Config, given: Config, run: Run, ranks: Ranks, directory: Path, as_json: bool
-) -> None:
-    """Print what the run consists of, as `--dry-run` does; see `facts_from_data`."""
-    facts = run_facts(
-        config,
-        directory,
-        data=locate_data(config),
-        device=ranks.device.type,
-        ranks=ranks.count,
-        threads=torch.get_num_threads(),
-    )
-    facts |= facts_from_data(
-        config,
-        given,
-        parameters=parameter_count(run.model),
-        samples=run.task.samples,
-        steps_per_epoch=run.task.steps_per_epoch,
-        data_notes=run.data_notes,
-    )
-    print("\n".join(header_lines(facts)), file=sys.stderr if as_json else sys.stdout, flush=True)
 
 
 def require_same_step(step: int | None, directory: Path, ranks: Ranks) -> None:
@@ -305,11 +286,7 @@ class Recorder:
                 "threads": torch.get_num_threads(),
             },
         }
-        scores = {
-            f"{split}/{name}": value
-            for split, metrics in final.items()
-            for name, value in metrics.items()
-        }
+        scores = {f"{split}/{name}": v for split in final for name, v in final[split].items()}
         in_effect = {
             "batch_size": run.task.batch_size,
             "learning_rate": self._config.optimizer.scaled_lr(run.task.batch_size),

@@ -5,8 +5,11 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from helpers import Result, arguments, command_line
 
 from egtrain.config.files import load_config
@@ -27,8 +30,11 @@ def egtrain_command(
 def lines_of(preset: str, *overrides: str, ranks: int = 1) -> dict[str, str]:
     """Return the header by its labels."""
     given = load_config(preset, [*overrides, "precision=fp32"])
-    facts = run_facts(given, Path("runs/a"), data="found", device="cpu", ranks=ranks, threads=2)
-    facts |= facts_from_data(given, given, parameters=1234567, samples=50000, steps_per_epoch=24)
+    facts = run_facts(given, Path("runs/a"), device="cpu", ranks=ranks, threads=2)
+    facts["data"] = f"{given.data.name}, found"
+    task: Any = SimpleNamespace(samples=50000, steps_per_epoch=24)
+    model = torch.nn.Linear(1234567, 1, bias=False)
+    facts |= facts_from_data(given, given, model, task)
     return {
         label: text.strip()
         for line in header_lines(facts)

@@ -34,11 +34,12 @@ from rich.console import Console
 from egtrain.config.files import load_config
 from egtrain.config.schema import Config, config_to_yaml
 from egtrain.errors import EgtrainError, InterruptedRun, UsageError
+from egtrain.figures import save_figure
 from egtrain.sweep import execution
 from egtrain.sweep.cells import Folder, Status
 from egtrain.sweep.display import Display
 from egtrain.sweep.execution import Speed, run_cells
-from egtrain.sweep.picture import draw, picture_of
+from egtrain.sweep.picture import picture_of
 from egtrain.sweep.plan import Cell, Facts, Plan, facts_from_data, make_plan
 from egtrain.sweep.report import print_plan, print_results, write_results
 from egtrain.sweep.request import Request, checked_presets, settled_on_device
@@ -957,7 +958,7 @@ def test_the_picture_is_drawn_for_few_and_many_also_with_holes(
         (folder.run(plan.cells[-1]) / "summary.json").unlink()
         folder.note_end(plan.cells[-1], -9)
     results = read_results(plan, folder, target=0.4, within_percent=1)
-    draw(results, tmp_path / "sweep" / "sweep")
+    save_figure(picture_of(results), tmp_path / "sweep" / "sweep")
     write_results(results, tmp_path / "sweep")
     assert (tmp_path / "sweep" / "sweep.svg").read_bytes().startswith(b"<?xml")
     assert (tmp_path / "sweep" / "sweep.pdf").read_bytes().startswith(b"%PDF")

@@ -163,12 +163,12 @@ def sweep_batch(
     with ending_at_interrupt():
         from rich.console import Console
 
-        from egtrain.figures import ENDINGS
+        from egtrain.figures import ENDINGS, save_figure
         from egtrain.ranks.distributed import require_cuda
         from egtrain.run_directory import RunLock
         from egtrain.sweep import execution, report
         from egtrain.sweep.cells import PLAN, Folder
-        from egtrain.sweep.picture import draw
+        from egtrain.sweep.picture import picture_of
         from egtrain.sweep.plan import facts_from_data, make_plan
         from egtrain.sweep.request import settled_on_device
         from egtrain.sweep.results import read_results
@@ -198,7 +198,7 @@ def sweep_batch(
         execution.run_cells(plan, folder, jobs=count, gpus=gpus, retry=retry, stream=stream)
         results = read_results(plan, folder, target=target, within_percent=within)
         report.write_results(results, folder.path)
-        draw(results, folder.path / "sweep")
+        save_figure(picture_of(results), folder.path / "sweep")
         if as_json:
             print(json.dumps(report.as_json(results)))
         else:

@@ -24,13 +24,17 @@ def versions() -> dict[str, str | None]:
     }
 
 
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def hardware() -> dict[str, Any]:
     """Return the processor's name, the cores for this process, and the GPUs' names."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     return {
         "cpu": _cpu_name(),
-        "cores": cores,
+        "cores": cores(),
         "gpus": [torch.cuda.get_device_name(gpu) for gpu in gpus],
     }
 

@@ -45,7 +45,7 @@ def is_alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
+        pass
     return True
 
 
@@ -73,8 +73,7 @@ def remember_directory(directory: Path) -> None:
 
 def directory_made_before() -> Path | None:
     """Return the directory that an earlier attempt of this run has made, if there was one."""
-    if not started_by_torchrun() or restart_count() == 0:
-        return None
-    if not store().check([DIRECTORY_KEY]):
+    restarted = started_by_torchrun() and restart_count() > 0
+    if not restarted or not store().check([DIRECTORY_KEY]):
         return None
     return Path(store().get(DIRECTORY_KEY).decode())

@@ -124,7 +124,7 @@ def devices_for(plan: Plan, jobs: str) -> tuple[int, list[str]]:
     Raises:
         UsageError: `jobs` is neither.
     """
-    from egtrain.build import cores
+    from egtrain.logs.environment import cores
 
     if jobs != "auto" and not (jobs.isdecimal() and int(jobs) > 0):
         raise UsageError(f"--jobs must be a number of processes or auto, not {jobs!r}")

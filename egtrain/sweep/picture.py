@@ -7,7 +7,6 @@ scale is that of McCandlish et al. 2018 (arXiv 1812.06162).
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -24,7 +23,6 @@ from egtrain.figures import (
     MARKERS,
     STYLE,
     new_figure,
-    save_figure,
     show_percent,
     write_title,
 )
@@ -40,15 +38,6 @@ LEGEND_HANDLE = 9
 """Room for the line beside a label, in characters."""
 FAR = 4.0
 """A noise scale further than this factor outside of the batch sizes is said in words."""
-
-
-def draw(results: Results, path: Path) -> None:
-    """Write the picture as PNG, SVG and PDF, `path` with each ending.
-
-    Raises:
-        EgtrainError: the files could not be written.
-    """
-    save_figure(picture_of(results), path)
 
 
 def picture_of(results: Results) -> Figure:
@@ -206,14 +195,9 @@ def _draw_to_target(
     best = min(y for batch_size, y in points if batch_size == first)
     ideal = [best * first / b if what == "steps" else best for b in plan.batch_sizes if b >= first]
     if len(ideal) > 1:
-        (line,) = axes.plot(
-            [b for b in plan.batch_sizes if b >= first],
-            ideal,
-            color="0.5",
-            linewidth=0.9,
-            linestyle=(0, (1, 1.5)),
-            zorder=1,
-        )
+        x = [b for b in plan.batch_sizes if b >= first]
+        dotted = (0, (1, 1.5))
+        (line,) = axes.plot(x, ideal, color="0.5", linewidth=0.9, linestyle=dotted, zorder=1)
         axes.legend(
             [line],
             ["perfect scaling"],
@@ -231,9 +215,7 @@ def _draw_curves(axes: Axes, results: Results) -> None:
     batch_sizes = _curve_batch_sizes(results)
     for number, preset in enumerate(plan.presets):
         for place, batch_size in enumerate(batch_sizes):
-            cells = [
-                result for result in results.selected_cells(preset, batch_size) if result.curve
-            ]
+            cells = [cell for cell in results.selected_cells(preset, batch_size) if cell.curve]
             if not cells:
                 continue
             epochs, means, deviations = _mean_curve(cells)
@@ -252,10 +234,9 @@ def _draw_curves(axes: Axes, results: Results) -> None:
 def _curve_batch_sizes(results: Results) -> tuple[int, ...]:
     """Return the batch sizes of which learning curves are drawn."""
     plan = results.plan
-    if len(plan.presets) * len(plan.batch_sizes) <= MANY_CURVES and len(plan.batch_sizes) <= len(
-        LINES
-    ):
-        return plan.batch_sizes
+    batch_sizes = plan.batch_sizes
+    if len(plan.presets) * len(batch_sizes) <= MANY_CURVES and len(batch_sizes) <= len(LINES):
+        return batch_sizes
     return plan.batch_sizes[0], plan.batch_sizes[-1]
 
 
@@ -264,11 +245,9 @@ def _mean_curve(cells: Sequence[CellResult]) -> tuple[list[float], list[float], 
     curves = [dict(result.curve) for result in cells]
     steps = sorted(set.intersection(*(set(curve) for curve in curves)))
     means = [statistics.fmean(curve[step] for curve in curves) for step in steps]
-    deviations = (
-        [statistics.stdev(curve[step] for curve in curves) for step in steps]
-        if len(curves) > 1
-        else None
-    )
+    deviations = None
+    if len(curves) > 1:
+        deviations = [statistics.stdev(curve[step] for curve in curves) for step in steps]
     return [step / cells[0].cell.steps_per_epoch for step in steps], means, deviations
 
 
@@ -294,13 +273,8 @@ def _format_counts(axes: Axes, values: Sequence[float]) -> None:
     margin = max(1.15, (high / low) ** 0.12, 1.6 / (high / low) ** 0.5)
     axes.set_ylim(low / margin, high * margin)
     wide = high / low * margin**2
-    subs = (
-        (1.0,)
-        if wide > 1000
-        else (1.0, 2.0, 5.0)
-        if wide > 10
-        else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
-    )
+    few, many = (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
+    subs = (1.0,) if wide > 1000 else few if wide > 10 else many
     axes.yaxis.set_major_locator(LogLocator(base=10, subs=subs))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
     axes.yaxis.set_minor_formatter(NullFormatter())
