@@ -1167,7 +1167,7 @@ def test_it_keeps_one_buffer_a_worker_and_one_for_the_return(
     weights = {p.untyped_storage().data_ptr() for p in shifted}
     kept = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-        for t in tensors_in(vars(loop.extrapolation))
+        for t in tensors_in([vars(loop.extrapolation), vars(loop.extrapolation._kept)])
         if t.ndim > 0 or t.untyped_storage().nbytes() > 8
     }
     scalars = [p for p in shifted if p.ndim == 0]

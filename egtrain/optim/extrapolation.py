@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from egtrain.optim.base_state import BaseState
-from egtrain.optim.direction import Direction, Point, State
+from egtrain.optim.direction import Direction, Point
+from egtrain.optim.direction_state import DirectionState
 
 
 class Averaging(Protocol):
@@ -93,16 +94,7 @@ class Extrapolation:
         ]
         self._copies_weights = unshifted is None
         self._weights_are_copied = False
-        with torch.no_grad():
-            self._states = {k: direction.worker_state(self.parameters) for k in self.workers}
-            self._shared = direction.shared_state(self.parameters)
-        for state in (self._states[self.workers[0]], self._shared):
-            for name, tensors in state.items():
-                if len(tensors) != len(self.parameters):
-                    raise ValueError(
-                        f"the direction keeps {len(tensors)} tensors of '{name}' for "
-                        f"{len(self.parameters)} parameters: keep one for each"
-                    )
+        self._kept = DirectionState(direction, self.parameters, self.workers)
         self._clip_factor: Tensor | None = None
         self._next_clip_factor: Tensor | None = None
         self._inside = False
@@ -164,7 +156,7 @@ class Extrapolation:
             torch.clear_autocast_cache()
             self._inside = False
         self._require_gradients()
-        if self._states[worker]:
+        if self._kept.by_worker[worker]:
             observed = self._averaging.end_block() if self._averaging is not None else ()
             self._observe(worker, [i for i in range(len(self.parameters)) if i not in observed])
 
@@ -180,12 +172,8 @@ class Extrapolation:
                 "a process of DistributedDataParallel is one worker: leave out "
                 f"workers={self.workers}"
             )
-        (state,) = self._states.values()
-        self._averaging, self.workers, self._states = (
-            averaging,
-            range(worker, worker + 1),
-            {worker: state},
-        )
+        self._averaging, self.workers = averaging, range(worker, worker + 1)
+        self._kept.belong_to(worker)
 
     def observe_before_average(self, numbers: Sequence[int]) -> None:
         """Observe `.grad` of some parameters, by their numbers in `parameters`, while it is the
@@ -194,7 +182,7 @@ class Extrapolation:
         Outside a `shifted()` block nothing is observed.
         """
         (worker,) = self.workers
-        if self._inside and self._states[worker]:
+        if self._inside and self._kept.by_worker[worker]:
             self._observe(worker, numbers)
 
     def note_clipping(self, factor: Tensor | float) -> None:
@@ -207,7 +195,6 @@ class Extrapolation:
         device = self.parameters[0].device
         self._next_clip_factor = torch.as_tensor(factor, device=device).detach().reshape(()).clone()
 
-    @torch.no_grad()
     def forget(self, worker: int | None = None) -> None:
         """Put a worker's state (or that of all workers here) back to what it was before the first
         step.
@@ -216,7 +203,7 @@ class Extrapolation:
         gradient, no later loss would be finite.
         """
         for k in self.workers if worker is None else [worker]:
-            copy_state(self._states[k], self.direction.worker_state(self.parameters))
+            self._kept.forget(k)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state; under `worker_state` stand the direction's names, and each tensor has
@@ -224,47 +211,20 @@ class Extrapolation:
         """
         return {
             "steps": self.steps,
-            "workers": list(self.workers),
             "clip_factor": self._clip_factor,
-            "worker_state": {
-                name: [
-                    torch.stack(rows)
-                    for rows in zip(*(s[name] for s in self._states.values()), strict=True)
-                ]
-                for name in self._states[self.workers[0]]
-            },
-            "shared_state": {
-                name: [t.clone() for t in tensors] for name, tensors in self._shared.items()
-            },
+            **self._kept.state_dict(),
         }
 
-    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned, for the same parameters and workers.
 
         Raises:
             ValueError: the state belongs to other parameters, workers or another direction.
         """
-        if self._states[self.workers[0]] and state["workers"] != list(self.workers):
-            raise ValueError(
-                f"the extrapolation state is that of the workers {state['workers']}, and carried "
-                f"here are {list(self.workers)}: every process loads what it has saved itself"
-            )
-        found = shapes(state["worker_state"]), shapes(state["shared_state"])
-        first = self._states[self.workers[0]]
-        if found != (shapes(first, len(self.workers)), shapes(self._shared)):
-            raise ValueError(
-                "the extrapolation state belongs to other parameters, workers or another direction"
-            )
+        self._kept.load_state_dict(state)
         self.steps = state["steps"]
         factor = state["clip_factor"]
         self._clip_factor = None if factor is None else factor.to(self.parameters[0].device)
-        for row, kept in enumerate(self._states.values()):
-            copy_state(
-                kept,
-                {name: [t[row] for t in rows] for name, rows in state["worker_state"].items()},
-            )
-        copy_state(self._shared, state["shared_state"])
 
     def _watch_updates(self) -> None:
         self.optimizer.register_step_pre_hook(self._begin_update)
@@ -281,8 +241,8 @@ class Extrapolation:
                     learning_rates=[
                         float(self.optimizer.param_groups[i]["lr"]) for i in self._groups
                     ],
-                    state=self._states[worker],
-                    shared=self._shared,
+                    state=self._kept.by_worker[worker],
+                    shared=self._kept.shared,
                     second_gradient=second,
                     clip_factor=self._clip_factor,
                     base=self._base,
@@ -355,10 +315,7 @@ class Extrapolation:
     def _observe(self, worker: int, numbers: Sequence[int]) -> None:
         gradients = self._gradients(numbers)
         if gradients:
-            state = self._states[worker]
-            self.direction.observe_gradient(
-                {name: [tensors[i] for i in numbers] for name, tensors in state.items()}, gradients
-            )
+            self.direction.observe_gradient(self._kept.of_parameters(worker, numbers), gradients)
 
     @torch.no_grad()
     def _begin_update(
@@ -368,7 +325,7 @@ class Extrapolation:
             raise RuntimeError(
                 "optimizer.step() belongs after the shifted() block, where the weights are x again"
             )
-        if self._shared:
+        if self._kept.shared:
             # Not after the update: torch's SGD makes its step in the memory of the gradients.
             if any(callable(value) for value in (*args, *kwargs.values())):
                 raise RuntimeError(
@@ -376,7 +333,7 @@ class Extrapolation:
                     "call step() without a closure"
                 )
             mean = self._gradients(range(len(self.parameters)))
-            self.direction.observe_mean_gradient(self._shared, mean)
+            self.direction.observe_mean_gradient(self._kept.shared, mean)
             if not self._weights_are_copied:
                 self._note_unshifted()
         self._clip_factor, self._next_clip_factor = self._next_clip_factor, None
@@ -384,17 +341,6 @@ class Extrapolation:
 
     @torch.no_grad()
     def _end_update(self, *_: object) -> None:
-        if self._shared:
-            self.direction.observe_update(self._shared, self._unshifted, self.parameters)
+        if self._kept.shared:
+            self.direction.observe_update(self._kept.shared, self._unshifted, self.parameters)
         self._weights_are_copied = False
-
-
-def shapes(state: State, *leading: int) -> dict[str, list[tuple[int, ...]]]:
-    """Return the shape of each tensor of a state, behind the leading dimensions."""
-    return {name: [(*leading, *t.shape) for t in tensors] for name, tensors in state.items()}
-
-
-def copy_state(into: State, state: State) -> None:
-    """Copy a state into another one of the same names and shapes."""
-    for name, tensors in into.items():
-        torch._foreach_copy_(tensors, state[name])
