@@ -3,6 +3,7 @@ it.
 """
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -68,6 +69,28 @@ def test_what_two_ranks_saved_goes_on_on_one(name: str, saved: dict[str, Any]) -
     resumed.load_state_dict(saved[name])
     train_watched(resumed)
     assert torch.equal(resumed.workers.parameters, undisturbed.workers.parameters)
+
+
+def weights_resumed_on_two_ranks() -> dict[str, Tensor]:
+    """Return where each run ends that one rank began and two go on with."""
+    weights = {}
+    with process_group():
+        for name in OWN:
+            alone = run_of(name, Ranks(), steps=3)
+            train_watched(alone)
+            run = run_of(name, Ranks(int(os.environ["RANK"]), 2))
+            run.load_state_dict(alone.state_dict())
+            train_watched(run)
+            weights[name] = run.workers.parameters.detach().clone()
+    return weights
+
+
+def test_what_one_rank_saved_goes_on_on_two(tmp_path: Path) -> None:
+    for weights in on_two_ranks(weights_resumed_on_two_ranks, tmp_path):
+        for name in OWN:
+            undisturbed = run_of(name, Ranks())
+            train_watched(undisturbed)
+            assert torch.equal(weights[name], undisturbed.workers.parameters)
 
 
 def test_a_state_has_one_tensor_a_parameter() -> None:
