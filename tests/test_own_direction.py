@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import config_of, torch_as_it_was
 from own_directions import AverageOfGradients, AverageOfUpdates
 from reference import Base
 from test_own_loop import on_two_ranks, process_group
 from tiny_run import tiny_run, train_watched
 from torch import Tensor, nn
 
-from egtrain.build import build_direction
+from egtrain.build import build_direction, build_run
 from egtrain.config.extrapolations import SECTIONS
 from egtrain.config.schema import Config
 from egtrain.optim import Direction, Extrapolation, Point, State
@@ -190,8 +191,9 @@ def test_a_row_of_the_configuration_builds_the_direction_of_its_name(name: str) 
     assert (direction.gradients == 2) == ("every" in SECTIONS[name].model_fields)
 
 
-def test_a_run_keeps_the_weights_before_a_step_once() -> None:
-    run = run_of("average of updates", Ranks())
+def test_a_run_keeps_the_weights_before_a_step_once(images: Path) -> None:
+    with torch_as_it_was():
+        run = build_run(config_of(images), Ranks())
     assert run.extrapolation is not None
     kept = {t.untyped_storage().data_ptr() for t in run.extrapolation._unshifted}
     assert kept == {run.workers._parameters_before.untyped_storage().data_ptr()}
