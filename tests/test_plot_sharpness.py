@@ -107,6 +107,12 @@ def runs(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def plotting(*runs: Path, output: Path | str, metrics: str | None = None) -> list[str]:
+    """Return a command line that measures runs over few samples."""
+    chosen = [] if metrics is None else ["--metrics", metrics]
+    return ["plot-sharpness", *map(str, runs), *OPTIONS, "--output", str(output), *chosen]
+
+
 def results_in(folder: Path) -> dict[str, Any]:
     results: dict[str, Any] = json.loads((folder / "sharpness.json").read_text(encoding="utf-8"))
     return results
@@ -126,14 +132,7 @@ def test_every_metric_of_two_runs_is_in_every_output(
 ) -> None:
     vars(comparison).update(DRAWING)
     before = files_in(runs)
-    command = [
-        "plot-sharpness",
-        str(runs / "sgd"),
-        str(runs / "eg"),
-        *OPTIONS,
-        "--output",
-        str(tmp_path),
-    ]
+    command = plotting(runs / "sgd", runs / "eg", output=tmp_path)
     first = command_line(capsys, *command, "--label", f"{runs / 'eg'}=with extrapolation")
     assert first.code == 0, first.stderr
     assert "19 measurements to make" in first.stdout
@@ -199,8 +198,8 @@ def events_in(folder: Path) -> dict[str, dict[int, float]]:
 def test_the_numbers_are_those_of_the_weights_and_samples(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = [*OPTIONS, "--output", str(tmp_path), "--metrics", "eigenvalues,trace"]
-    assert command_line(capsys, "plot-sharpness", str(runs / "sgd"), *options).code == 0
+    command = plotting(runs / "sgd", output=tmp_path, metrics="eigenvalues,trace")
+    assert command_line(capsys, *command).code == 0
     found = metrics_of(results_in(tmp_path))
 
     run = egtrain.load_run(runs / "sgd")
@@ -231,8 +230,7 @@ def test_frozen_batches_are_the_training_images_as_evaluation_sees_them(runs: Pa
 def test_nothing_finished_is_repeated_after_a_failure(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = [*OPTIONS, "--metrics", "trace,line,plane"]
-    command = ["plot-sharpness", str(runs / "sgd"), *options, "--output", str(tmp_path)]
+    command = plotting(runs / "sgd", output=tmp_path, metrics="trace,line,plane")
     made: list[str] = []
     original = measuring.measure
 
@@ -284,15 +282,7 @@ def interrupt_before_anything() -> None:
 
 
 def test_an_interrupt_says_what_is_stored(runs: Path, tmp_path: Path) -> None:
-    command = [
-        "plot-sharpness",
-        str(runs / "sgd"),
-        *OPTIONS,
-        "--output",
-        "out",
-        "--metrics",
-        "trace,line,plane",
-    ]
+    command = plotting(runs / "sgd", output="out", metrics="trace,line,plane")
     with Forked(command, tmp_path, before=interrupt_before_anything) as early:
         assert early.wait() == 130
     with Forked(command, tmp_path, before=interrupt_in_third_metric) as process:
@@ -350,8 +340,7 @@ def use_small_batches() -> None:
 def test_all_checkpoints_give_curves_over_the_steps(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = [*OPTIONS, "--metrics", "eigenvalues,line"]
-    command = ["plot-sharpness", str(runs / "sgd"), *options, "--output", str(tmp_path)]
+    command = plotting(runs / "sgd", output=tmp_path, metrics="eigenvalues,line")
     result = command_line(capsys, *command, "--checkpoints", "all")
     assert result.code == 0
     (run,) = results_in(tmp_path)["runs"]
@@ -458,14 +447,7 @@ def changed_images(images: Path, folder: Path) -> Path:
 def test_runs_of_different_networks_are_compared_without_a_line_between(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = [
-        "plot-sharpness",
-        str(runs / "sgd"),
-        str(runs / "wide"),
-        *OPTIONS,
-        "--output",
-        str(tmp_path),
-    ]
+    command = plotting(runs / "sgd", runs / "wide", output=tmp_path)
     assert command_line(capsys, *command).code == 0
     assert "between" not in results_in(tmp_path)["settings"]["metrics"]
 
@@ -488,8 +470,8 @@ def test_a_model_without_second_derivatives_is_one_line(
         return outputs.square().mean(), outputs.detach().mean()
 
     monkeypatch.setattr("egtrain.tasks.image.ImageTask.loss", loss)
-    options = [*OPTIONS, "--output", str(tmp_path), "--metrics", "trace"]
-    result = command_line(capsys, "plot-sharpness", str(runs / "sgd"), *options)
+    command = plotting(runs / "sgd", output=tmp_path, metrics="trace")
+    result = command_line(capsys, *command)
     assert result.code == 2
     assert "no second derivatives" in result.line
 

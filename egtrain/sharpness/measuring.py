@@ -53,8 +53,8 @@ def settings_of(
         UsageError: a metric is unknown, named twice or impossible.
     """
     different = next((run for run in runs if run.network != runs[0].network), None)
+    lines = len(runs) > 1 and different is None
     if names is None:
-        lines = len(runs) > 1 and different is None
         names = [name for name in METRICS if lines or not metric_of(name).from_first_run]
     if not names:
         raise UsageError(f"--metrics names nothing to measure: choose from {', '.join(METRICS)}")
@@ -64,12 +64,12 @@ def settings_of(
             raise UsageError(f"unknown metric {name!r}{hint}")
         if names.count(name) > 1:
             raise UsageError(f"--metrics names {name} twice: name it once")
-        if metric_of(name).from_first_run and len(runs) < 2:
-            raise UsageError(
-                f"{name} is the line between two runs: name a second run, or leave it out of "
-                "--metrics"
-            )
-        if metric_of(name).from_first_run and different is not None:
+        if metric_of(name).from_first_run and not lines:
+            if different is None:
+                raise UsageError(
+                    f"{name} is the line between two runs: name a second run, or leave it out of "
+                    "--metrics"
+                )
             raise UsageError(
                 f"{runs[0].label} and {different.label} have different networks, and there is no "
                 f"line between them: leave {name} out of --metrics"

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from matplotlib.axes import Axes
 from torch import Tensor
@@ -50,10 +50,9 @@ class Panel(NamedTuple):
 
     draw: Callable[[Axes, Sequence[Run]], str | None]
     """Returns what its error bars or bands are, for the title of the picture."""
-    width: str = "whole"
+    width: Literal["half", "whole", "row"] = "whole"
     """Two `half` panels share the place of one; `row`: as wide as the picture of several runs."""
-    picture: str = "sharpness"
-    """Its name; the other is `sharpness-paths`."""
+    picture: Literal["sharpness", "sharpness-paths"] = "sharpness"
     of_one_run: bool = True
     """Whether it shows anything of a single run."""
 

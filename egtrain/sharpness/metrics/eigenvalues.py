@@ -51,7 +51,8 @@ def draw_test_over_largest(axes: Axes, runs: Sequence[Run]) -> None:
     """Draw the test metric over λ_max, a point a run."""
     levels = [run.records["level"].values for run in runs]
     split = "test" if all("test" in level for level in levels) else "train"
-    score = runs[0].metrics[split == "train"]
+    held_out, training = runs[0].metrics
+    score = held_out if split == "test" else training
     largest = [run.records["eigenvalues"].values["largest"][0] for run in runs]
     scores = [level[split][score.name] for level in levels]
     draw_points(axes, runs, [[(x, y, None)] for x, y in zip(largest, scores, strict=True)])
