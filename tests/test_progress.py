@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from helpers import config_of, run_here
+from helpers import config_of, heed_signals, run_here
 
 from egtrain.progress import Progress
 
@@ -140,7 +140,12 @@ def test_a_terminal_is_given_back_also_at_the_second_ctrl_c() -> None:
     controller, terminal = pty.openpty()
     variables = {**os.environ, "TERM": "xterm-256color"}
     done = subprocess.run(
-        [sys.executable, "-c", code], stdout=terminal, stderr=terminal, env=variables, check=False
+        [sys.executable, "-c", code],
+        stdout=terminal,
+        stderr=terminal,
+        env=variables,
+        preexec_fn=heed_signals,
+        check=False,
     )
     output = os.read(controller, 65536).decode()
     os.close(controller)

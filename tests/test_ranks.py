@@ -583,7 +583,7 @@ def test_ranks_that_do_not_share_a_folder_do_not_go_on_from_different_steps(
             for node in (0, 1)
         ]
         assert [rank.wait() for rank in ranks] == [2, 2]
-    assert [line for line in ranks[0].stderr.splitlines() if not line.startswith("changed: ")] == []
+    assert "egtrain: " not in ranks[0].stderr
     assert ranks[1].stderr.splitlines()[-1] == (
         "egtrain: rank 1: the newest checkpoint in run is of step 2 here and of step 4 on rank 0: "
         "put the run into a folder that all nodes share"
