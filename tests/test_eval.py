@@ -318,14 +318,19 @@ def test_what_is_possible_at_best_is_told_where_the_data_have_it(
 ) -> None:
     directory = tmp_path / "run"
     small = ["--steps", "1", "--workers", "1", "--set", "model.width=4"]
+    small += ["--set", "data.validation=512"]
     result = command_line(
         capsys, "train", "--preset", "quickstart", *small, "--output", str(directory)
     )
     assert "% of at best 91 %, loss" in result.stdout
+    assert result.stdout.count("at best") == 1  # known of the test split alone
     summary = json.loads((directory / "summary.json").read_text())
     assert summary["best_possible"] == {"test": {"accuracy": 0.91}}
     result = command_line(capsys, "eval", str(directory))
     assert "% of at best 91 %, loss" in result.stdout
+    result = command_line(capsys, "eval", str(directory), "--split", "validation")
+    assert result.stdout.startswith("validation: ")
+    assert "at best" not in result.stdout
 
     assert json.loads((plain / "summary.json").read_text())["best_possible"] is None
 
