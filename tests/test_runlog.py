@@ -409,6 +409,21 @@ def test_a_run_puts_its_settings_batch_size_and_peak_rate_into_the_table(
     assert metrics[:2] == ["final/test/accuracy", "final/test/loss"]
 
 
+def test_a_run_in_the_current_directory_has_the_name_of_that_in_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "one").mkdir()
+    monkeypatch.chdir(tmp_path / "one")
+    with RunLog(Path(), batch_size=8) as log:
+        log_steps(log, 1, 1)
+        log.hyperparameters({"lr": 0.1}, {"test_accuracy": 0.04})
+    content = events_in(tmp_path / "one").PluginTagToContent("hparams")
+    found = hparams_metadata.parse_session_start_info_plugin_data(
+        content[hparams_metadata.SESSION_START_INFO_TAG]
+    )
+    assert found.group_name == "one"
+
+
 def test_a_run_is_named_by_its_directory_alone(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 
