@@ -3,7 +3,7 @@
 import os
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 from torch import nn
@@ -162,6 +162,8 @@ def build_model(config: Config, outputs: int, device: torch.device) -> nn.Module
             model = VGG(shape.depth, shape.width, outputs)
         case "resnet":
             model = ResNet(shape.depth, shape.width, outputs, shape.shortcut)
+        case _:
+            assert_never(shape)
     if config.channels_last and config.task.name == "image":
         return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
     return model.to(device)

@@ -9,7 +9,6 @@ from torch import nn
 
 from egtrain.build import build_direction, locate_data
 from egtrain.config.extrapolations import length_key
-from egtrain.config.models import Model
 from egtrain.config.schema import Config
 from egtrain.config.tasks import LanguageSettings
 from egtrain.config.tasks import Task as TaskSettings
@@ -29,7 +28,7 @@ def run_facts(
     key = length_key(extrapolation)
     return {
         "directory": str(directory),
-        "model": model_text(config.model),
+        "model": config.model.text(),
         "data": f"{config.data.name}, {locate_data(config)}",
         "batch_size": config.batch_size,
         "workers": config.workers,
@@ -130,19 +129,6 @@ def next_lines(config: Config, directory: Path) -> list[str]:
         # Of the folder around it: TensorBoard names a run by its folder within the log directory.
         lines.append(f"      tensorboard --logdir {shlex.quote(str(directory.parent))}")
     return lines
-
-
-def model_text(model: Model) -> str:
-    """Return how a network is called, such as `ResNet-20`."""
-    match model.name:
-        case "resnet":
-            return f"ResNet-{model.depth}"
-        case "vgg":
-            return f"VGG-{model.depth} with BatchNorm"
-        case "lstm":
-            return f"LSTM of {counted(model.layers, 'layer')}"
-        case "transformer":
-            return f"Transformer of {model.layers} + {model.layers} layers"
 
 
 def samples_noun(task: TaskSettings) -> str:

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from egtrain import build, session
 from egtrain.__main__ import main
 from egtrain.checkpoint import read_checkpoint
+from egtrain.config.extrapolations import SECTIONS
 from egtrain.config.files import load_config
 from egtrain.config.schema import Config
 from egtrain.ranks import signals
@@ -42,16 +43,14 @@ from egtrain.tasks.image import ImageTask
 ROOT = Path(__file__).parents[1]
 STEPS_PER_EPOCH = 4
 STEPS = 12
-EXTRAPOLATIONS = {
-    "none": [],
-    "local": [],
-    "optimistic": [],
-    "gradient-noise": [],
+NEEDS = {
     "extragradient": ["extrapolation.samples=new"],
-    "sam": [],
     "gaussian": ["extrapolation.size=0.05"],
     "smoothout": ["extrapolation.size=0.05"],
+    "msam": ["optimizer.nesterov=false", "extrapolation.after_warmup=false"],
+    "nesterov": ["optimizer.nesterov=false"],
 }
+EXTRAPOLATIONS = {name: NEEDS.get(name, []) for name in SECTIONS}
 """Every choice of ζ with the settings that it needs."""
 
 

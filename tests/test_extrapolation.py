@@ -16,6 +16,8 @@ from reference import Base, Reference, Zeta
 from tiny_run import RATES, TinyTask, tiny_net, tiny_run, train_watched
 from torch import Tensor, nn
 
+from egtrain.config.extrapolations import ROWS as CHOICES
+from egtrain.config.extrapolations import SECTIONS
 from egtrain.optim import (
     MSAM,
     SAM,
@@ -309,6 +311,14 @@ DIRECTIONS: dict[str, Direction] = {
     "gaussian-filter": GaussianNoise(size=0.1, norm_and_bias=True),
     "smoothout-layer": SmoothOut(size=0.1, scaling="layer", norm_and_bias=True),
 }
+
+
+def test_every_choice_of_the_configuration_is_in_both_tables() -> None:
+    assert SECTIONS.keys() - {zeta.name for zeta, _, _ in ROWS} == set()
+    classes = {type(direction).__name__ for direction in DIRECTIONS.values()}
+    assert {row.direction for row in CHOICES if row.direction} - classes == set()
+
+
 every_direction = pytest.mark.parametrize("direction", DIRECTIONS.values(), ids=DIRECTIONS.keys())
 every_dtype = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str

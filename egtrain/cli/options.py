@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from egtrain.data.sets import IMAGES, PAIRS, TEXTS
 from egtrain.errors import UsageError
 
 what_option = partial(typer.Option, rich_help_panel="What")
@@ -43,7 +44,7 @@ DataName = Annotated[
     what_option(
         "--data",
         metavar="NAME",
-        help="cifar10, cifar100, npz:FILE; wikitext2, text:FOLDER; multi30k, "
+        help=f"{', '.join(IMAGES)}, npz:FILE; {', '.join(TEXTS)}, text:FOLDER; {', '.join(PAIRS)}, "
         "pairs:FOLDER; or synthetic.",
     ),
 ]

@@ -1,14 +1,17 @@
-"""The section `model`: what each network can be."""
+"""The section `model`: what each network can be, which task it serves and how it is called."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
 from egtrain.config.section import Section, wrong
+from egtrain.formatting import counted
 
 
 class ResnetModel(Section):
     """The CIFAR ResNet with three stages (He et al. 2016, arXiv 1512.03385)."""
+
+    task: ClassVar[str] = "image"
 
     name: Literal["resnet"] = "resnet"
     """resnet: a residual network."""
@@ -31,11 +34,17 @@ class ResnetModel(Section):
             )
         return depth
 
+    def text(self) -> str:
+        """Return how people call the network."""
+        return f"ResNet-{self.depth}"
+
 
 class VggModel(Section):
     """VGG with BatchNorm, in its form for small images (Simonyan & Zisserman 2015, arXiv
     1409.1556).
     """
+
+    task: ClassVar[str] = "image"
 
     name: Literal["vgg"] = "vgg"
     """vgg: plain convolutions and max-pooling."""
@@ -44,11 +53,17 @@ class VggModel(Section):
     width: Annotated[int, Field(ge=1, le=10_000)] = 64
     """Channels of the first stage; the later ones have two, four, eight and eight times as many."""
 
+    def text(self) -> str:
+        """Return how people call the network."""
+        return f"VGG-{self.depth} with BatchNorm"
+
 
 class LstmModel(Section):
     """An LSTM language model with tied embeddings (Zaremba et al. 2014, arXiv 1409.2329; Press &
     Wolf 2017).
     """
+
+    task: ClassVar[str] = "language"
 
     name: Literal["lstm"] = "lstm"
     """lstm: long short-term memory over words."""
@@ -59,9 +74,15 @@ class LstmModel(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.4
     """Probability of dropping a unit before, between and after the layers."""
 
+    def text(self) -> str:
+        """Return how people call the network."""
+        return f"LSTM of {counted(self.layers, 'layer')}"
+
 
 class TransformerModel(Section):
     """A pre-norm Transformer encoder-decoder (Vaswani et al. 2017, arXiv 1706.03762)."""
+
+    task: ClassVar[str] = "translation"
 
     name: Literal["transformer"] = "transformer"
     """transformer: attention in an encoder and a decoder."""
@@ -87,5 +108,14 @@ class TransformerModel(Section):
             )
         return self
 
+    def text(self) -> str:
+        """Return how people call the network."""
+        return f"Transformer of {self.layers} + {self.layers} layers"
+
 
 Model = ResnetModel | VggModel | LstmModel | TransformerModel
+
+
+def models_of(task: str) -> list[str]:
+    """Return the names of the models that a task trains."""
+    return [model.model_fields["name"].default for model in get_args(Model) if model.task == task]

@@ -10,11 +10,11 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, field_validator, model_validator
 
 from egtrain.config.extrapolations import SECTIONS, AnyExtrapolation
-from egtrain.config.models import Model, ResnetModel
+from egtrain.config.models import Model, ResnetModel, models_of
 from egtrain.config.optimizers import Optimizer, SgdOptimizer
 from egtrain.config.schedule import PostLocalConfig, ScheduleConfig
 from egtrain.config.section import Count, Positive, Section, wrong
-from egtrain.config.tasks import DATA, MODELS, DataConfig, ImageSettings, Task
+from egtrain.config.tasks import DATA, DataConfig, ImageSettings, Task
 from egtrain.config.yaml_text import describe, write_settings, write_value
 from egtrain.errors import did_you_mean
 
@@ -125,13 +125,11 @@ class Config(Section):
     @model_validator(mode="after")
     def _fitting_the_task(self) -> "Config":
         task = self.task.name
-        if self.model.name not in MODELS[task]:
-            owner = next(other for other, models in MODELS.items() if self.model.name in models)
+        if self.model.task != task:
             raise wrong(
                 "model.name",
                 f"task '{task}' has no model '{self.model.name}'; set model.name to "
-                f"{' or '.join(MODELS[task])}, or "
-                f"task.name to {owner}",
+                f"{' or '.join(models_of(task))}, or task.name to {self.model.task}",
             )
         names, own = DATA[task]
         name, prefix = self.data.name, own.partition(":")[0] + ":"

@@ -84,10 +84,3 @@ DATA: dict[str, tuple[list[str], str]] = {
     )
 }
 """The data that a task reads: the names, and the form of a user's own."""
-
-MODELS: dict[str, list[str]] = {
-    "image": ["resnet", "vgg"],
-    "language": ["lstm"],
-    "translation": ["transformer"],
-}
-"""The models that a task trains."""
