@@ -161,14 +161,11 @@ def extrapolation_text(config: Config) -> str:
 
 def _runs_on(facts: dict[str, Any]) -> str:
     ranks, threads = facts["ranks"], facts["threads"]
+    processes = "1 process" if ranks == 1 else f"{ranks} processes"
     if facts["device"] == "cpu":
         each = f", {counted(threads, 'thread')}{' each' if ranks > 1 else ''}"
-        return f"CPU in {facts['precision']}, {_processes(ranks)}{each}"
-    return f"{'GPU' if ranks == 1 else 'GPUs'} in {facts['precision']}, {_processes(ranks)}"
-
-
-def _processes(ranks: int) -> str:
-    return "1 process" if ranks == 1 else f"{ranks} processes"
+        return f"CPU in {facts['precision']}, {processes}{each}"
+    return f"{'GPU' if ranks == 1 else 'GPUs'} in {facts['precision']}, {processes}"
 
 
 def _rates_text(rates: dict[int, float]) -> str:

@@ -175,7 +175,12 @@ class Bar:
     def watch(self, look: Callable[[], tuple[float, str]]) -> None:
         """On a terminal, before each redrawing ask what is done, and for a text beside it."""
         if self._live is not None:
-            self._live.looks[self._task] = lambda: self.update(*_beside(look()))
+
+            def update() -> None:
+                done, text = look()
+                self.update(done, beside=text)
+
+            self._live.looks[self._task] = update
 
     def remove(self) -> None:
         """Take the bar off the terminal."""
@@ -217,11 +222,6 @@ class _LiveBars(rich_progress.Progress):
         for task in self.tasks:
             if status := task.fields["status"]:
                 yield Text(status, no_wrap=True, overflow="ellipsis")
-
-
-def _beside(seen: tuple[float, str]) -> tuple[float, str, str]:
-    done, text = seen
-    return done, "", text
 
 
 class _Stream:

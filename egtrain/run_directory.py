@@ -14,13 +14,8 @@ from typing import Self
 from egtrain.checkpoint import write_atomically
 from egtrain.errors import UsageError
 
-CONFIG, METRICS, SUMMARY, CHECKPOINTS = (
-    "config.yaml",
-    "metrics.jsonl",
-    "summary.json",
-    "checkpoints",
-)
-LOCK = ".lock"
+CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
+CHECKPOINTS, LOCK = "checkpoints", ".lock"
 
 
 class RunDirectory:

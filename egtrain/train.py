@@ -78,12 +78,10 @@ def evaluate_splits(
 ) -> dict[Split, dict[str, float]]:
     """Return the metrics of each split; the mean of the workers is evaluated."""
     run.workers.average_for_evaluation()
-    final = {}
+    final, ranks = {}, run.workers.ranks
     for split in splits:
         progress = partial(observer.evaluating, split)
-        final[split] = evaluate(
-            run.task, run.model, split, run.workers.ranks, run.precision, progress
-        )
+        final[split] = evaluate(run.task, run.model, split, ranks, run.precision, progress)
     return final
 
 
@@ -139,13 +137,12 @@ def take_local_step(
 def take_local_gradient(run: Run, worker: int) -> None:
     """Take one worker's gradient, at its extrapolated weights where the step has extrapolation."""
     task, workers, extrapolation = run.task, run.workers, run.extrapolation
+    device = workers.ranks.device.type
     batch = task.batch(worker, run.step)
 
     def backward(samples: Any) -> tuple[Tensor, Tensor]:
         torch.manual_seed(seed_for(run.seed, "dropout", worker, run.step))
-        with torch.autocast(
-            workers.ranks.device.type, torch.bfloat16, enabled=run.precision == "bf16"
-        ):
+        with torch.autocast(device, torch.bfloat16, enabled=run.precision == "bf16"):
             loss, metric = task.loss(run.forward, samples)
         torch.autograd.backward(loss)
         return loss.detach(), metric

@@ -110,13 +110,8 @@ def overrides_of(
 ) -> list[str]:
     """Return options as `KEY=VALUE`; those that were not given are None.
 
-    Args:
-        data: `--data`.
-        data_dir: `--data-dir`.
-        offline: `--offline`.
-        device: `--device`.
-        options: those of one command, by the setting that each is for. `epochs` takes back the
-            steps that a preset may count instead.
+    `options` are those of one command, by the setting that each is for. `epochs` takes back the
+    steps that a preset may count instead.
 
     Raises:
         UsageError: both epochs and steps were given.

@@ -205,8 +205,7 @@ def with_batch(config: "Config", workers: int | None, batch_size: int | None) ->
             low = max(batch_size // b, 1) * b
             raise UsageError(
                 f"--batch-size {batch_size} is not a multiple of a worker's batch of {b}: use "
-                f"{low} or {low + b}, "
-                "or give --workers too"
+                f"{low} or {low + b}, or give --workers too"
             )
         workers = batch_size // b
     elif batch_size is not None and workers is not None:

@@ -67,8 +67,7 @@ def _check_keys(settings: Settings) -> None:
                 owners = [other for other, model in members.items() if key in model.model_fields]
                 raise UsageError(
                     f"{at}: {name} '{member}' has no key '{name}.{key}'; remove it, or set "
-                    f"{name}.name to "
-                    f"{' or '.join(owners)}"
+                    f"{name}.name to {' or '.join(owners)}"
                 )
             raise UsageError(f"{at}: {unknown_key(f'{name}.{key}')}")
 

@@ -32,9 +32,8 @@ class ScheduleConfig(Section):
         if any(low >= high for low, high in pairs):
             raise wrong(
                 "schedule.milestones",
-                "schedule.milestones must be increasing fractions of the run between 0 and 1, "
-                "such as [0.5, 0.75], "
-                f"not {list(milestones)}",
+                "schedule.milestones must be increasing fractions of the run between 0 and 1, such "
+                f"as [0.5, 0.75], not {list(milestones)}",
             )
         return milestones
 

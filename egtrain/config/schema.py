@@ -194,17 +194,15 @@ class Config(Section):
             raise wrong(
                 "post_local.period",
                 "post_local.start 'first-decay' needs schedule.decay step with a milestone; set "
-                "post_local.start to a "
-                "fraction of the run, such as 0.5",
+                "post_local.start to a fraction of the run, such as 0.5",
             )
         start = self.local_start_fraction()
         until = getattr(self.extrapolation, "until", None)
         if start == 0 and self.extrapolation.name != "none":
             raise wrong(
                 "post_local.start",
-                "extrapolation is defined while gradients are averaged: set post_local.start "
-                "above 0, or "
-                "extrapolation.name to none",
+                "extrapolation is defined while gradients are averaged: set post_local.start above "
+                "0, or extrapolation.name to none",
             )
         if start is not None and until is not None and until > start:
             raise wrong(

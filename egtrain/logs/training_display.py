@@ -13,14 +13,8 @@ from egtrain.tasks import LOSS, Metric, metrics_text
 class TrainingDisplay:
     """Shows how far a run is; a context manager, which gives the terminal back at the end.
 
-    Args:
-        name: of the run.
-        epochs: of the whole run.
-        steps: of the whole run.
-        start_step: where a resumed run goes on.
-        metrics: the metrics to show of mini-batches and evaluations.
-        stream: the terminal, file or pipe; standard output if None.
-        seconds_between_lines: at least so many between two plain lines on training.
+    `epochs` and `steps` are those of the whole run, which goes on after `start_step`; `metrics` are
+    shown of mini-batches and evaluations. For the rest see `Progress`.
     """
 
     def __init__(

@@ -29,10 +29,8 @@ def pick_device(name: str) -> torch.device:
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     require_cuda()
-    local_rank, local_ranks = (
-        int(os.environ.get("LOCAL_RANK", "0")),
-        int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-    )
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if local_ranks > torch.cuda.device_count():
         raise UsageError(
             f"{local_ranks} ranks need as many GPUs, and there are {torch.cuda.device_count()}: "

@@ -19,11 +19,7 @@ TAIL_BYTES = 8192
 class Display:
     """Shows how far a sweep is; a context manager, which gives the terminal back at the end.
 
-    Args:
-        plan: of the sweep.
-        folder: where the cells' runs are.
-        left: the cells that are to run.
-        stream: the terminal, file or pipe.
+    `left` are the cells that are to run.
     """
 
     def __init__(self, plan: Plan, folder: Folder, left: Sequence[Cell], stream: TextIO) -> None:

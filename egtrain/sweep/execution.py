@@ -58,11 +58,8 @@ def run_cells(
         InterruptedRun: a signal came; what was running has saved, and the next call goes on.
     """
     statuses = {cell.name: folder.status(cell) for cell in plan.cells}
-    again = [
-        cell
-        for cell in plan.cells
-        if retry and statuses[cell.name] in (Status.failed, Status.diverged)
-    ]
+    bad = (Status.failed, Status.diverged)
+    again = [cell for cell in plan.cells if retry and statuses[cell.name] in bad]
     waiting = deque(
         cell for cell in plan.cells if statuses[cell.name] is Status.waiting or cell in again
     )
@@ -79,7 +76,7 @@ def run_cells(
     stop, at_once = Event(), Event()
     display = Display(plan, folder, waiting, stream)
     for cell in plan.cells:
-        if statuses[cell.name] in (Status.failed, Status.diverged):
+        if statuses[cell.name] in bad:
             display.message(f"{cell.name}: {statuses[cell.name]} before; --retry runs it again")
     with display, stop_signals(stop.set, lambda number: at_once.set()):
         try:

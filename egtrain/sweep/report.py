@@ -221,8 +221,7 @@ def _notes_on_selection(results: Results) -> list[str]:
         if ends:
             notes.append(
                 f"Selected at an end of {option}, beyond which there may be a better one: "
-                f"{', '.join(ends)}. "
-                "The same command with further factors runs only those."
+                f"{', '.join(ends)}. The same command with further factors runs only those."
             )
     if failed := sum(result.status is Status.failed for result in results.cells):
         notes.append(

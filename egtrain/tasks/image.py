@@ -26,9 +26,8 @@ def steps_in_epoch(samples: int, workers: int, worker_batch_size: int) -> int:
     steps = samples // (workers * worker_batch_size)
     if steps == 0:
         raise UsageError(
-            f"a batch of {workers} x {worker_batch_size} = {workers * worker_batch_size} is "
-            "larger than the "
-            f"{samples} training samples: take fewer workers or a smaller batch"
+            f"a batch of {workers} x {worker_batch_size} = {workers * worker_batch_size} is larger "
+            f"than the {samples} training samples: take fewer workers or a smaller batch"
         )
     return steps
 

@@ -44,8 +44,7 @@ def columns_of(tokens: int, workers: int, worker_batch_size: int, bptt: int) -> 
     if length < bptt:
         raise UsageError(
             f"a batch of {workers} x {worker_batch_size} = {columns} columns leaves {length} of "
-            f"the {tokens} training "
-            f"words to each, less than a window of task.bptt = {bptt}: take "
+            f"the {tokens} training words to each, less than a window of task.bptt = {bptt}: take "
             "fewer workers, a smaller batch or a smaller task.bptt"
         )
     return length, length // bptt
