@@ -9,6 +9,37 @@ import torch
 # The tests' tensors are tiny: more threads only wait for each other.
 torch.set_num_threads(1)
 
+TRAINING_OR_STARTING_PROCESSES = {
+    "test_bench",
+    "test_cli",
+    "test_docs",
+    "test_eval",
+    "test_every_preset",
+    "test_figures",
+    "test_own_loop",
+    "test_plot_sharpness",
+    "test_post_local",
+    "test_progress",
+    "test_ranks",
+    "test_resume",
+    "test_sharpness_pictures",
+    "test_sharpness_spectrum",
+    "test_sweep",
+    "test_text_data",
+    "test_text_extra",
+    "test_text_runs",
+    "test_train",
+    "test_wheel",
+}
+"""Files whose tests are not marked as fast."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as fast what takes under a minute together: `pytest -m fast`."""
+    for item in items:
+        if item.path.stem not in TRAINING_OR_STARTING_PROCESSES:
+            item.add_marker(pytest.mark.fast)
+
 
 @pytest.fixture(autouse=True)
 def only_gpu_tests_find_a_gpu(
