@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 
 import egtrain
 import egtrain.sharpness
+from egtrain.cli import app
 from egtrain.config.files import load_config
 from egtrain.errors import UsageError
 from egtrain.figures import ENDINGS
@@ -534,3 +535,21 @@ def test_a_record_is_found_by_everything_that_it_depends_on(tmp_path: Path) -> N
     assert found.values["mean"] == 1 / 3
     assert store.get({**key, "parameters": {"samples": 4}}) is None
     assert store.get({**key, "checkpoint": "abd"}) is None
+
+
+def test_torchrun_is_given_every_option_but_nproc_which_it_would_take_for_one_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(
+        "egtrain.ranks.launch.launch", lambda ranks, arguments: started.append(arguments) or 0
+    )
+    options = ["--metrics", "trace", "--label", "a=b c", "--offline", "--json", "--thorough"]
+    command = ["plot-sharpness", "a", *options, "--nproc", "2"]
+    monkeypatch.setattr("sys.argv", ["egtrain", *command])
+    with pytest.raises(SystemExit):
+        app(command)
+    (arguments,) = started
+    assert "--nproc" not in arguments
+    assert arguments[:2] == ["plot-sharpness", "a"]
+    assert set(options) <= set(arguments)

@@ -1,6 +1,5 @@
 """`egtrain plot-sharpness`: parse, hand over, print."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -67,7 +66,29 @@ def plot_sharpness(
 
     if nproc > 1 and not started_by_torchrun():
         # Every process takes the same command, and is told by torchrun that it is one of several.
-        raise typer.Exit(launch(nproc, sys.argv[1:]))
+        # Not the command line as it is: torchrun would take --nproc for an option of its own.
+        arguments = [
+            "plot-sharpness",
+            *map(str, runs),
+            "--samples",
+            str(samples),
+            "--checkpoints",
+            checkpoints,
+        ]
+        arguments += ["--output", str(output), "--device", device]
+        arguments += [] if metrics is None else ["--metrics", metrics]
+        arguments += [] if data_dir is None else ["--data-dir", str(data_dir)]
+        arguments += [part for text in label or [] for part in ("--label", text)]
+        arguments += [
+            name
+            for name, wanted in (
+                ("--thorough", thorough),
+                ("--offline", offline),
+                ("--json", as_json),
+            )
+            if wanted
+        ]
+        raise typer.Exit(launch(nproc, arguments))
     names = None if metrics is None else [name.strip() for name in metrics.split(",")]
     plot(
         runs,
