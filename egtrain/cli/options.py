@@ -67,9 +67,13 @@ class Commands(TyperGroup):
 
 
 def _leave_out_types_that_say_nothing(parameters: Iterable[Any]) -> None:
-    """Leave out of the help the type of a flag, which takes no value, and `[x>=1]`."""
+    """Leave out of the help the type of a flag, which takes no value, and of an argument, whose
+    name says it, and `[x>=1]`.
+    """
     for parameter in parameters:
         parameter.min = parameter.max = None
+        if parameter.param_type_name == "argument":
+            parameter.display_type_rich = lambda ctx: None
         if getattr(parameter, "is_flag", False):
             parameter.metavar = " "
 

@@ -6,52 +6,63 @@ from typing import Annotated
 import typer
 
 from egtrain.cli.importing import ending_at_interrupt
-from egtrain.cli.options import AsJson, MovedDataDir, Offline
+from egtrain.cli.options import (
+    AsJson,
+    MovedDataDir,
+    Offline,
+    output_option,
+    place_option,
+    what_option,
+)
 from egtrain.sharpness.metrics import METRICS
 
 
 def plot_sharpness(
     runs: Annotated[
         list[Path],
-        typer.Argument(
-            metavar="RUN_OR_CHECKPOINT...", help="Run directories, or checkpoint files in them."
-        ),
+        typer.Argument(metavar="RUN", help="Run directories, or checkpoint files in them."),
     ],
     metrics: Annotated[
         str | None,
-        typer.Option(
+        what_option(
             metavar="NAME,NAME",
             help=f"{', '.join(METRICS)}; default: all.",
             show_default=False,
         ),
     ] = None,
     thorough: Annotated[
-        bool, typer.Option("--thorough", help="For publication: ten times the work or more.")
+        bool, what_option("--thorough", help="For publication: ten times the work or more.")
     ] = False,
     samples: Annotated[
-        int, typer.Option(min=1, help="Training samples that the loss is taken over.")
+        int, what_option(min=1, metavar="N", help="Training samples that the loss is taken over.")
     ] = 1024,
     label: Annotated[
         list[str] | None,
-        typer.Option(
+        output_option(
             metavar="RUN=TEXT", help="What the picture calls a run; default: its directory."
         ),
     ] = None,
     checkpoints: Annotated[
         str,
-        typer.Option(help="last, best, or all: then λ_max and trace are drawn over the steps too."),
+        what_option(
+            metavar="last|best|all",
+            help="Which weights; with all, λ_max and trace are drawn over the steps too.",
+        ),
     ] = "last",
     output: Annotated[
         Path,
-        typer.Option(
-            help="Folder of the results; what was measured into it before is not measured again."
+        output_option(
+            metavar="DIR",
+            help="Folder of the results; what was measured into it before is not measured again.",
         ),
     ] = Path("sharpness"),
     data_dir: MovedDataDir = None,
     offline: Offline = False,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Annotated[
+        str, place_option(metavar="auto|cpu|cuda", help="Where to compute.")
+    ] = "auto",
     nproc: Annotated[
-        int, typer.Option(min=1, help="Processes that share the samples, a GPU each.")
+        int, place_option(min=1, metavar="N", help="Processes that share the samples, a GPU each.")
     ] = 1,
     as_json: AsJson = False,
 ) -> None:
