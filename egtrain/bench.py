@@ -19,7 +19,7 @@ from egtrain.workers import Ranks
 
 
 def _variants() -> dict[str, list[str]]:
-    """Return every choice of ζ with its settings, and some that act every fourth step only."""
+    """Return every choice of ζ with its settings, and some that act only every fourth step."""
     variants: dict[str, list[str]] = {}
     for name, section in SECTIONS.items():
         keys = section.model_fields
@@ -48,10 +48,9 @@ class Cost:
     gradients_per_step: float
     """Per-sample gradients over the samples of the batch."""
     peak_bytes: int
-    """Most memory that tensors took at once: on CUDA as its allocator counts, on the CPU as the
-    profiler does."""
+    """Peak memory of tensors, as counted by CUDA's allocator or, on the CPU, by the profiler."""
     communicated_bytes: int
-    """What the step's one collective carries where the workers are spread over several ranks."""
+    """What the step's one collective carries when there are several ranks."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +76,12 @@ def compare_costs(
     """Time a step of each variant of a preset in every round, in an order that turns.
 
     Args:
-        preset: whose model, data, base optimizer and batch are used; its own extrapolation is not.
+        preset: gives the model, data, base optimizer and batch, but not the extrapolation.
         overrides: settings such as `worker_batch_size=64`.
-        workers: K. A shift is made for each gradient, so that the ratios hardly depend on K.
+        workers: K. Each gradient has its shift, so the ratios hardly depend on K.
         rounds: repetitions; each gives one ratio.
-        wanted: names out of `VARIANTS`; None for all that are defined. `none` is always measured.
-        progress: is told of each timed variant, as (done, total).
+        wanted: names from `VARIANTS`; None for all that are defined. `none` is always measured.
+        progress: called after each timed variant with (done, total).
 
     Raises:
         UsageError: an unknown variant, or one that is wanted but not defined over the preset's base
@@ -106,9 +105,7 @@ def compare_costs(
 
     ranks = Ranks(device=pick_device(configs["none"].device))
     data = load_data(configs["none"])
-    warmed_up(
-        configs["none"], ranks, data
-    )  # what a process allocates once and for all is no variant's
+    warmed_up(configs["none"], ranks, data)  # one-time allocations belong to no variant
     runs: dict[str, Run] = {}
     peaks: dict[str, int] = {}
     for name, config in configs.items():
@@ -120,7 +117,7 @@ def compare_costs(
         # Another variant begins each round, so that none is always timed first.
         first = number % len(names)
         for name in [*names[first:], *names[:first]]:
-            # Whole cycles, because only one step in so many takes a second gradient.
+            # Whole cycles, because some variants take a second gradient only every few steps.
             cycle = runs[name].extrapolated_steps.step
             seconds[name].append(
                 seconds_taken(partial(take_steps, runs[name], cycle), ranks) / cycle
@@ -145,7 +142,7 @@ def compare_costs(
 
 
 def config_of(preset: str, variant: str, overrides: Sequence[str]) -> Config:
-    """Return the preset's configuration with another choice of ζ, which acts in every step."""
+    """Return the preset's configuration with another choice of ζ, acting in every step."""
     settings = [*VARIANTS[variant], "post_local.period=null"]
     if (
         "sgd" in SECTIONS[variant.split()[0]].momentum_of

@@ -48,7 +48,7 @@ TASKS: dict[str, type[ImageTask | LanguageTask | TranslationTask]] = {
 
 
 def load_data(config: Config, offline: bool = False) -> Data:
-    """Load the data of a configuration, without a download where it or `offline` says so.
+    """Load the data of a configuration; download nothing if it or `offline` forbids it.
 
     Raises:
         DataError: they are missing or damaged.
@@ -86,7 +86,7 @@ def load_data(config: Config, offline: bool = False) -> Data:
 
 
 def locate_data(config: Config) -> str:
-    """Say in a few words where the data of a configuration are, or would come from."""
+    """Return in a few words where the data are, or where they would come from."""
     folder = Path(config.data.dir) if config.data.dir else None
     data_set = OF_TASK[config.task.name].get(config.data.name)
     return locate(config.data.name, data_set, folder, config.data.offline)
@@ -224,7 +224,7 @@ def build_direction(config: Config) -> Direction | None:
 
 
 def worker_state_bytes(config: Config, outputs: int) -> int:
-    """Return what a worker's past gradient, statistics, hidden state and local phase take."""
+    """Return the bytes of a worker's past gradient, statistics, hidden state and local weights."""
     model = build_model(config, outputs, torch.device("cpu"))
     direction = build_direction(config)
     state = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
@@ -313,7 +313,7 @@ def native_precision(name: str, device: torch.device) -> str:
 
 
 def threads_of_a_rank() -> int:
-    """Return the cores that there are for each process of this run on this machine."""
+    """Return the number of cores for each process of this run on this machine."""
     return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
@@ -322,15 +322,13 @@ def set_numerics(config: Config, ranks: Ranks) -> None:
     torch.set_num_threads(config.threads or (1 if config.deterministic else threads_of_a_rank()))
     torch.use_deterministic_algorithms(config.deterministic)
     torch.backends.cudnn.benchmark = not config.deterministic
-    # fp32 is to mean just that: PyTorch's default on a GPU is TF32, which has 10 bits of its 23.
+    # fp32 shall mean fp32: PyTorch's default on a GPU is TF32, with 10 instead of 23 bits.
     cudnn: Any = torch.backends.cudnn
     cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = (
         "ieee" if config.precision == "fp32" else "tf32"
     )
     if config.deterministic and "CUBLAS_WORKSPACE_CONFIG" not in os.environ:
-        # Of the values for which PyTorch promises equal matrix products, the one for which it
-        # promises equal LSTMs too.
+        # PyTorch promises equal matrix products for two values, and equal LSTMs only for this one.
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":16:8"
-        # In KiB, what those 8 buffers of 16 come to: PyTorch warns where cuBLASLt is to have more
-        # than cuBLAS.
+        # The size in KiB of the 8 buffers above: PyTorch warns if cuBLASLt gets more than cuBLAS.
         os.environ.setdefault("CUBLASLT_WORKSPACE_SIZE", "128")

@@ -1,9 +1,8 @@
 """Checkpoints that outlive kills, full disks and damaged files: written atomically, verified.
 
-A checkpoint file is what `torch.save` writes, then the SHA-256 of that (32 bytes) and `MAGIC`. So
-it can be verified wherever it is copied to, and `torch.load(path, weights_only=True)` reads it too.
-`index.json` beside the files says which of them count, in the order of their steps; a file that it
-does not name is ignored.
+A checkpoint file is what `torch.save` writes, followed by its SHA-256 (32 bytes) and `MAGIC`. So
+a copy can be verified anywhere, and `torch.load(path, weights_only=True)` can read it.
+`index.json` lists the valid files in the order of their steps; other files are ignored.
 """
 
 import hashlib
@@ -31,7 +30,7 @@ from egtrain.disk import FULL, sync_folder
 from egtrain.errors import DataError, EgtrainError, UsageError
 
 FORMAT = 2
-"""Version of the layout; a file of another one is refused."""
+"""Version of the layout; files of other versions are refused."""
 MAGIC = b"egtrain\n"
 """The last bytes of every checkpoint file."""
 INDEX = "index.json"
@@ -50,8 +49,8 @@ class _DamagedFile(DataError):
 class CheckpointStore:
     """The checkpoints of one run, in one folder; one process writes it, any number read it.
 
-    Kept are the last two, the best (where a metric is given) and the final one; with `keep="all"`,
-    every one.
+    It keeps the last two, the best (if a metric is given) and the final one, or all of them with
+    `keep="all"`.
     """
 
     def __init__(
@@ -71,20 +70,19 @@ class CheckpointStore:
     def save(
         self, state: dict[str, Any], step: int, *, metric: float | None = None, final: bool = False
     ) -> Path:
-        """Write the checkpoint of a step and return its path; a kill leaves earlier ones intact.
+        """Write a step's checkpoint and return its path; if killed, earlier ones stay intact.
 
-        Checkpoints of later steps come from a course of the run that this one replaces, and leave
-        the index.
+        Checkpoints of later steps leave the index: the run has been restarted before them.
 
         Args:
             state: nested dicts, lists and tuples of tensors and plain values.
             step: completed updates.
-            metric: what `best` goes by; None or not finite: this one cannot be the best.
+            metric: decides which is `best`; with None or a non-finite value this one cannot be.
             final: whether it ends the run.
 
         Raises:
             EgtrainError: it could not be written, for example because the disk is full.
-            TypeError: the state holds something that could not be loaded again.
+            TypeError: the state holds something that cannot be loaded again.
         """
         self._saves += 1
         kill_at = partial(_kill_at, save=self._saves)
@@ -105,19 +103,17 @@ class CheckpointStore:
         index = {"format": FORMAT, "checkpoints": [asdict(entry) for entry in kept]}
         write_atomically(self.directory / INDEX, (json.dumps(index, indent=1) + "\n").encode())
         if self._keep == "last":
-            # Only now: a kill before this line must not leave an index that names a file that is
-            # gone.
+            # Only now, so that a kill cannot leave an index that names a deleted file.
             for name in {entry.file for entry in before} - {entry.file for entry in kept}:
                 with suppress(OSError):
                     (self.directory / name).unlink()
         return path
 
     def load_newest(self) -> tuple[int, dict[str, Any]] | None:
-        """Return (step, state) of the newest intact checkpoint, or None; damage is warned of.
+        """Return (step, state) of the newest intact checkpoint, or None; warn of damaged ones.
 
         Raises:
-            DataError: all are damaged, or the newest intact one is refused, as by
-                `read_checkpoint`.
+            DataError: all are damaged, or `read_checkpoint` refuses the newest intact one.
         """
         entries = self._entries()
         return self._newest_intact(entries) if entries else None
@@ -167,15 +163,15 @@ class CheckpointStore:
         return read_checkpoint(self.directory / best.file)
 
     def file_of(self, step: int) -> Path:
-        """Return the place of the checkpoint of a step."""
+        """Return the path of a step's checkpoint."""
         return self.directory / f"step-{step:08d}.pt"
 
     def steps(self) -> list[int]:
-        """Return the steps of which there is a checkpoint, in order."""
+        """Return the steps that have a checkpoint, in order."""
         return [entry.step for entry in self._entries()]
 
     def best(self) -> tuple[int, float] | None:
-        """Return (step, metric) of the best checkpoint so far, the earliest of equal ones."""
+        """Return (step, metric) of the best checkpoint so far; of equal ones, the earliest."""
         best = self._best(self._entries())
         return None if best is None or best.metric is None else (best.step, best.metric)
 
@@ -192,7 +188,7 @@ class CheckpointStore:
         return max(measured)[-1] if measured else None
 
     def _entries(self) -> "list[_Entry]":
-        """Return what the index names, in the order of steps."""
+        """Return the entries of the index, in the order of steps."""
         path = self.directory / INDEX
         try:
             index = json.loads(path.read_bytes())
@@ -214,7 +210,7 @@ class CheckpointStore:
         return sorted(entries, key=lambda entry: entry.step)
 
     def _remove_leftovers(self) -> None:
-        """Make the folder, and remove what a killed save left in it."""
+        """Make the folder, and remove what a killed save left there."""
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             for leftover in self.directory.glob("*.tmp"):
@@ -231,7 +227,7 @@ class _Entry:
     final: bool
 
     def checked(self) -> Self:
-        """Raise ValueError unless the entry names a file of this folder that fits the step."""
+        """Raise ValueError unless the entry's file name fits its step."""
         match = _FILE_NAME.fullmatch(self.file)
         fits = match is not None and int(match[1]) == self.step
         if not fits or not isinstance(self.metric, int | float | None):
@@ -240,11 +236,10 @@ class _Entry:
 
 
 def read_checkpoint(path: Path) -> tuple[int, dict[str, Any]]:
-    """Verify a checkpoint file and return its (step, state); nothing in it is ever executed.
+    """Verify a checkpoint file and return (step, state); nothing in it is ever executed.
 
     Raises:
-        DataError: it is missing, truncated, altered, of a newer format, holds code, or is no
-            checkpoint of egtrain.
+        DataError: it is missing, damaged, of another format, holds code, or is no checkpoint.
     """
     if not path.is_file():
         raise _DamagedFile(f"there is no checkpoint file {path}")
@@ -283,7 +278,7 @@ def _write(content: dict[str, Any], file: BinaryIO, kill_at: Callable[[str], Non
     try:
         torch.save(content, cast("IO[bytes]", sink))
     except BaseException:
-        # torch reports what went wrong underneath it as an error of its own.
+        # torch wraps the operating system's error in its own.
         if sink.error is not None:
             raise sink.error from None
         raise
@@ -293,7 +288,7 @@ def _write(content: dict[str, Any], file: BinaryIO, kill_at: Callable[[str], Non
 
 
 class _HashingFile:
-    """What `torch.save` writes to: passes everything on and keeps the SHA-256 of it."""
+    """A file for `torch.save` that passes everything on and computes its SHA-256."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -309,11 +304,11 @@ class _HashingFile:
             raise
 
     def flush(self) -> None:
-        """Take part in the protocol of files; the bytes are synced once, at the end."""
+        """Do nothing, as files need a `flush`; the bytes are synced once, at the end."""
 
 
 def _verified_size(file: BinaryIO, path: Path) -> int:
-    """Return the number of bytes before the trailer, once their checksum fits."""
+    """Check the checksum and return the number of bytes before the trailer."""
     size = os.fstat(file.fileno()).st_size - _TRAILER
     if size < 0 or file.seek(size) != size or not (trailer := file.read(_TRAILER)).endswith(MAGIC):
         raise _DamagedFile(f"{path} is truncated, or not a checkpoint of egtrain")
@@ -329,7 +324,7 @@ def _verified_size(file: BinaryIO, path: Path) -> int:
 
 
 def _load(file: BinaryIO, path: Path, size: int) -> Any:
-    """Return the content of a verified file, not trusted: a checksum does not tell who made it."""
+    """Return the content of a verified, yet untrusted file: anyone can make a checksum."""
     try:
         if file.read(4) != b"PK\x03\x04":
             raise ValueError("not written by torch.save")
@@ -340,8 +335,7 @@ def _load(file: BinaryIO, path: Path, size: int) -> Any:
         file.seek(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            # Both arguments are explicit: then no environment variable and no setting of torch can
-            # change them.
+            # Explicit, so that no environment variable and no setting of torch can change them.
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=False)
         _refuse_inflated(content, size)
     except (OSError, MemoryError, torch.OutOfMemoryError):
@@ -380,7 +374,7 @@ def _refuse_inflated(content: Any, size: int) -> None:
 
 
 def _portable(value: Any, where: str) -> Any:
-    """Return a nested value as it will be read: on the CPU, no tensor a view of a larger one."""
+    """Return a nested value with its tensors on the CPU, none a view of a larger one."""
     if isinstance(value, Tensor):
         tensor = value.detach().cpu()
         if tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size():
@@ -416,7 +410,7 @@ def _refuse_other_formats(path: Path, found: Any) -> None:
 def _replacing(
     path: Path, kill_at: Callable[[str], object] = lambda point: None
 ) -> Iterator[BinaryIO]:
-    """Open a temporary file beside `path`, and put it in its place once it is on the disk."""
+    """Open a temporary file beside `path`, which replaces `path` once it is on the disk."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
@@ -436,7 +430,7 @@ def _replacing(
 
 
 def _cannot_write(path: Path, error: OSError) -> EgtrainError:
-    """Return the error that tells the user; to be called after the temporary file is gone."""
+    """Return the error for the user; call it once the temporary file is gone."""
     folder = next(folder for folder in [*path.parents, Path()] if folder.is_dir())
     remedy = "free some space" if error.errno in FULL else "make the folder writable"
     return EgtrainError(
@@ -450,9 +444,8 @@ def _kill_at(point: str, save: int) -> None:
     """Kill this process (SIGKILL) if a test asked for it; for tests only.
 
     `EGTRAIN_TEST_FAULT` is one of save-before-write, save-mid-write, save-before-sync,
-    save-before-rename, save-before-index; `:N` after it means at the N-th save of the process
-    (default: the first). After a restart by torchrun nothing is killed, so that the restarted run
-    can be seen to succeed.
+    save-before-rename, save-before-index, with `:N` for the N-th save of the process (default: the
+    first). After a restart by torchrun nothing is killed, so that the restarted run can succeed.
     """
     wanted, _, number = os.environ.get(FAULT_VARIABLE, "").partition(":")
     if (

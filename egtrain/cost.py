@@ -17,12 +17,11 @@ from egtrain.train import take_step
 from egtrain.workers import Ranks
 
 LEARNING_RATE = 1e-3
-"""Small, so that the weights stay ordinary numbers whatever the preset; it does not change the
-time."""
+"""A small rate keeps the weights finite for every preset; the time does not depend on it."""
 
 
 def estimated_cost(config: Config, data: Data, ranks: Ranks, processes: int) -> tuple[float, int]:
-    """Return seconds a step and bytes of a process's tensors, from a few steps of one worker."""
+    """Return seconds per step and bytes of a process's tensors, from a few steps of one worker."""
     one = config.model_copy(
         update={
             "workers": 1,
@@ -42,7 +41,7 @@ def estimated_cost(config: Config, data: Data, ranks: Ranks, processes: int) -> 
 
 
 def warmed_up(config: Config, ranks: Ranks, data: Data) -> Run:
-    """Return a run after a cycle of steps, in which all is allocated and compiled that will be."""
+    """Return a run after one cycle of steps, when everything is allocated and compiled."""
     run = build_run(config, ranks, data)
     run.model.train()
     take_steps(run, max(2, run.extrapolated_steps.step))
@@ -50,13 +49,13 @@ def warmed_up(config: Config, ranks: Ranks, data: Data) -> Run:
 
 
 def take_steps(run: Run, count: int) -> None:
-    """Make so many updates."""
+    """Make `count` updates."""
     for _ in range(count):
         take_step(run, LEARNING_RATE)
 
 
 def seconds_taken(action: Callable[[], object], ranks: Ranks) -> float:
-    """Return how long an action takes; on a GPU by its clock, while the host runs ahead."""
+    """Return how long an action takes; a GPU's time is taken by its own clock."""
     if ranks.device.type != "cuda":
         start = time.perf_counter()
         action()
@@ -71,7 +70,7 @@ def seconds_taken(action: Callable[[], object], ranks: Ranks) -> float:
 
 
 def with_peak_bytes(make: Callable[[], Run], ranks: Ranks) -> tuple[Run, int]:
-    """Return what is made, and the most memory that tensors took at once meanwhile on top."""
+    """Return what `make` returns, and by how much it raised the peak memory of tensors."""
     if ranks.device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -88,7 +87,7 @@ def with_peak_bytes(make: Callable[[], Run], ranks: Ranks) -> tuple[Run, int]:
 
 @contextmanager
 def quiet_standard_error() -> Iterator[None]:
-    """Keep off the terminal what C++ prints: torch 2.13 tells of each start of its profiler."""
+    """Silence what C++ prints: torch 2.13 reports each start of its profiler."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)

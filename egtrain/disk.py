@@ -1,15 +1,15 @@
-"""What the disk is asked for beyond reading and writing."""
+"""What the disk has to do besides reading and writing."""
 
 import errno
 import os
 from pathlib import Path
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Errors of a disk, a quota or a file that can take no more."""
+"""Errors of a full disk, a used-up quota or a file at its size limit."""
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names of a folder's files on the disk, where the file system can do so."""
+    """Sync the names of a folder's files to the disk, if the file system can."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -17,11 +17,10 @@ from egtrain.workers import Ranks
 
 
 def print_plan(config: Config, directory: Path, nproc: int | None, as_json: bool) -> None:
-    """Print what `train` would do, what it would take, and train nothing.
+    """Print what `train` would do and what it would take; train nothing.
 
     Raises:
-        DataError: the data are missing or damaged; those that a download would bring may be
-            missing.
+        DataError: the data are damaged, or missing and not to be downloaded.
         UsageError: the batch is larger than the data, the warm-up does not fit the run, or the
             ranks do not divide the workers.
     """

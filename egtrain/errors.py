@@ -8,7 +8,7 @@ class EgtrainError(Exception):
 
     exit_code = 1
     reported_by: int | None = None
-    """The rank that reports it where all ranks raise it together; None: the one that raises it."""
+    """The rank that reports an error which all ranks raise; None: the one that raises it."""
 
 
 class UsageError(EgtrainError):
@@ -28,7 +28,7 @@ class NotDownloaded(DataError):
 
 
 class MissingExtra(UsageError):
-    """A package is not installed that only an extra of this one brings."""
+    """A package is missing that an extra of egtrain installs."""
 
 
 class DivergedError(EgtrainError):
@@ -46,7 +46,7 @@ class InterruptedRun(EgtrainError):
 
 
 def did_you_mean(word: str, known: list[str]) -> str:
-    """Return the hint at the nearest valid name, to end a message; empty where none is near."""
+    """Return a hint at the nearest valid name, to end a message; empty if none is near."""
     # Matching takes quadratic time, and nobody mistypes a long text.
     if len(word) > 100:
         return ""

@@ -21,9 +21,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Return the mean loss and the task's metric over a split; a collective of the ranks.
 
-    Each evaluation batch is a slot of its own in the sum over ranks, so the result does not depend
-    on who computed it. The model's buffers are used as they are; its training mode is restored.
-    `progress` is told how many batches of how many are done.
+    Each batch has its slot in the sum over ranks, so the result does not depend on who computed it.
+    The model's buffers are used as they are; its training mode is restored. `progress` is called
+    with the numbers of batches done and in all.
     """
     sums = torch.zeros(task.evaluation_batches(split), len(task.sums), dtype=torch.float64)
     with evaluating(model, ranks.device, precision):
@@ -35,13 +35,13 @@ def evaluate(
 
 @contextmanager
 def evaluating(model: nn.Module, device: torch.device, precision: str) -> Iterator[None]:
-    """Hold a model in evaluation mode, without gradients, in the precision of the training."""
+    """Hold a model in evaluation mode, without gradients, in the precision of training."""
     training = model.training
     model.eval()
     cudnn: Any = torch.backends.cudnn
     before = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
     if precision == "fp32":
-        # PyTorch's default on a GPU is TF32, and this may be a process that has not trained.
+        # PyTorch's default on a GPU is TF32, and this process may not have trained.
         cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee"
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     try:

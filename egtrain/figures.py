@@ -14,8 +14,7 @@ from matplotlib.ticker import FuncFormatter
 from egtrain.checkpoint import write_atomically
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#332288", "#666666")
-"""One a run or preset, after Okabe and Ito; markers and line styles tell them apart without
-colour."""
+"""One per run or preset, after Okabe and Ito; markers and line styles differ as well."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (8, 2, 1, 2)))
 
@@ -39,7 +38,7 @@ WITHOUT_DATES: dict[str, dict[str, None]] = {
     "svg": {"Date": None, "Creator": None},
     "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
 }
-"""What is left out of each kind of file, so that the same figure gives the same bytes."""
+"""Metadata left out of each kind of file, so that equal figures give equal bytes."""
 ENDINGS = tuple(WITHOUT_DATES)
 """Of the files of a figure."""
 CHARACTERS_PER_INCH, LINE_HEIGHT = 12, 0.2
@@ -49,7 +48,7 @@ CHARACTERS_PER_INCH, LINE_HEIGHT = 12, 0.2
 def new_figure(
     rows: int, columns: int, width: float = 4.0, height: float = 3.2
 ) -> tuple[Figure, list[Axes]]:
-    """Return a figure and its axes, row by row; `width` and `height` of a panel are in inches."""
+    """Return a figure and its axes, row by row; a panel's `width` and `height` are in inches."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False)
@@ -57,7 +56,7 @@ def new_figure(
 
 
 def write_title(figure: Figure, *sentences: str) -> None:
-    """Write sentences above the panels, which keep their height; each begins a line."""
+    """Write sentences above the panels, each on a new line; the panels keep their height."""
     width, height = figure.get_size_inches()
     lines = [
         line
@@ -70,7 +69,7 @@ def write_title(figure: Figure, *sentences: str) -> None:
 
 
 def show_percent(axis: Axis) -> None:
-    """Write the ticks of an axis of fractions in percent, with as many decimals as they have."""
+    """Show the ticks of an axis of fractions in percent, with the decimals they need."""
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.6g} %"))
 
 

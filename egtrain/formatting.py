@@ -5,7 +5,7 @@ import math
 FRACTION = "fraction"
 """The unit of numbers from 0 to 1 that people read in percent."""
 NOTHING = "–"
-"""What stands for a number that there is none of."""
+"""Stands for a missing number."""
 
 
 def value_text(value: float | None, unit: str = "") -> str:
@@ -28,14 +28,14 @@ def short_value_text(value: float | None, unit: str = "") -> str:
 
 
 def difference_text(difference: float | None, unit: str = "") -> str:
-    """Return a difference of two values with its sign; that of fractions in points: `-1.25`."""
+    """Return a difference with its sign; of fractions, in percentage points: `-1.25`."""
     if difference is None:
         return NOTHING
     return f"{difference * 100:+.2f}" if unit == FRACTION else f"{difference:+.4g}"
 
 
 def difference_unit(unit: str) -> str:
-    """Return what differences are in, for a title: `points` where the values are fractions."""
+    """Return the unit of differences, for a title: `points` where the values are fractions."""
     return "points" if unit == FRACTION else unit
 
 
@@ -49,7 +49,7 @@ def mean_text(mean: float | None, deviation: float | None, unit: str = "") -> st
 
 
 def estimate_text(value: float, standard_error: float) -> str:
-    """Return `value ± standard error` in the digits that the error leaves: `1,011 ± 71`."""
+    """Return `value ± standard error` with the digits that the error allows: `1,011 ± 71`."""
     if not (math.isfinite(standard_error) and standard_error > 0):
         return number(value)
     decimals = max(0, 1 - math.floor(math.log10(standard_error)))
@@ -62,7 +62,7 @@ def percent(fraction: float, decimals: int = 2) -> str:
 
 
 def number(value: float) -> str:
-    """Return a number with four significant digits, a large one whole: `2.000`, `33,278`."""
+    """Return a number with four significant digits, or a large one whole: `2.000`, `33,278`."""
     if not math.isfinite(value):
         return f"{value}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.4g}".removesuffix(".")
@@ -79,7 +79,7 @@ def counted(amount: int, noun: str) -> str:
 
 
 def short_count(amount: float) -> str:
-    """Return a large number in short, such as `1.5M`."""
+    """Return a large number in short form, such as `1.5M`."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if amount >= size:
             return f"{amount / size:.3g}{unit}"

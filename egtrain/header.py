@@ -1,4 +1,4 @@
-"""What a run consists of, as `train` prints it before it begins and `--dry-run` instead."""
+"""What a run consists of: printed by `train` before it begins, and by `--dry-run`."""
 
 import shlex
 from collections.abc import Sequence
@@ -55,11 +55,11 @@ def facts_from_data(
     """Return what is known of a run once its data are read.
 
     Args:
-        config: of the run, with a warm-up that fits it.
-        given: as the user gave it.
-        model: that is trained.
+        config: with a warm-up that fits the run.
+        given: the configuration as the user gave it.
+        model: the one to be trained.
         task: with its data.
-        data_notes: what the user is told of the data.
+        data_notes: what to tell the user about the data.
     """
     plan = build_plan(config, task.steps_per_epoch)
     rate = build_schedule(config, plan)
@@ -92,7 +92,7 @@ def facts_from_data(
 
 
 def header_lines(facts: dict[str, Any]) -> list[str]:
-    """Return facts for people, a line each; facts that are not known are left out."""
+    """Return the known facts for people, a line each."""
     parts = {
         "model": facts["model"],
         "data": facts["data"],
@@ -122,11 +122,11 @@ def header_lines(facts: dict[str, Any]) -> list[str]:
 
 
 def next_lines(config: Config, directory: Path) -> list[str]:
-    """Return the commands to go on with after a run."""
+    """Return the commands that one may want after a run."""
     quoted = shlex.quote(str(directory))
     lines = [f"next: egtrain eval {quoted}"]
     if config.log.tensorboard:
-        # Of the folder around it: TensorBoard names a run by its folder within the log directory.
+        # The folder above: TensorBoard names a run by its folder within the log directory.
         lines.append(f"      tensorboard --logdir {shlex.quote(str(directory.parent))}")
     return lines
 

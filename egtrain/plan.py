@@ -1,4 +1,4 @@
-"""What a configuration comes to on given data, in steps and rates."""
+"""The steps and rates of a configuration on given data."""
 
 from dataclasses import dataclass
 
@@ -29,7 +29,7 @@ class Plan:
 
     @property
     def end_of_peak(self) -> str:
-        """What ends the time at the peak rate, for messages."""
+        """What ends the peak rate, for messages."""
         if self.first_fall == self.steps:
             return f"the run ends at step {self.steps:,}"
         return f"the rate falls at step {self.first_fall:,} of {self.steps:,}"
@@ -41,7 +41,7 @@ class Plan:
 
 
 def build_plan(config: Config, steps_per_epoch: int) -> Plan:
-    """Return the numbers of steps and rates where an epoch has so many updates."""
+    """Return the steps and rates for an epoch of `steps_per_epoch` updates."""
     steps = config.steps if config.steps is not None else config.epochs * steps_per_epoch
     warmup_steps = round(config.schedule.warmup_epochs * steps_per_epoch)
     # At least one step at the peak rate, however short the run is.
@@ -76,9 +76,9 @@ def build_schedule(config: Config, plan: Plan) -> schedules.Schedule:
 
 
 def with_fitting_warmup(config: Config, steps_per_epoch: int) -> Config:
-    """Return the configuration with a warm-up that ends before the first decay and the run do.
+    """Return the configuration with a warm-up that ends before the first decay and the run.
 
-    One that does not fit is shortened to half of that time, if it may be.
+    A longer warm-up is shortened to half of that time, if allowed.
 
     Raises:
         UsageError: it does not fit, and `schedule.shorten_warmup` is false.

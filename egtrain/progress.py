@@ -1,4 +1,4 @@
-"""Every progress bar: live on a terminal, now and then a plain line everywhere else."""
+"""Every progress bar: live on a terminal, occasional plain lines elsewhere."""
 
 import os
 import sys
@@ -19,15 +19,15 @@ NAME_WIDTH = 30
 
 
 class Progress:
-    """Bars and lines; a context manager, which gives the terminal back however the work ends.
+    """Bars and lines; a context manager that always restores the terminal.
 
-    A stream that can no longer be written (a closed pipe, a terminal that has gone) ends the
-    display, never the work. Characters that its encoding lacks are replaced.
+    If the stream can no longer be written (a closed pipe or terminal), the display ends and the
+    work goes on. Characters that the encoding lacks are replaced.
 
     Args:
         stream: the terminal, file or pipe; standard output if None.
         silent: show nothing, on ranks other than the first.
-        seconds_between_lines: at least so many between two plain lines of a bar.
+        seconds_between_lines: the least time between two plain lines of a bar.
     """
 
     def __init__(
@@ -78,24 +78,24 @@ class Progress:
 
     @property
     def is_live(self) -> bool:
-        """Whether there is a terminal on which bars move."""
+        """Whether the bars move on a terminal."""
         return self._live is not None
 
     def bar(
         self, name: str, total: float | None, done: float = 0.0, *, from_now: bool = False
     ) -> "Bar":
-        """Add a bar, below those that are there; a context manager that removes it.
+        """Add a bar below the others; a context manager that removes it.
 
         Args:
-            name: what is under way.
+            name: of the work.
             total: the amount of work, in any unit; None: not known.
-            done: how much of it was done before.
-            from_now: reckon the time left from now on, not from the first update.
+            done: how much was done before.
+            from_now: estimate the time left from now on, not from the first update.
         """
         return Bar(self, self._live, name, total, done, from_now)
 
     def report(self, name: str, done: int, total: int) -> None:
-        """Show how much of some work is done, in a bar that is there until all of it is."""
+        """Show how much of some work is done, in a bar that goes when all of it is."""
         if name not in self._reported:
             self._reported[name] = self.bar(name, total)
         self._reported[name].update(done)
@@ -103,7 +103,7 @@ class Progress:
             self._reported.pop(name).remove()
 
     def message(self, text: str) -> None:
-        """Print a line, above the bars where there are any."""
+        """Print a line, above any bars."""
         if self._silent:
             return
         if self._live is not None:
@@ -114,7 +114,7 @@ class Progress:
 
 
 class Bar:
-    """How far one piece of work is; made by `Progress.bar`."""
+    """The progress of one piece of work; made by `Progress.bar`."""
 
     def __init__(
         self,
@@ -129,7 +129,7 @@ class Bar:
         self._name, self._total, self._done = name, total, done
         self._last_line = time.monotonic()
         self._first = (done, self._last_line) if from_now else None
-        """Amount and time from which the time left is reckoned: those of the first update, since
+        """Amount and time from which the time left is estimated: those of the first update, since
         what came before was start-up, unless `from_now`."""
         self._seconds_left: float | None = None
         if live is not None:
@@ -173,7 +173,7 @@ class Bar:
             self._progress.message("  ".join(part for part in parts if part))
 
     def watch(self, look: Callable[[], tuple[float, str]]) -> None:
-        """On a terminal, before each redrawing ask what is done, and for a text beside it."""
+        """On a terminal, ask for the amount done and a text before each redraw."""
         if self._live is not None:
 
             def update() -> None:
@@ -193,14 +193,12 @@ class Bar:
 
 
 def _can_redraw(console: Console) -> bool:
-    """Return whether a console is a terminal on which lines can change, and no pipe or file that is
-    told to be one.
-    """
+    """Return whether a console is a real terminal, not a pipe or file forced to act as one."""
     return console.file.isatty() and console.is_terminal and not console.is_dumb_terminal
 
 
 def show_cursor() -> None:
-    """Show the terminal's cursor again, for a process that ends without leaving its displays."""
+    """Show the terminal's cursor again, for a process that ends without closing its displays."""
     for stream in (1, 2):
         if os.isatty(stream) and os.environ.get("TERM", "dumb") != "dumb":
             with suppress(OSError):
@@ -250,8 +248,8 @@ class _Stream:
             self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
-        # The reader is gone. From here on all goes nowhere, also what Python still writes there
-        # when it exits. A terminal that has gone, or a closed stream, need no more than silence.
+        # The reader is gone: discard everything, including what Python writes at exit. For a lost
+        # terminal or a closed stream, silence is enough.
         if isinstance(error, BrokenPipeError):
             with suppress(OSError, ValueError):
                 nowhere = os.open(os.devnull, os.O_WRONLY)
