@@ -1,4 +1,4 @@
-"""What a run consists of, and what of it a checkpoint holds."""
+"""What a run consists of, and what a checkpoint holds of it."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -17,7 +17,7 @@ from egtrain.workers import Workers
 
 @dataclass(frozen=True)
 class DataSummary:
-    """What a checkpoint keeps of the data: to know them again, and to use a model without."""
+    """What a checkpoint keeps of the data: enough to recognise them, and to use a model alone."""
 
     digest: str = ""
     """SHA-256 of the data."""
@@ -31,7 +31,7 @@ class DataSummary:
 
 @dataclass
 class Run:
-    """Everything that a run consists of; what changes in the course of it is in `state_dict`."""
+    """Everything that a run consists of; `state_dict` returns what changes during it."""
 
     task: Task
     model: nn.Module
@@ -44,9 +44,9 @@ class Run:
     workers: Workers
     steps: int
     extrapolated_steps: range
-    """Steps in which there is extrapolation; none of a local phase."""
+    """Steps with extrapolation; none in a local phase."""
     new_samples: bool
-    """Whether a second gradient takes other samples."""
+    """Whether the second gradient is on other samples."""
     clip_norm: float | None
     precision: str
     seed: int
@@ -59,7 +59,7 @@ class Run:
     keeps a GPU busy."""
     data: DataSummary = DataSummary()
     data_notes: tuple[str, ...] = ()
-    """What the user is told of the data before training."""
+    """What to tell the user about the data before training."""
     noise_scale: NoiseScale = field(default_factory=NoiseScale)
     step: int = 0
     """Completed updates."""
@@ -72,13 +72,13 @@ class Run:
         ]
 
     def set_learning_rate(self, optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-        """Set each parameter group's rate: the schedule's, times the group's relative rate."""
+        """Set each parameter group's rate to the schedule's times the group's relative rate."""
         for group, relative in zip(optimizer.param_groups, self._relative_rates, strict=True):
             group["lr"] = learning_rate * relative
 
     @property
     def last_learning_rate(self) -> float:
-        """The schedule's rate of the last completed update."""
+        """The schedule's rate at the last completed update."""
         return self.schedule(max(self.step - 1, 0))
 
     def count_update(self) -> None:
@@ -97,8 +97,8 @@ class Run:
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint holds, complete on the first rank only; a collective.
 
-        `model` has the mean of the workers' BatchNorm statistics and, in a local phase, weights,
-        ready for evaluation.
+        `model` is ready for evaluation: it has the mean of the workers' BatchNorm statistics, and
+        in a local phase that of their weights.
         """
         self.workers.average_for_evaluation()
         state: dict[str, Any] = {
@@ -136,7 +136,7 @@ class Run:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned, on any number of ranks; settings stay this run's.
 
-        Where the next step is no local one here, the workers go on from the mean of their weights.
+        If the next step is not a local one, the workers go on from the mean of their weights.
 
         Raises:
             ValueError: the state belongs to other data, another base optimizer, extrapolation or
@@ -177,9 +177,9 @@ class Run:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Restore what an optimizer remembers; PyTorch would take its settings from the state, too.
+    """Restore an optimizer's state, but not its settings, which PyTorch would restore too.
 
-    The learning rate is no setting here, but that of the last step.
+    The learning rate is restored: it is that of the last step.
 
     Raises:
         ValueError: the state belongs to another optimizer.

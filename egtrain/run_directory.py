@@ -1,7 +1,7 @@
 """Who a run directory belongs to: made, claimed, locked and withdrawn here.
 
-A run holds its directory from the first look into it to its end, so that no other run trains in it,
-changes its settings or deletes it meanwhile.
+A run holds its directory from the moment it first reads it until it ends, so that no other run
+trains in it, changes its settings or deletes it.
 """
 
 import fcntl
@@ -22,10 +22,10 @@ class RunDirectory:
     """The directory of one run, which holds it in a `with` block.
 
     Args:
-        path: it is made if it is not there.
-        goes_on_from: the bytes of config.yaml that the settings of this run were compared with;
-            None: a new run, in a directory that holds none yet.
-        held_by_launcher: the process that started this rank holds the directory for it.
+        path: made if it does not exist.
+        goes_on_from: the bytes of config.yaml that this run's settings were compared with; None: a
+            new run, in a directory without one.
+        held_by_launcher: whether the process that started this rank holds the directory for it.
 
     Raises:
         UsageError: on entering: another process holds the directory, or it cannot be written; it
@@ -60,11 +60,11 @@ class RunDirectory:
 
     @property
     def lock_file(self) -> int | None:
-        """The open file that is locked; a process that inherits it holds the directory, too."""
+        """The open, locked file; a process that inherits it holds the directory too."""
         return None if self._lock is None else self._lock.file
 
     def write_config(self, text: str) -> None:
-        """Write the settings that the run has from here on.
+        """Write the settings of the run from now on.
 
         Raises:
             EgtrainError: they could not be written.
@@ -98,7 +98,7 @@ class RunDirectory:
         )
 
     def _stamp_of_metrics(self) -> tuple[int, int] | None:
-        """Return what changes as soon as something is logged."""
+        """Return size and time of metrics.jsonl, which change as soon as something is logged."""
         try:
             status = (self.path / METRICS).stat()
         except FileNotFoundError:
@@ -117,7 +117,7 @@ class RunLock:
         self._path = directory / LOCK
         self._patience = patience_seconds
         self.file: int | None = None
-        """Open while the lock is held; processes that inherit it hold the lock, too."""
+        """Open while the lock is held; processes that inherit it hold the lock too."""
 
     def __enter__(self) -> Self:
         # A restarted run may meet the last moments of the killed one.
@@ -134,7 +134,7 @@ class RunLock:
                 )
             time.sleep(0.05)
         self.file = file
-        # Information only: what locks is the operating system, so a full disk does not matter here.
+        # For information only: the operating system locks, so a full disk does not matter here.
         with suppress(OSError):
             os.ftruncate(self.file, 0)
             os.pwrite(self.file, f"{os.getpid()}\n".encode(), 0)
@@ -146,7 +146,7 @@ class RunLock:
             self.file = None
 
     def _open_and_lock(self) -> int | None:
-        """Return the open file that is locked now, or None where another process has it."""
+        """Open and lock the file and return it, or None if another process holds the lock."""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -161,9 +161,9 @@ class RunLock:
             os.close(file)
             return None
         except OSError:
-            # A file system without locks: the guard is missing there, and the run goes on.
+            # A file system without locks: the run goes on unguarded.
             return file
-        # Who held it before may have deleted it, as a run does that could not start.
+        # Its last holder may have deleted it, as a run does that could not start.
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file), self._path.stat()):
                 return file

@@ -1,4 +1,4 @@
-"""A finished or interrupted run, read back: its configuration, model and task."""
+"""A finished or interrupted run, loaded again: its configuration, model and task."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class SavedRun:
 
     @cached_property
     def task(self) -> Task:
-        """The run's task; its data are read when it is first asked for.
+        """The run's task; its data are read at the first access.
 
         Raises:
             DataError: the data are missing or damaged, or are not those of the run.
@@ -61,8 +61,9 @@ class SavedRun:
         split: Split = "test",
         progress: Callable[[int, int], object] = lambda done, total: None,
     ) -> dict[str, float]:
-        """Return the mean loss and the task's metric over a split, in the run's precision;
-        `progress` is told how many batches of how many are done.
+        """Return the mean loss and the task's metric over a split, in the run's precision.
+
+        `progress` is called with the numbers of batches done and in all.
 
         Raises:
             DataError: the data are missing or damaged, or are not those of the run.
@@ -86,7 +87,7 @@ class SavedRun:
         Args:
             split: `test` or `validation`.
             beam: hypotheses kept for a sentence, 1 for greedy; None: the configuration's.
-            progress: is told how many sentences of how many are done.
+            progress: called with the numbers of sentences done and in all.
 
         Raises:
             DataError: the data are missing or damaged, or are not those of the run.
@@ -114,7 +115,7 @@ class SavedRun:
 
 @dataclass(frozen=True)
 class Translations:
-    """A split in another language, sentence by sentence."""
+    """The translations of a split, sentence by sentence."""
 
     beam: int
     sources: tuple[str, ...]
@@ -139,7 +140,7 @@ def load_run(
     Args:
         path: the run directory.
         checkpoint: `last`, `best` (where there was a validation split) or a file.
-        data_dir: where the data lie now, if not where they were.
+        data_dir: the folder of the data, if they have moved.
         offline: never download the data.
         device: where the model and the data go.
 

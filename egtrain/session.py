@@ -1,4 +1,4 @@
-"""One run from its directory to its summary: what `egtrain train` does around the training loop."""
+"""One run from its directory to its summary: what `egtrain train` does around the loop."""
 
 import json
 import sys
@@ -29,13 +29,13 @@ from egtrain.workers import Ranks
 
 
 def train_in(directory: RunDirectory, config: Config, *, as_json: bool = False) -> None:
-    """Train in a run directory, from its newest checkpoint where the run has one.
+    """Train in a run directory, from its newest checkpoint if it has one.
 
     Raises:
-        EgtrainError: whatever kept the run from ending; its class has the exit code.
+        EgtrainError: the run did not finish; the class has the exit code.
     """
     try:
-        # Before the ranks meet, so that a signal during the start-up is not lost either.
+        # Before the ranks meet, so that no signal during the start-up is lost.
         with signals.StopSignal() as stop:
             _train_until(stop, directory, config, as_json)
     except signals.StoppedEarly:
@@ -132,7 +132,7 @@ def require_same_step(step: int | None, directory: Path, ranks: Ranks) -> None:
 
 
 def require_step_in_plan(step: int, steps: int, directory: Path) -> None:
-    """Raise UsageError where a run has made more steps already than it is to have."""
+    """Raise UsageError if a run has already made more steps than its plan has."""
     if step > steps:
         raise UsageError(
             f"{directory} has made {step:,} steps, and the settings end it at step {steps:,}: "
@@ -141,7 +141,7 @@ def require_step_in_plan(step: int, steps: int, directory: Path) -> None:
 
 
 def change_of_plan(run: Run, state: dict[str, Any]) -> str | None:
-    """Return how steps and rates differ from the plan at the checkpoint; None if they do not."""
+    """Return how steps and rates differ from the checkpoint's plan; None if they do not."""
     planned, rate = state["steps"], state["last_learning_rate"]
     if (planned, rate) == (run.steps, run.last_learning_rate):
         return None
@@ -173,7 +173,7 @@ def load_into(run: Run, state: dict[str, Any], directory: Path) -> None:
 
 
 class NoRecorder:
-    """What ranks other than the first do with the news of a run: nothing."""
+    """An observer that records nothing, for all ranks but the first."""
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
@@ -188,7 +188,7 @@ class NoRecorder:
         """Ignore the metrics."""
 
     def save(self, run: Run, state: dict[str, Any], validation: dict[str, float] | None) -> None:
-        """Ignore the state, and fail if the first rank could not write it."""
+        """Ignore the state; fail if the first rank could not write it."""
         distributed.only_first_rank(self._ranks, lambda: None)
 
 
@@ -237,7 +237,7 @@ class Recorder:
         self._log.train_step(step, self._epoch(run, step), metrics)
 
     def evaluating(self, split: Split, done: int, total: int) -> None:
-        """Show how far an evaluation is."""
+        """Show the progress of an evaluation."""
         self._display.evaluating(split, done, total)
 
     def evaluated(self, run: Run, split: Split, metrics: dict[str, float]) -> None:
@@ -245,7 +245,7 @@ class Recorder:
         self._log.evaluation(run.step, self._epoch(run, run.step), split, metrics)
 
     def save(self, run: Run, state: dict[str, Any], validation: dict[str, float] | None) -> None:
-        """Write a checkpoint, after everything that was logged up to it."""
+        """Write a checkpoint, after everything logged before it."""
         self._log.flush()
         metric = None if validation is None else validation[run.task.metric.name]
         final = run.step == run.steps

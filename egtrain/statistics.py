@@ -1,4 +1,4 @@
-"""What the workers report of a step beside their gradients, by name, and its way to the host."""
+"""What the workers report of a step besides their gradients, and how it reaches the host."""
 
 import math
 from typing import Generic, NamedTuple, TypeVar
@@ -19,15 +19,15 @@ class Reported(NamedTuple, Generic[T]):
     squared_gradient_norm: T
     """Before clipping."""
     relative_shift: T
-    """‖ζ‖/‖x‖; worker 0's only."""
+    """‖ζ‖/‖x‖ of worker 0 only."""
     gradient_alignment: T
-    """The cosine between its gradient and its last one; worker 0's only."""
+    """The cosine between the gradient and the previous one, of worker 0 only."""
     stop: T
-    """Above zero where a rank was asked to stop, in the place of its first worker."""
+    """Above zero if a rank was asked to stop, at the index of its first worker."""
 
 
 def read_reported(values: list[float]) -> tuple[Reported[list[float]], float]:
-    """Return what the workers reported of a step, and the squared norm of their mean gradient."""
+    """Return what the workers reported of a step and the squared norm of their mean gradient."""
     *rows, squared_norm_of_mean = values
     workers = len(rows) // len(Reported._fields)
     starts = range(0, len(rows), workers)
@@ -35,7 +35,7 @@ def read_reported(values: list[float]) -> tuple[Reported[list[float]], float]:
 
 
 def require_finite(reported: Reported[list[float]], squared_norm_of_mean: float, step: int) -> None:
-    """Raise DivergedError, naming the worker, where a loss or gradient was not finite."""
+    """Raise DivergedError, naming the worker, if a loss or gradient was not finite."""
     for worker, loss in enumerate(reported.loss):
         if not math.isfinite(loss):
             raise DivergedError(
@@ -53,7 +53,7 @@ def require_finite(reported: Reported[list[float]], squared_norm_of_mean: float,
 
 
 class HostCopy:
-    """A copy of a tensor on the host, which arrives while the device goes on."""
+    """A copy of a tensor on the host, made while the device goes on."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._arrived: torch.cuda.Event | None = None

@@ -1,4 +1,4 @@
-"""Tables that fit a terminal: titles fold and columns are left out by worth, but no word is cut."""
+"""Tables that fit a terminal: titles fold, minor columns are left out, no word is cut."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -18,13 +18,13 @@ class Column:
     title: str
     values: Sequence[str]
     leave_out: int = 0
-    """Where there is no room, the columns with the highest number go first; those with 0 stay."""
+    """If space is short, columns with the highest number go first; those with 0 stay."""
     left: bool = False
-    """Whether the values stand on the left, as words do, and not on the right, as numbers do."""
+    """Whether the values are aligned left, like words, and not right, like numbers."""
 
     @property
     def narrowest(self) -> int:
-        """The width that the values and the words of the title need."""
+        """The width that the values and the longest word of the title need."""
         words = [word.rstrip() for word in _words(self.title)]
         return max(map(cell_len, [*words, *self.values]))
 
@@ -35,21 +35,21 @@ class Column:
 
 
 def print_table(columns: Sequence[Column], console: Console) -> None:
-    """Print a table in the width of a terminal; a file or pipe gets all of it."""
+    """Print a table as wide as the terminal; a file or pipe gets all columns."""
     for line in table_lines(columns, console.width if console.is_terminal else None):
         console.print(Text(line), soft_wrap=True)
 
 
 def print_line(text: str, console: Console) -> None:
-    """Print a line; a terminal gets it folded between words, a file or pipe as it is."""
+    """Print a line, folded between words on a terminal, as it is in a file or pipe."""
     console.print(Text(text), soft_wrap=not console.is_terminal)
 
 
 def table_lines(columns: Sequence[Column], width: int | None) -> list[str]:
-    """Return the lines of a table; the last one names the columns that were left out, if any were.
+    """Return the lines of a table; the last one names the columns left out, if any.
 
     Args:
-        columns: the first says what a row is about. Where not even the columns that stay fit beside
+        columns: the first says what a row is about; if even the columns with 0 do not fit beside
             it, its values become lines above their rows.
         width: in characters; None for as many as the table takes.
     """

@@ -18,13 +18,13 @@ from egtrain.tasks import Split
 
 
 class Observer(Protocol):
-    """Who is told of the run: metrics, progress and checkpoints are written on one rank only."""
+    """Receives the news of a run; only one rank writes metrics, progress and checkpoints."""
 
     def trained(self, run: Run, step: int, metrics: dict[str, float]) -> None:
         """Take the metrics of a completed update."""
 
     def evaluating(self, split: Split, done: int, total: int) -> None:
-        """Take how many batches of a split have been evaluated."""
+        """Take the number of evaluated batches of a split."""
 
     def evaluated(self, run: Run, split: Split, metrics: dict[str, float]) -> None:
         """Take the metrics of an evaluation after `run.step` updates."""
@@ -40,8 +40,7 @@ def train(
 
     Raises:
         DivergedError: a loss or gradient was not finite; the weights are those before that update.
-        InterruptedRun: `stop_requested` said so on some rank; the run was saved after the same step
-            on all.
+        InterruptedRun: `stop_requested` was true on some rank; all saved after the same step.
     """
     splits: list[Split] = [s for s in ("validation", "test") if run.task.evaluation_size(s)]
     final: dict[Split, dict[str, float]] = {}
@@ -76,7 +75,7 @@ def train(
 def evaluate_splits(
     run: Run, observer: Observer, splits: list[Split]
 ) -> dict[Split, dict[str, float]]:
-    """Return the metrics of each split; the mean of the workers is evaluated."""
+    """Return the metrics of each split, evaluated at the mean of the workers."""
     run.workers.average_for_evaluation()
     final, ranks = {}, run.workers.ranks
     for split in splits:
@@ -90,8 +89,8 @@ def take_step(
 ) -> Tensor:
     """Make one update of the weights and return what the workers reported, still on the device.
 
-    A request to stop is asked for after the gradients, which take the time: it need not wait for a
-    further step.
+    The stop request is read after the gradients, which take most of the time, so that it need not
+    wait for another step.
     """
     if run.post_local is not None and run.post_local.is_local(run.step):
         return take_local_step(run, run.post_local, learning_rate, stop_requested)
@@ -114,7 +113,7 @@ def take_step(
 def take_local_step(
     run: Run, post_local: PostLocal, learning_rate: float, stop_requested: Callable[[], bool]
 ) -> Tensor:
-    """Make one update of each worker's weights, and average these where a period ends."""
+    """Make one update of each worker's weights; average them at the end of a period."""
     if not post_local.optimizers:
         post_local.begin()
         run.workers.begin_local_phase()
@@ -135,7 +134,7 @@ def take_local_step(
 
 
 def take_local_gradient(run: Run, worker: int) -> None:
-    """Take one worker's gradient, at its extrapolated weights where the step has extrapolation."""
+    """Take one worker's gradient, at extrapolated weights if the step has extrapolation."""
     task, workers, extrapolation = run.task, run.workers, run.extrapolation
     device = workers.ranks.device.type
     batch = task.batch(worker, run.step)

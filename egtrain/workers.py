@@ -1,7 +1,7 @@
-"""K logical workers on R ranks: who carries whom, BatchNorm statistics and mean gradients.
+"""K logical workers on R ranks: which rank carries which, BatchNorm statistics, mean gradients.
 
-The number of workers is the algorithm, the number of ranks only how it is run: nothing here is
-keyed by rank.
+The number of workers defines the algorithm; the number of ranks only says how it is run. So
+nothing here is keyed by rank.
 """
 
 import math
@@ -19,7 +19,7 @@ from egtrain.statistics import Reported
 
 @dataclass(frozen=True)
 class Ranks:
-    """A process among those of the run."""
+    """A process of the run, by its rank."""
 
     rank: int = 0
     count: int = 1
@@ -27,19 +27,18 @@ class Ranks:
 
 
 class Workers:
-    """The workers that this rank carries, one after the other, with the model's storage laid flat.
+    """The workers that this rank carries, one after the other, on flat model storage.
 
     Parameters, gradients and floating-point buffers become views of one flat tensor each, so that
     the gradients travel in one collective and a worker's buffers change in one copy.
 
     Args:
-        model: on its device; every worker has its own floating-point buffers (BatchNorm
-            statistics). Buffers of other types are shared and must not change, so BatchNorm loses
-            its counter of batches, which nothing reads and which costs a kernel a layer.
+        model: on its device; each worker has a copy of the floating-point buffers (BatchNorm
+            statistics). Other buffers are shared and must not change, so BatchNorm loses its
+            counter of batches, which nothing reads and which costs a kernel per layer.
         count: K, the number of logical workers.
         ranks: this process among those of the run.
-        deterministic: sum gradients in worker order, whatever the number of ranks; needs K
-            gradients of memory.
+        deterministic: sum in worker order on any number of ranks; needs memory for K gradients.
 
     Raises:
         UsageError: the ranks do not divide the workers.
@@ -76,7 +75,7 @@ class Workers:
         self.unshifted: dict[Tensor, Tensor] = dict(
             zip(parameters, views_of(self._parameters_before, parameters), strict=True)
         )
-        """Of each parameter the weights that the step began with."""
+        """The weights of each parameter at the start of the step."""
         self._previous_gradient = torch.zeros_like(self.parameters)
         """Worker 0's."""
         self._all_finite = torch.ones((), dtype=torch.bool, device=ranks.device)
@@ -96,11 +95,11 @@ class Workers:
 
     @property
     def collective_bytes(self) -> int:
-        """Bytes that a rank gives into the one collective of a step."""
+        """Bytes that a rank puts into the one collective of a step."""
         return self._collective.numel() * self._collective.element_size()
 
     def begin_step(self) -> None:
-        """Forget the last step's gradients and note the weights that this step starts from."""
+        """Forget the last step's gradients, and note the weights at the start of this step."""
         self._collective.zero_()
         self._parameters_before.copy_(self.parameters)
 
@@ -110,7 +109,7 @@ class Workers:
         self.restore_buffers(worker)
 
     def restore_buffers(self, worker: int) -> None:
-        """Give the model the worker's buffers as they were when its step began."""
+        """Give the model the worker's buffers as they were at the start of the step."""
         self._buffers.copy_(self._worker_buffers[self._row(worker)])
 
     def relative_shift(self) -> Tensor:
@@ -123,7 +122,7 @@ class Workers:
     def report(
         self, worker: int, loss: Tensor, metric: Tensor, relative_shift: Tensor | None
     ) -> None:
-        """Take the worker's buffers and statistics out of the model, when its gradient is there."""
+        """Take the worker's buffers and statistics from the model, once its gradient is there."""
         self._worker_buffers[self._row(worker)].copy_(self._buffers)
         norm = torch.linalg.vector_norm(self.gradients)
         self._reported.loss[worker] = loss
@@ -166,7 +165,7 @@ class Workers:
         return torch.cat([self._reported_flat, (norm * norm)[None]])
 
     def begin_local_phase(self) -> None:
-        """Give each worker weights for itself, equal to the model's."""
+        """Give each worker a copy of the model's weights."""
         self._worker_parameters = self.parameters.repeat(len(self.carried), 1)
 
     def enter_local_weights(self, worker: int) -> None:
@@ -182,9 +181,9 @@ class Workers:
         torch.where(finite, self.parameters, row, out=row)
 
     def report_only(self, stop: bool) -> Tensor:
-        """Return what `average_gradients` does, of a step in which each worker made an update.
+        """Return what `average_gradients` returns, for a step in which each worker made an update.
 
-        The gradients stay where they are: the squared norm of their mean is said to be zero.
+        No gradients are exchanged: the squared norm of their mean is reported as zero.
         """
         self._report_stop(stop)
         if self.ranks.count > 1:
@@ -193,7 +192,7 @@ class Workers:
         return torch.cat([self._reported_flat, self._reported_flat.new_zeros(1)])
 
     def average_local_weights(self) -> None:
-        """Let every worker go on from the mean of all workers' weights."""
+        """Give every worker the mean of all workers' weights."""
         assert self._worker_parameters is not None
         self._worker_parameters.copy_(self._mean_over_workers(self._worker_parameters))
 
@@ -204,9 +203,9 @@ class Workers:
         return factor
 
     def undo_unless_finite(self) -> None:
-        """Put the weights back if this or an earlier step met a loss or gradient not finite.
+        """Put the weights back if a loss or gradient of this or an earlier step was not finite.
 
-        It is decided on the device: the host learns of it when it reads the step's statistics.
+        The device decides; the host learns of it when it reads the step's statistics.
         """
         torch.where(self._all_finite, self.parameters, self._parameters_before, out=self.parameters)
 
@@ -229,7 +228,7 @@ class Workers:
         return total.div_(self.count)
 
     def _row(self, worker: int) -> int:
-        """Return where a carried worker's row is."""
+        """Return the row of a carried worker."""
         return worker - self.carried.start
 
     def _report_stop(self, stop: bool) -> None:
@@ -237,7 +236,7 @@ class Workers:
         self._reported.stop[self.carried.start].fill_(float(stop))
 
     def _finite_updates(self) -> Tensor:
-        """Return of each worker whether its loss and gradient were finite [workers]."""
+        """Return for each worker whether its loss and gradient were finite [workers]."""
         return torch.isfinite(self._reported.loss) & torch.isfinite(
             self._reported.squared_gradient_norm
         )
@@ -287,7 +286,7 @@ class Workers:
         self._previous_gradient.copy_(state["previous"])
 
     def rows_of_carried(self, rows: Tensor) -> Tensor:
-        """Return the rows of this rank's workers among those of all [K, ...]."""
+        """Return this rank's rows of those of all workers [K, ...]."""
         return rows[self.carried.start : self.carried.stop]
 
 
@@ -301,13 +300,13 @@ def sum_over_ranks(tensor: Tensor, ranks: Ranks) -> Tensor:
 
 
 def divisors(number: int) -> list[int]:
-    """Return the numbers that divide a positive one, in order."""
+    """Return the divisors of a positive number, in order."""
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
     return sorted({*small, *(number // d for d in small)})
 
 
 def lay_flat(tensors: Sequence[Tensor]) -> Tensor:
-    """Make dense tensors of one type views of one flat tensor, in their shapes and strides."""
+    """Turn dense tensors of one type into views of one flat tensor; keep shapes and strides."""
     if not tensors:
         return torch.empty(0)
     flat = torch.empty(
