@@ -1,4 +1,4 @@
-"""The command line: one file a subcommand, which parses, hands over and prints."""
+"""The command line: one file per subcommand, which parses, hands over and prints."""
 
 from typing import Annotated
 
@@ -41,8 +41,8 @@ def _main(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version and leave."
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
         ),
     ] = False,
 ) -> None:
-    """Hold the options that stand before a subcommand."""
+    """Hold the options that come before a subcommand."""

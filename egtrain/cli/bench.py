@@ -56,8 +56,8 @@ def bench(
 ) -> None:
     """Measure what each variant of extrapolation costs on this machine, beside plain training.
 
-    Steps of all variants alternate in one process. A step time is given as a multiple of a plain
-    step's, with its 95 % interval.
+    Steps of all variants alternate in one process. Step times are multiples of a plain step's, with
+    their 95 % intervals.
 
     Example: egtrain bench --preset resnet-eg --variants local,sam --rounds 50
     """

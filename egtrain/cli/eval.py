@@ -42,7 +42,7 @@ def evaluate_run(
 ) -> None:
     """Evaluate a run's checkpoint on held-out data.
 
-    Translations are made with beam search, and written into the run's directory.
+    Translations are made with beam search and written to the run's directory.
 
     Example: egtrain eval runs/quickstart-20260101-120000 --json
     """

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def ending_at_interrupt() -> Iterator[None]:
-    """End the process at Ctrl-C, since torch's or NumPy's import can lose an exception."""
+    """End the process at Ctrl-C: while torch or NumPy is imported, an exception can get lost."""
     before = signal.getsignal(signal.SIGINT)
     if before is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))

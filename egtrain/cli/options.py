@@ -1,4 +1,4 @@
-"""Options that several commands have, and the way from options to settings."""
+"""Options that several commands share, and how options become settings."""
 
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -20,7 +20,7 @@ output_option = partial(typer.Option, rich_help_panel="Output")
 
 
 def complete_preset(incomplete: str) -> list[str]:
-    """Return the presets whose names begin like this, for the shell."""
+    """Return the presets whose names begin with `incomplete`, for the shell."""
     # Imported here, so that --help does not wait for it.
     from egtrain.config.files import preset_names
 
@@ -67,9 +67,7 @@ class Commands(TyperGroup):
 
 
 def _leave_out_types_that_say_nothing(parameters: Iterable[Any]) -> None:
-    """Leave out of the help the type of a flag, which takes no value, and of an argument, whose
-    name says it, and `[x>=1]`.
-    """
+    """Hide in the help the types of flags and arguments, and limits such as `[x>=1]`."""
     for parameter in parameters:
         parameter.min = parameter.max = None
         if parameter.param_type_name == "argument":
@@ -114,8 +112,7 @@ def overrides_of(
 ) -> list[str]:
     """Return options as `KEY=VALUE`; those that were not given are None.
 
-    `options` are those of one command, by the setting that each is for. `epochs` takes back the
-    steps that a preset may count instead.
+    `options` holds one command's options by setting. `epochs` undoes the `steps` of a preset.
 
     Raises:
         UsageError: both epochs and steps were given.

@@ -53,7 +53,7 @@ def plot_sharpness(
         Path,
         output_option(
             metavar="DIR",
-            help="Folder of the results; what was measured into it before is not measured again.",
+            help="Folder of the results; what it already holds is not measured again.",
         ),
     ] = Path("sharpness"),
     data_dir: MovedDataDir = None,
@@ -66,7 +66,7 @@ def plot_sharpness(
     ] = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Measure how sharp the minima of trained runs are, and draw them into one picture.
+    """Measure how sharp the minima of trained runs are, and draw them in one picture.
 
     Example: egtrain plot-sharpness runs/sgd runs/eg --metrics eigenvalues,trace
     """
@@ -76,8 +76,8 @@ def plot_sharpness(
         from egtrain.sharpness.comparison import plot
 
     if nproc > 1 and not started_by_torchrun():
-        # Every process takes the same command, and is told by torchrun that it is one of several.
-        # Not the command line as it is: torchrun would take --nproc for an option of its own.
+        # Every process runs the same command; torchrun tells it that it is one of several.
+        # Not the command line as it is: torchrun would take --nproc as one of its options.
         arguments = [
             "plot-sharpness",
             *map(str, runs),

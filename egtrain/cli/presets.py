@@ -1,4 +1,4 @@
-"""`egtrain presets`: list the shipped presets, or show one with everything it inherits."""
+"""`egtrain presets`: list the shipped presets, or show one with all that it inherits."""
 
 import sys
 from typing import Annotated, Any
@@ -70,7 +70,7 @@ def _print_json(value: Any) -> None:
 
 
 def _print_table() -> None:
-    """Print families and variants once each: all combinations would not fit a screen."""
+    """Print each family and variant once: the combinations would not fit on a screen."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -104,7 +104,7 @@ def _print_table() -> None:
 
 
 def _exceptions(listed: list[str], families: list[str]) -> str:
-    """Return which families have a variant, where not all do, by the shorter list."""
+    """Return which families have a variant, or lack it, whichever list is shorter."""
     missing = [family for family in families if family not in listed]
     if not missing:
         return ""

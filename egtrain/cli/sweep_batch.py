@@ -104,7 +104,7 @@ def sweep_batch(
         Path | None,
         output_option(
             metavar="DIR",
-            help="Folder of the sweep; default: runs/sweep-PRESETS. A sweep that is there goes on, "
+            help="Folder of the sweep; default: runs/sweep-PRESETS. An existing one is continued, "
             "and may grow.",
         ),
     ] = None,
@@ -133,7 +133,7 @@ def sweep_batch(
     ] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Compare presets at growing batch sizes: run every cell, then make a table and a picture.
+    """Compare presets at growing batch sizes: train every cell, then make a table and a picture.
 
     Example: egtrain sweep-batch --preset quickstart --batch-sizes 64,256,1024
     """
@@ -178,7 +178,7 @@ def sweep_batch(
     folder = Folder(folder_path)
     begun = (folder.path / PLAN).exists()
     if presets[0].config.device == "cuda" and not begun:
-        # Before the data are looked for; a sweep that was run elsewhere may be finished.
+        # Before the data are looked for, because a sweep run elsewhere may be finished.
         require_cuda()
     plan = make_plan(request, presets, facts_from_data(offline=dry_run))
     count, gpus = execution.devices_for(plan, jobs)

@@ -46,7 +46,7 @@ def train(
     allow_changes: Annotated[
         bool,
         what_option(
-            "--allow-changes", help="Resume although settings differ from those of the run."
+            "--allow-changes", help="Resume even if settings differ from those of the run."
         ),
     ] = False,
     epochs: Annotated[int | None, length_option(metavar="N", help="Passes over the data.")] = None,
@@ -57,14 +57,12 @@ def train(
         int | None,
         batch_option(
             metavar="B",
-            help="Samples of an update, B = K·b; alone, a worker keeps its b, and K = B/b.",
+            help="Samples per update, B = K·b; alone, workers keep their b, and K = B/b.",
         ),
     ] = None,
     workers: Annotated[
         int | None,
-        batch_option(
-            metavar="K", help="Logical workers; alone, a worker keeps its b, and B grows."
-        ),
+        batch_option(metavar="K", help="Logical workers; alone, they keep their b, and B grows."),
     ] = None,
     device: Device = None,
     nproc: Annotated[
@@ -88,7 +86,7 @@ def train(
         bool | None,
         place_option(
             "--deterministic/--no-deterministic",
-            help="Same result bit for bit on any number of processes.",
+            help="Get the same result, bit for bit, on any number of processes.",
         ),
     ] = None,
     max_restarts: Annotated[
@@ -103,12 +101,12 @@ def train(
     ] = None,
     dry_run: Annotated[
         bool,
-        output_option("--dry-run", help="Print the plan with time and memory, and train nothing."),
+        output_option("--dry-run", help="Print the plan with time and memory; train nothing."),
     ] = False,
     as_json: AsJson = False,
     rank_of: Annotated[
         Path | None,
-        typer.Option(hidden=True, help="Be a rank of the run that a launcher holds DIR for."),
+        typer.Option(hidden=True, help="Be a rank of the run in DIR, which a launcher holds."),
     ] = None,
 ) -> None:
     """Train a preset, or go on with a run; one of --preset and --resume is required.

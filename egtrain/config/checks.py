@@ -1,4 +1,4 @@
-"""From settings to a configuration: every complaint is a sentence with the place and the fix."""
+"""From settings to a configuration; every error is a sentence with the place and the fix."""
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -10,7 +10,7 @@ from egtrain.errors import UsageError, did_you_mean
 
 
 def _known_keys() -> dict[str, list[str]]:
-    """Return the keys of every section, those of all members of a union included."""
+    """Return the keys of every section, including those of all members of a union."""
     known: dict[str, list[str]] = {"": []}
     for name, info in Config.model_fields.items():
         known[""].append(name)
@@ -23,14 +23,14 @@ def _known_keys() -> dict[str, list[str]]:
 
 
 KNOWN_KEYS = _known_keys()
-"""The keys of each section; those of the top level stand under an empty name."""
+"""The keys of each section; those of the top level are under an empty name."""
 DOTTED_KEYS = [
     f"{section}.{key}" if section else key for section, keys in KNOWN_KEYS.items() for key in keys
 ]
 
 
 def validated(settings: Settings) -> Config:
-    """Return the configuration, or complain in a sentence about the first wrong setting."""
+    """Return the configuration, or raise UsageError about the first wrong setting."""
     _check_keys(settings)
     values = dict(settings.values)
     for section, default in DEFAULT_NAMES.items():
@@ -83,7 +83,7 @@ def _member(section: str, value: dict[str, object], settings: Settings) -> str:
 
 
 def unknown_key(dotted: str) -> str:
-    """Return the complaint about a key that does not exist."""
+    """Return the message about a key that does not exist."""
     section, _, key = dotted.rpartition(".")
     if dotted in DOTTED_KEYS:
         return (
@@ -105,7 +105,7 @@ def _translated(error: ValidationError, settings: Settings) -> str:
         return _placed(settings, tuple(context["key"].split(".")), context["problem"])
     key = _error_key(first)
     if first["type"] == "missing":
-        # Only an extrapolation has a required key, and it became required where its name was set.
+        # Only extrapolations have a required key, and what requires it is the name set there.
         name = first["loc"][1]
         problem = f"extrapolation '{name}' needs {'.'.join(key)}; set it, such as 0.05"
         return _placed(settings, ("extrapolation", "name"), problem)

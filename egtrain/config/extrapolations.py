@@ -1,4 +1,4 @@
-"""The section `extrapolation`: where the gradient is taken; a table row for each choice of ζ."""
+"""The section `extrapolation`: where the gradient is taken; one table row per choice of ζ."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
@@ -10,17 +10,17 @@ from egtrain.config.section import Count, NotNegative, Section, wrong
 Scaling = Literal["none", "layer", "filter"]
 
 LENGTHS = ("ratio", "rate", "size")
-"""Keys that say how far a shift along a gradient goes; exactly one of them is given."""
+"""Keys for the length of a shift along a gradient; exactly one of them is given."""
 
 
 class Extrapolation(Section):
-    """What each choice of ζ has; by itself, that of plain mini-batch training."""
+    """What every choice of ζ has; by itself, plain mini-batch training."""
 
     name: str = "none"
 
     momentum_of: ClassVar[tuple[str, ...]] = ()
-    """Base optimizers whose momentum it follows, without their own look-ahead; it needs one of
-    them. With none it goes with every base."""
+    """Base optimizers whose momentum it follows; it needs one of them, without look-ahead.
+    Empty: it works with every base."""
 
     @property
     def new_samples(self) -> bool:

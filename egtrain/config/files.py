@@ -1,6 +1,6 @@
 """How presets, files and overrides become one configuration: inheritance, and `a.b=c` on top.
 
-A shipped preset is a file of its own, or a family and a variant composed by name: `resnet-eg` is
+A shipped preset is a single file, or a family and a variant composed by name: `resnet-eg` is
 `family/resnet` with `variant/eg` on top, because the key `variants` of `family/resnet` lists `eg`.
 """
 
@@ -24,7 +24,7 @@ _MAX_INHERITANCE = 20
 
 
 class TypedOption(str):
-    """An override `KEY=VALUE` that the user gave by an option of its own, such as `--seed 3`."""
+    """An override `KEY=VALUE` that the user gave as an option, such as `--seed 3`."""
 
     typed = ""
     """What the user typed, for messages."""
@@ -44,7 +44,7 @@ def presets_dir() -> Path:
 
 
 def preset_names() -> list[str]:
-    """Return the shipped presets that can be trained: single files, then family by family."""
+    """Return the shipped presets that can be trained: single files first, then each family's."""
     alone = sorted(path.stem for path in presets_dir().glob("*.yaml"))
     composed = [
         f"{family}-{variant}"
@@ -55,7 +55,7 @@ def preset_names() -> list[str]:
 
 
 def preset_description(name: str) -> str:
-    """Return a preset's leading comment; a composed one has its family's and its variant's."""
+    """Return a preset's leading comment, or those of its family and its variant."""
     path = _shipped(name)
     files = [path] if path.is_file() else [_shipped(part) for part in _composed()[name]]
     first_lines = [file.read_text(encoding="utf-8").partition("\n")[0] for file in files]
@@ -106,8 +106,7 @@ def config_file_of(directory: Path) -> Path:
 
 
 def config_from_yaml_text(text: str, source: str) -> Config:
-    """Return the configuration of YAML text; `source` names it in messages, and `inherits` finds
-    shipped presets.
+    """Return the configuration of YAML text, called `source` in messages; it can inherit presets.
 
     Raises:
         UsageError: a key or value is wrong; the message says in which line.
@@ -116,7 +115,7 @@ def config_from_yaml_text(text: str, source: str) -> Config:
 
 
 def _label(path: Path) -> str:
-    """Return how a file is called in messages: a shipped preset by its place among the presets."""
+    """Return a file's name for messages: for a shipped preset, its path among the presets."""
     folder = presets_dir()
     return (
         str(Path("presets", path.relative_to(folder))) if path.is_relative_to(folder) else str(path)
@@ -131,7 +130,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _is_family(path: Path) -> bool:
-    """Return whether a file is a shipped family, where alone `variants` may stand."""
+    """Return whether a file is a shipped family; only there `variants` is allowed."""
     return path.resolve().parent == (presets_dir() / "family").resolve()
 
 
@@ -157,7 +156,7 @@ def _families(folder: Path) -> dict[str, list[str]]:
 
 
 def _composed() -> dict[str, tuple[str, str]]:
-    """Return family and variant of each preset composed by name; the longest family wins."""
+    """Return the family and variant of each composed preset; the longest family wins."""
     families = preset_families()
     return {
         f"{family}-{variant}": (f"family/{family}", f"variant/{variant}")
@@ -167,7 +166,7 @@ def _composed() -> dict[str, tuple[str, str]]:
 
 
 def _shipped(name: str) -> Path:
-    """Return the file of a shipped preset, or the place where a composed one's would be."""
+    """Return the file of a shipped preset, or where a composed one's would be."""
     folder = presets_dir()
     known = {str(path.relative_to(folder).with_suffix("")): path for path in folder.rglob("*.yaml")}
     if name in known:
@@ -181,7 +180,7 @@ def _shipped(name: str) -> Path:
 
 
 def _other_families(name: str) -> str:
-    """Return a hint at the families that do have the variant of a name, or nothing."""
+    """Return a hint at the families that have the variant of a name, or nothing."""
     families = preset_families()
     for family in families:
         variant = name.removeprefix(f"{family}-")
@@ -192,7 +191,7 @@ def _other_families(name: str) -> str:
 
 
 def _read(path: Path, label: str) -> Settings:
-    """Read a settings file; a composed preset has none, and inherits its two parts."""
+    """Read a settings file; a composed preset has no file and inherits its two parts."""
     parts = (
         _composed().get(path.stem) if path.parent == presets_dir() and not _is_file(path) else None
     )
@@ -202,7 +201,7 @@ def _read(path: Path, label: str) -> Settings:
 
 
 def _find_parent(name: str, child: Path | None, place: str) -> tuple[Path, str]:
-    """Return file and label of what `inherits` names: shipped, or else beside the child."""
+    """Return the file and label of what `inherits` names: shipped, or beside the child."""
     if not name.endswith((".yaml", ".yml")):
         try:
             path = _shipped(name)
@@ -227,7 +226,7 @@ def _inherited(
     children: dict[Path, str],
     done: dict[Path, Settings],
 ) -> Settings:
-    """Return the settings on top of all that they inherit."""
+    """Return the settings laid over everything they inherit."""
     place = settings.place(("inherits",))
     parents = settings.values.pop("inherits", [])
     if isinstance(parents, str):
@@ -267,7 +266,7 @@ def _inherited(
 
 
 def _overrides(overrides: list[str]) -> Settings:
-    """Return KEY=VALUE overrides as one layer: their order matters for equal keys only."""
+    """Return KEY=VALUE overrides as one layer; their order matters only for equal keys."""
     settings = Settings()
     for override in overrides:
         typed = getattr(override, "typed", f"--set {override}")
@@ -298,7 +297,7 @@ def _overrides(overrides: list[str]) -> Settings:
 
 
 def _say_who_set_the_warmup(layer: Settings, shipped: bool) -> None:
-    """Allow a shipped preset's warm-up to be shortened, and not a user's unless they say so."""
+    """Allow a shipped preset's warm-up to be shortened, a user's only on request."""
     schedule = layer.values.get("schedule")
     if isinstance(schedule, dict) and "warmup_epochs" in schedule:
         schedule.setdefault("shorten_warmup", shipped)
@@ -307,9 +306,8 @@ def _say_who_set_the_warmup(layer: Settings, shipped: bool) -> None:
 def _merge(base: Settings, layer: Settings) -> None:
     """Lay settings over others: groups are merged, other values replaced.
 
-    A changed name of a model, optimizer or extrapolation drops what was set for the old one, and
-    one of ratio, rate and size drops the others, so that a variant can be laid over another without
-    undoing it key by key.
+    A new name of a model, optimizer or extrapolation drops what was set for the old one, and one of
+    ratio, rate and size drops the others. So one variant can replace another.
     """
     for section, default in DEFAULT_NAMES.items():
         old, new = base.values.get(section), layer.values.get(section)

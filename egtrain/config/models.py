@@ -1,4 +1,4 @@
-"""The section `model`: what each network can be, which task it serves and how it is called."""
+"""The section `model`: each network's settings, its task and its name."""
 
 from typing import Annotated, ClassVar, Literal, get_args
 
@@ -40,9 +40,7 @@ class ResnetModel(Section):
 
 
 class VggModel(Section):
-    """VGG with BatchNorm, in its form for small images (Simonyan & Zisserman 2015, arXiv
-    1409.1556).
-    """
+    """VGG with BatchNorm for small images (Simonyan & Zisserman 2015, arXiv 1409.1556)."""
 
     task: ClassVar[str] = "image"
 

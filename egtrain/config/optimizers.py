@@ -33,7 +33,7 @@ class _Optimizer(Section):
     """Largest norm of the mean gradient; null: not clipped."""
 
     def scaled_lr(self, batch_size: int) -> float:
-        """Return the peak learning rate at a batch of so many samples."""
+        """Return the peak learning rate at a batch of `batch_size` samples."""
         if self.base_batch_size is None or self.lr_scaling == "none":
             return self.lr
         growth = batch_size / self.base_batch_size
@@ -63,8 +63,8 @@ class _TrustRatio(_Optimizer):
 class LarsOptimizer(_TrustRatio):
     """Layer-wise adaptive rates for SGD (You et al. 2017, arXiv 1708.03888).
 
-    As in the paper, lr is the global rate, and a layer's own is lr times its trust ratio. The
-    default is SimCLR's, 0.3 for 256 samples with this trust coefficient (arXiv 2002.05709).
+    As in the paper, lr is the global rate; a layer's rate is lr times its trust ratio. The default
+    is SimCLR's, 0.3 for 256 samples with this trust coefficient (arXiv 2002.05709).
     """
 
     name: Literal["lars"] = "lars"
@@ -119,8 +119,8 @@ class AdamwOptimizer(_Moments):
 class LambOptimizer(_Moments, _TrustRatio):
     """Layer-wise adaptive rates for Adam (You et al. 2020, arXiv 1904.00962).
 
-    The default rate, 0.005 for 512 samples, is the paper's for ResNet-50, as is its growth with the
-    root of the batch; the decay is its BERT's.
+    The default rate, 0.005 for 512 samples, and its growth with the root of the batch are the
+    paper's for ResNet-50; the decay is that for BERT.
     """
 
     name: Literal["lamb"] = "lamb"

@@ -1,4 +1,4 @@
-"""The sections `schedule` and `post_local`: what changes in the course of a run."""
+"""The sections `schedule` and `post_local`: what changes during a run."""
 
 from typing import Annotated, Literal
 
@@ -13,10 +13,10 @@ class ScheduleConfig(Section):
     warmup_epochs: Annotated[float, Field(ge=0, le=1e9)] = 5.0
     """Epochs of linear warm-up; may be a fraction. Setting it sets shorten_warmup to false."""
     shorten_warmup: bool = True
-    """Shorten a warm-up that does not end before the first decay and the run do, to half of that
+    """Shorten a warm-up that does not end before the first decay and the run, to half of that
     time; false: such a warm-up is an error."""
     warmup_from: NotNegative = 0.1
-    """Learning rate at the first step; lowered to the peak where it lies above it."""
+    """Learning rate at the first step; lowered to the peak if above it."""
     decay: Literal["step", "cosine", "inverse-sqrt", "constant"] = "step"
     """step: times factor at each milestone; cosine: a half cosine to zero; inverse-sqrt: by the
     root of the step, after the warm-up; constant: none."""
@@ -39,11 +39,9 @@ class ScheduleConfig(Section):
 
 
 class PostLocalConfig(Section):
-    """Post-local SGD (Lin et al. 2020, arXiv 1808.07217): a second phase in which weights are
-    averaged.
-    """
+    """Post-local SGD (Lin et al. 2020, arXiv 1808.07217): a last phase that averages weights."""
 
     period: Count | None = None
-    """Updates H that a worker makes on its own between two averages of the weights; null: never."""
+    """Local updates H of a worker between two averages of the weights; null: no local phase."""
     start: Annotated[float, Field(ge=0, lt=1)] | Literal["first-decay"] = "first-decay"
     """Where it begins, as a fraction of the run, or at the first milestone of the schedule."""

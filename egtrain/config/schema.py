@@ -1,4 +1,4 @@
-"""The configuration of a run: all that it is a function of, one strict, typed, frozen object.
+"""The configuration of a run: everything it depends on, in one strict, typed, frozen object.
 
 Nothing here imports torch, so that a wrong option is reported at once.
 """
@@ -20,7 +20,7 @@ from egtrain.errors import did_you_mean
 
 
 class CheckpointConfig(Section):
-    """When the run is saved."""
+    """When checkpoints are saved, and which are kept."""
 
     every: Count | None = None
     """Steps between checkpoints; null: at every evaluated epoch."""
@@ -29,7 +29,7 @@ class CheckpointConfig(Section):
 
 
 class LogConfig(Section):
-    """What is written down."""
+    """What is logged."""
 
     every: Count = 1
     """Steps between lines of metrics.jsonl."""
@@ -38,10 +38,10 @@ class LogConfig(Section):
 
 
 class Config(Section):
-    """Everything that a run is a function of."""
+    """Everything that a run depends on."""
 
     preset: str = ""
-    """Name of the preset that it came from; informational."""
+    """Name of the preset; for information only."""
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     """Seed of every random choice."""
     workers: Count = 16
@@ -60,13 +60,13 @@ class Config(Section):
     compile: bool = False
     """Compile the model with torch.compile."""
     deterministic: bool = False
-    """Give bit for bit the same result on any number of ranks of one device type."""
+    """Give the same result, bit for bit, on any number of ranks of one device type."""
     threads: Count | None = None
-    """CPU threads a rank; null: the cores divided by the ranks, or 1 with deterministic."""
+    """CPU threads per rank; null: the cores divided by the ranks, or 1 with deterministic."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto: CUDA where there is a GPU."""
     evaluate_every: Positive = 1.0
-    """Epochs between evaluations, also a fraction of one."""
+    """Epochs between evaluations; may be a fraction."""
     task: Annotated[Task, Field(discriminator="name")] = ImageSettings()
     """What is learned, and how it is measured; the keys depend on name."""
     data: DataConfig = DataConfig()
@@ -88,7 +88,7 @@ class Config(Section):
 
     @property
     def has_validation(self) -> bool:
-        """Whether there is a validation split; texts have one of their own."""
+        """Whether there is a validation split; texts always have one."""
         return self.task.name != "image" or self.data.validation > 0
 
     @property
@@ -113,7 +113,7 @@ class Config(Section):
     @field_validator("preset")
     @classmethod
     def _no_path(cls, preset: str) -> str:
-        # Run directories are named after it.
+        # It names run directories.
         if "/" in preset or not preset.isprintable() or len(preset) > 200:
             raise wrong(
                 "preset",
@@ -143,7 +143,7 @@ class Config(Section):
         if task != "image" and self.data.validation:
             raise wrong(
                 "data.validation",
-                "data.validation must be 0, because texts have a validation part of their own; "
+                "data.validation must be 0, because texts have a validation part already; "
                 "remove it",
             )
         return self
@@ -218,12 +218,12 @@ UNIONS: dict[str, dict[str, type[Section]]] = {
     for section, info in Config.model_fields.items()
     if info.discriminator == "name"
 }
-"""What each section whose keys depend on its name can be, by name."""
+"""The members of each section whose keys depend on its name, by name."""
 
 DEFAULT_NAMES: dict[str, str] = {
     section: Config.model_fields[section].default.name for section in UNIONS
 }
-"""The name of such a section where none is given."""
+"""The default name of such a section."""
 
 
 def config_to_yaml(config: Config) -> str:
@@ -232,7 +232,7 @@ def config_to_yaml(config: Config) -> str:
 
 
 def differences(a: Config, b: Config) -> list[str]:
-    """Return what changes from a to b, as `optimizer.lr: 0.1 -> 0.2`, but for `preset`."""
+    """Return what changes from a to b, as `optimizer.lr: 0.1 -> 0.2`, except `preset`."""
     old, new = flat_settings(a), flat_settings(b)
     keys = [
         key

@@ -1,4 +1,4 @@
-"""What each section of a configuration is: strict, typed, frozen, a sentence for every key."""
+"""The base of every section of a configuration: strict, typed, frozen, every key explained."""
 
 from typing import Annotated
 
@@ -11,7 +11,7 @@ Positive = Annotated[float, Field(gt=0)]
 
 
 class Section(BaseModel):
-    """A part of the configuration, which refuses unknown keys, other types and infinite numbers."""
+    """A part of the configuration; unknown keys, wrong types and infinite numbers are refused."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -20,6 +20,5 @@ class Section(BaseModel):
 
 def wrong(key: str, problem: str) -> PydanticCustomError:
     """Return the error of a dotted key."""
-    # A plain ValueError would not tell which key to point at, and braces in values would be taken
-    # for placeholders.
+    # A plain ValueError could not name the key, and would take braces in values for placeholders.
     return PydanticCustomError("setting", "{problem}", {"key": key, "problem": problem})

@@ -13,19 +13,18 @@ class DataConfig(Section):
 
     name: str = "cifar10"
     """synthetic (embedded, no download), a public data set such as cifar10, cifar100, wikitext2 or
-    multi30k, or data of your own.
+    multi30k, or your data.
 
-    Those are npz:FILE (x_train, y_train, x_test, y_test), text:FOLDER (train.txt, valid.txt,
+    Your data are npz:FILE (x_train, y_train, x_test, y_test), text:FOLDER (train.txt, valid.txt,
     test.txt) or pairs:FOLDER (train.en, train.de and so on)."""
     dir: str | None = None
     """Folder that holds the data; null: $EGTRAIN_DATA, then the user cache, then a download."""
     offline: bool = False
     """Never download."""
     train_samples: Count | None = None
-    """Train on only so many samples (images, windows of text, pairs of sentences); null: all."""
+    """Number of samples to train on (images, windows of text, pairs of sentences); null: all."""
     validation: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
-    """Number of training images that are held out for validation; texts have a validation part of
-    their own."""
+    """Training images held out for validation; texts come with a validation part."""
 
 
 class ImageSettings(Section):
@@ -38,15 +37,12 @@ class ImageSettings(Section):
 
 
 class LanguageSettings(Section):
-    """Language modelling over words: perplexity; a sample is a window of text in one of the batch's
-    columns.
-    """
+    """Language modelling over words: perplexity; a sample is a window in a column of the batch."""
 
     name: Literal["language"] = "language"
     """language: predict each word of a text from those before it."""
     bptt: Annotated[int, Field(ge=1, le=100_000)] = 30
-    """Words in a window, through which gradients flow back; the hidden state goes on to the next
-    window."""
+    """Words in a window, the limit of backpropagation; the hidden state enters the next window."""
     max_vocabulary: Annotated[int, Field(ge=3, le=2**31 - 1)] | None = None
     """Most different words that the training text may have; null: any number."""
 
@@ -65,8 +61,7 @@ class TranslationSettings(Section):
     max_length: Annotated[int, Field(ge=2, le=100_000)] = 128
     """Most subwords that a sentence may have."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Part of the probability that the training loss spreads over all subwords (Szegedy et al.
-    2016)."""
+    """Probability that label smoothing spreads over all subwords (Szegedy et al. 2016)."""
     beam: Annotated[int, Field(ge=1, le=1000)] = 4
     """Hypotheses that `egtrain eval` keeps for a sentence; 1 is greedy, as during training."""
     length_penalty: NotNegative = 1.0
@@ -83,4 +78,4 @@ DATA: dict[str, tuple[list[str], str]] = {
         ("translation", "pairs:FOLDER"),
     )
 }
-"""The data that a task reads: the names, and the form of a user's own."""
+"""The data that a task reads: the names, and the form of a user's data."""

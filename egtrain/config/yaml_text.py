@@ -1,7 +1,7 @@
 """Read and write settings as YAML: plain data only, with the line where each value was set.
 
-Scalars follow the YAML 1.2 core schema (`1e-3` is a number, `no` and `on` are text). What a
-settings file never needs is refused with its line: duplicate keys, anchors and aliases, tags,
+Scalars follow the YAML 1.2 core schema (`1e-3` is a number, `no` and `on` are text). Refused with
+their line, since settings need none of them, are duplicate keys, anchors and aliases, tags,
 several documents, not-a-number and infinity.
 """
 
@@ -42,7 +42,7 @@ class Settings:
     places: dict[Key, str] = field(default_factory=dict)
 
     def place(self, key: Key) -> str:
-        """Return where a key was set, or the nearest key above it; empty where neither was."""
+        """Return where a key, or else the nearest key above it, was set; empty if neither was."""
         for length in range(len(key), -1, -1):
             if key[:length] in self.places:
                 return self.places[key[:length]]
@@ -90,8 +90,7 @@ def parse_settings(text: str, label: str) -> Settings:
     """Parse YAML text whose top level is a mapping; `label` names it in messages.
 
     Raises:
-        UsageError: the text is empty, not YAML, not a mapping, or holds something that is refused
-            (see the module).
+        UsageError: the text is empty, not YAML, no mapping, or holds something refused here.
     """
     if len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
         raise UsageError(
@@ -135,7 +134,7 @@ def parse_value(text: str, label: str) -> Any:
 
 
 def describe(value: object) -> str:
-    """Return a value as it is called in messages: `'text'`, `true`, `null`, `a list`."""
+    """Return a value's name for messages: `'text'`, `true`, `null`, `a list`."""
     if isinstance(value, dict):
         return "a mapping"
     if isinstance(value, list | tuple):
@@ -156,7 +155,7 @@ def write_settings(values: dict[str, Any], indent: str = "") -> str:
 
 
 def write_value(value: object) -> str:
-    """Return a scalar or a list as it stands in YAML, on one line."""
+    """Return a scalar or a list as YAML on one line."""
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(write_value, value))}]"
     if value is None:
@@ -205,7 +204,7 @@ def _resolve(text: str) -> Any:
 
 
 class _Builder:
-    """Builds values from parser events: nothing is constructed before it was looked at."""
+    """Builds values from parser events; nothing is constructed unchecked."""
 
     def __init__(
         self, text: str, label: str, places: dict[Key, str], *, lines: bool = True
@@ -217,7 +216,7 @@ class _Builder:
         self._events: Iterator[yaml.Event] = iter(())
 
     def document(self) -> Any:
-        """Return the one document's value, None where there is none."""
+        """Return the value of the only document, or None without one."""
         try:
             self._events = yaml.parse(self._text, Loader=yaml.SafeLoader)
             next(self._events)

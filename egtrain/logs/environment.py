@@ -1,4 +1,4 @@
-"""What the numbers of a run depend on besides its settings: versions, hardware, the commit."""
+"""What a run's numbers depend on besides its settings: versions, hardware, the commit."""
 
 import os
 import platform
@@ -13,7 +13,7 @@ from egtrain import __version__
 
 
 def versions() -> dict[str, str | None]:
-    """Return the versions of what the numbers of a run depend on."""
+    """Return the versions of the software that a run's numbers depend on."""
     return {
         "egtrain": __version__,
         "python": platform.python_version(),

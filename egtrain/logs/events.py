@@ -1,4 +1,4 @@
-"""TensorBoard's event files of a run, which a resumed run cuts and goes on with."""
+"""A run's TensorBoard event files; a resumed run cuts them and goes on."""
 
 import os
 import struct
@@ -11,17 +11,17 @@ from egtrain.logs.growing_file import GrowingFile
 
 
 class Events:
-    """Event files in one folder: one for each process that went on with the run, by name.
+    """Event files in one folder: one for each process that trained the run, ordered by name.
 
-    TensorBoard names a run by its folder, relative to the log directory: files that lie in the run
-    directory itself give `resnet-eg`, and not `resnet-eg/tensorboard`.
+    TensorBoard names a run by its folder in the log directory: files in the run directory itself
+    give `resnet-eg`, not `resnet-eg/tensorboard`.
 
-    Written directly and not by `SummaryWriter`: its thread ends with a traceback when the disk is
-    full, it cannot sync, and it names the two files of a quick restart in no certain order.
+    `SummaryWriter` is not used: its thread ends with a traceback when the disk is full, it cannot
+    sync, and the names of its files after a quick restart have no certain order.
     """
 
     def __init__(self, folder: Path, resume_step: int, warn: Callable[[str], None]) -> None:
-        # Slow to import, and not everyone wants the events.
+        # Slow to import, and not everyone wants events.
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -32,8 +32,7 @@ class Events:
         )
         self._trial = os.fsencode(folder.resolve().name).decode(errors="replace")
         self.described: dict[str, int] = {}
-        """The step that each tag other than a curve was last written at, with those that earlier
-        files keep."""
+        """The last step of each tag that is no curve, earlier files included."""
         folder.mkdir(exist_ok=True)
         earlier = sorted(folder.glob("events.out.tfevents.*"))
         numbers = [path.name.split(".")[3] for path in earlier]
@@ -42,8 +41,7 @@ class Events:
                 self._cut_after(path, resume_step)
             else:
                 path.unlink()
-        # Readers go by the names: the number is the time, unless an earlier file has that or a
-        # later one.
+        # Readers sort by name. The number is the time, but above the numbers of earlier files.
         number = max(
             int(time.time()), *(int(number) + 1 for number in numbers if number.isdigit()), 0
         )
@@ -51,7 +49,7 @@ class Events:
         self._records = RecordWriter(self.file)
         self._add(self._event(file_version="brain.Event:2"))
         if resume_step:
-            # For a TensorBoard that is running and has read what was cut off.
+            # For a running TensorBoard that has read what was cut off.
             restart = self._session_log(status=self._session_log.START)
             self._add(self._event(step=resume_step + 1, session_log=restart))
 
@@ -64,7 +62,7 @@ class Events:
 
     def image(self, tag: str, png: bytes, step: int) -> None:
         """Write a picture."""
-        # A PNG's width and height stand at bytes 16 to 24.
+        # A PNG's width and height are in bytes 16 to 24.
         width, height = int.from_bytes(png[16:20], "big"), int.from_bytes(png[20:24], "big")
         image = self._summary.Image(
             width=width, height=height, colorspace=4, encoded_image_string=png
@@ -84,8 +82,8 @@ class Events:
     ) -> None:
         """Write the run's row in the table of hyperparameters, unless this step has one.
 
-        There is no experiment record: of several runs TensorBoard shows only the columns that the
-        first one names, and without any it finds the columns of all by itself.
+        There is no experiment record: with one, TensorBoard shows only the columns of the first
+        run; without any, it finds those of all runs.
         """
         from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG
         from tensorboard.plugins.hparams.summary_v2 import hparams_pb

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 class GrowingFile:
-    """A file of records. What the disk does not take waits in memory, so none is lost or torn."""
+    """A file of records. What a full disk refuses waits in memory, so none is lost or torn."""
 
     def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
         self._path = path
@@ -26,7 +26,7 @@ class GrowingFile:
             self._report(error)
 
     def sync(self) -> None:
-        """Bring everything to the disk."""
+        """Write and sync everything."""
         self.write(b"")
         try:
             os.fsync(self._file)
@@ -34,7 +34,7 @@ class GrowingFile:
             self._report(error)
 
     def close(self) -> None:
-        """Bring everything to the disk and end the file."""
+        """Write and sync everything, and close the file."""
         if self._file >= 0:
             self.sync()
             os.close(self._file)
@@ -44,6 +44,5 @@ class GrowingFile:
         if not self._warned:
             self._warned = True
             self._warn(
-                f"cannot write {self._path} ({error.strerror}); training goes on, and it is tried "
-                "again"
+                f"cannot write {self._path} ({error.strerror}); training goes on and tries again"
             )

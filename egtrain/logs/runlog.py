@@ -27,12 +27,12 @@ TAGS = {
 }
 """TensorBoard's name of a training metric; one that is not here is `train/<name>`.
 
-TensorBoard's table of hyperparameters begins with the first five names, so none sorts before
+TensorBoard's table of hyperparameters starts with the first five names, so all sort after
 `final/`.
 """
 OVER_SAMPLES = "over_samples"
-"""Folder of the curves over samples, and the group of their names. TensorBoard has one step a run
-and forgets all that is later when a run is resumed, so these are a run by themselves."""
+"""Folder of the curves over samples, and the group of their names. TensorBoard has one step per run
+and forgets later ones when a run is resumed, so these curves are a run by themselves."""
 
 SMOOTHED_STEPS = 20
 
@@ -40,18 +40,18 @@ SMOOTHED_STEPS = 20
 class RunLog:
     """Writes a run's metrics to metrics.jsonl and TensorBoard events, and shows them.
 
-    A file that cannot be written during the run is warned of once; its records wait in memory for
-    room on the disk.
+    If a file cannot be written during the run, there is one warning, and its records wait in memory
+    for room on the disk.
 
     Args:
-        directory: of the run; it exists.
+        directory: of the run; it must exist.
         batch_size: the samples of a step.
         tensorboard: whether to write events.
-        resume_step: the run goes on after this step, and what was logged of later ones is cut off;
-            0 or None: from the start, and everything is.
-        every: write the training metrics of each so-many-th step.
-        display: is told of every step.
-        warn: takes a warning in one line; by default the display, or standard error.
+        resume_step: the run goes on after this step, and what was logged later is cut off; 0 or
+            None: it starts, and everything is cut off.
+        every: steps between two lines of training metrics.
+        display: shows every step.
+        warn: takes a one-line warning; by default shown by the display or on standard error.
 
     Raises:
         EgtrainError: the files cannot be opened.
@@ -127,35 +127,35 @@ class RunLog:
         self._speed.restart_clock()
 
     def text(self, tag: str, text: str) -> None:
-        """Put a Markdown text into TensorBoard, unless an earlier part of the run did."""
+        """Write a Markdown text to TensorBoard, unless an earlier part of the run did."""
         if self._events is not None:
             self._events.text(tag, text, self._step)
 
     def hyperparameters(
         self, values: Mapping[str, object], final_metrics: Mapping[str, float]
     ) -> None:
-        """Put the run into TensorBoard's table of hyperparameters; to be called at its end.
+        """Add the run to TensorBoard's table of hyperparameters; call it at the end.
 
         Args:
-            values: flat; None is left out.
+            values: flat; those that are None are left out.
             final_metrics: shown in the table as `final/<name>`.
         """
         if self._events is not None:
             self._events.hyperparameters(values, final_metrics, self._step)
 
     def restart_clock(self) -> None:
-        """Leave the time since the last step out of the speed: it went into a checkpoint."""
+        """Leave the time since the last step out of the speed: a checkpoint took it."""
         self._speed.restart_clock()
 
     def flush(self) -> None:
-        """Bring everything to the disk, before a checkpoint: it must not be ahead of the log."""
+        """Write and sync everything before a checkpoint, which must not be ahead of the log."""
         self._lines.sync()
         for events in self._event_files():
             events.file.sync()
         self._speed.restart_clock()
 
     def close(self) -> None:
-        """Bring everything to the disk and end the files."""
+        """Write and sync everything, and close the files."""
         self._lines.close()
         for events in self._event_files():
             events.file.close()
@@ -195,7 +195,7 @@ class _Speed:
         self._since: float | None = None
 
     def after_step(self, samples: int) -> float | None:
-        """Return the speed after a step; None after the first, which holds the start-up."""
+        """Return the speed after a step; None after the first, which includes the start-up."""
         now = time.monotonic()
         if self._since is not None:
             self._steps.append((samples, now - self._since))
@@ -211,7 +211,7 @@ class _Speed:
 
 
 def _cut_lines_after(path: Path, step: int) -> float:
-    """Cut off torn lines and those of later steps; return the last one's seconds."""
+    """Cut off torn lines and those of later steps; return the seconds of the last one left."""
     if not path.exists():
         return 0.0
     if not step:
@@ -236,7 +236,7 @@ def _cut_lines_after(path: Path, step: int) -> float:
 
 
 def finite(value: Any) -> Any:
-    """Return a nested value with None for every number that JSON has no word for."""
+    """Return a nested value with None for infinities and NaN, which JSON lacks."""
     if isinstance(value, Mapping):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

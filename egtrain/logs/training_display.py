@@ -11,10 +11,10 @@ from egtrain.tasks import LOSS, Metric, metrics_text
 
 
 class TrainingDisplay:
-    """Shows how far a run is; a context manager, which gives the terminal back at the end.
+    """Shows the progress of a run; a context manager that restores the terminal at the end.
 
-    `epochs` and `steps` are those of the whole run, which goes on after `start_step`; `metrics` are
-    shown of mini-batches and evaluations. For the rest see `Progress`.
+    `epochs` and `steps` are those of the whole run, which goes on after `start_step`. `metrics` are
+    those to show of mini-batches and evaluations. For the rest see `Progress`.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class TrainingDisplay:
         self._bar.update(step, f"{self._position(step, epoch)}  {text}", speed)
 
     def evaluating(self, split: str, done: int, total: int) -> None:
-        """Take how many batches of a split are evaluated."""
+        """Take the number of evaluated batches of a split."""
         self._progress.report(f"evaluating on {split}", done, total)
 
     def evaluation(self, step: int, epoch: float, split: str, metrics: Mapping[str, float]) -> None:
@@ -80,7 +80,7 @@ class TrainingDisplay:
         self.message(f"{self._position(step, epoch)}  {split}: {text}")
 
     def message(self, text: str) -> None:
-        """Print a line, above the bar where there is one."""
+        """Print a line, above any bar."""
         self._progress.message(text)
 
     def _position(self, step: int, epoch: float) -> str:

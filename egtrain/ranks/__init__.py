@@ -1,1 +1,1 @@
-"""Processes that carry the workers: how they start, meet, stop and end together."""
+"""The processes that carry the workers: how they start, join, stop and end together."""

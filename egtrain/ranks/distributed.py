@@ -23,8 +23,7 @@ def pick_device(name: str) -> torch.device:
     """Return the device of this rank for `auto`, `cpu` or `cuda`.
 
     Raises:
-        UsageError: `cuda` was asked for and there is none, or fewer than ranks on this node; on
-            each of its ranks.
+        UsageError: on every rank of the node, if there is no GPU for `cuda`, or fewer than ranks.
     """
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -50,7 +49,7 @@ def require_cuda() -> None:
 
 @contextmanager
 def joined_ranks(device_name: str, timeout_seconds: float = 600) -> Iterator[Ranks]:
-    """Join the process group that torchrun prepared, if it did, and leave it in the end.
+    """Join the process group that torchrun prepared, if any, and leave it at the end.
 
     In the block, this process ends as soon as another rank reports a failure.
     """
@@ -58,7 +57,7 @@ def joined_ranks(device_name: str, timeout_seconds: float = 600) -> Iterator[Ran
     if not started_by_torchrun():
         yield Ranks(device=device)
         return
-    # A restarted group must not meet the addresses that the dead one left in the agent's store.
+    # A restarted group must not find the addresses that the dead one left in the agent's store.
     world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     timeout = timedelta(seconds=timeout_seconds)
     store = TCPStore(*store_address(), world, is_master=holds_store(), timeout=timeout)
@@ -68,8 +67,7 @@ def joined_ranks(device_name: str, timeout_seconds: float = 600) -> Iterator[Ran
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=prefixed, rank=rank, world_size=world, timeout=timeout)
     yield Ranks(rank, world, device)
-    # Not after a failure: that is reported first, so that the others do not take the lost
-    # connection for one.
+    # Not after a failure, which is reported first, lest the others report the lost connection.
     done.set()
     dist.destroy_process_group()
 
@@ -84,7 +82,7 @@ def agreed(text: str, ranks: Ranks) -> str:
 
 
 def first_rank_first(ranks: Ranks, prepare: Callable[[], T]) -> T:
-    """Return prepare() of every rank, rank 0's first; what fails on one of them fails on all.
+    """Call prepare() on rank 0, then on the others; what fails on one fails on all.
 
     Raises:
         EgtrainError: what `prepare` raised on some rank, with its exit code.

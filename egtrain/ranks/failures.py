@@ -1,6 +1,6 @@
-"""Ranks that end together: one's failure is printed once, and the others end within seconds.
+"""Ranks that end together: a failure is printed once, and the others end within seconds.
 
-The first failure of an attempt is written into torchrun's store, where every rank looks for it.
+The first failure of an attempt is written to torchrun's store, which every rank watches.
 """
 
 import json
@@ -17,34 +17,34 @@ from egtrain.progress import show_cursor
 from egtrain.ranks.torchrun import OUTCOMES, holds_store, rank, restart_count, store
 
 FAILURE_KEY = "egtrain/failure"
-"""Key in torchrun's store, with the attempt's number: the first failure of a rank."""
+"""Key of the first failure in torchrun's store; the attempt's number follows."""
 WATCH_SECONDS = 0.5
-"""How often a rank looks whether another one has failed."""
+"""How often a rank checks whether another has failed."""
 
 
 def end_rank(code: int, failure: BaseException | None = None) -> NoReturn:
-    """End a rank with its exit code, the others with it, and print a failure once in the run.
+    """End a rank with its exit code and the others with it; print a failure once in the run.
 
-    torchrun restarts what fails and returns 1 for every failure. So under the launcher that
-    `--nproc` is, an expected failure is noted for it. An interrupted run has not failed.
+    torchrun restarts whatever fails, and returns 1 for every failure. So an expected failure is
+    noted for the launcher of `--nproc`, if there is one. An interrupted run has not failed.
     """
     if failure is None:
         _leave(code, restart=False)
     expected = isinstance(failure, EgtrainError)
     whose = failure.reported_by if isinstance(failure, EgtrainError) else None
     if whose not in (None, rank()):
-        # torchrun would end that rank as soon as this one has ended.
+        # torchrun would end that rank as soon as this one ends.
         _wait_for_report(seconds=10)
         _leave(code, restart=False)
     if whose is None and rank():
-        # What fails on all, such as a wrong option, is rank 0's to tell.
+        # Rank 0 reports what fails on all, such as a wrong option.
         _wait_for_report(seconds=1)
     text = str(failure) if expected else ""
     report = {"rank": rank(), "code": code, "restart": not expected, "text": text}
     first = _first_report(report)
     if first is report or (expected and first["text"] != text):
         _print_failure(failure)
-    # What happens after the first failure is mostly its consequence: a lost connection.
+    # Later failures mostly follow from the first: a lost connection.
     _leave(first["code"], first["restart"])
 
 
@@ -62,15 +62,15 @@ def _failure_key() -> str:
 
 
 def _first_report(report: dict[str, Any]) -> dict[str, Any]:
-    """Put a report into the store and return the first one of this attempt, or `report` itself."""
+    """Put a report into the store; return the first one of this attempt, or else `report`."""
     try:
         written = json.dumps(report)
         found = store().compare_set(_failure_key(), "", written).decode()
     except (KeyError, ValueError, RuntimeError):
-        return report  # the store is gone with its holder, so nobody else can be told
+        return report  # the store has gone with its holder, so no other rank can be told
     first: dict[str, Any] = report if found == written else json.loads(found)
     if first is report and holds_store():
-        time.sleep(2 * WATCH_SECONDS)  # it ends with this process, and the others shall see it
+        time.sleep(2 * WATCH_SECONDS)  # the store ends with this process, and others read it
     return first
 
 
@@ -83,7 +83,7 @@ def _wait_for_report(seconds: float) -> None:
 
 
 def end_when_another_rank_fails(done: threading.Event) -> None:
-    """In a thread, until `done`: end this process once another rank has reported a failure."""
+    """Until `done`, in a thread: end this process once another rank has reported a failure."""
     with suppress(RuntimeError):  # torchrun is gone: StopSignal notices it, too
         while not store().check([_failure_key()]):
             if done.wait(WATCH_SECONDS):
@@ -97,8 +97,7 @@ def end_when_another_rank_fails(done: threading.Event) -> None:
 def _leave(code: int, restart: bool) -> NoReturn:
     """End this process, with a code that lets torchrun restart it or not.
 
-    The interpreter is not taken down in order: of six ranks one was seen to abort there, in a
-    thread of Gloo's.
+    The interpreter is not shut down in order: a rank was seen to abort there, in a thread of Gloo.
     """
     if (folder := os.environ.get(OUTCOMES)) and not restart:
         if code:

@@ -1,6 +1,6 @@
-"""The launcher that `--nproc` is: it starts ranks through torchrun and hands signals on.
+"""The launcher of `--nproc`: it starts ranks through torchrun and passes signals on.
 
-A run has as many launchers as commands: several nodes start torchrun by themselves, and have none.
+A run on several nodes has no launcher: there the user starts torchrun.
 """
 
 import os
@@ -21,7 +21,7 @@ from egtrain.ranks.torchrun import OUTCOMES, is_alive
 from egtrain.workers import divisors
 
 PATIENCE_SECONDS = 30.0
-"""How long ranks may take to save and leave after torchrun has died."""
+"""How long ranks may take to save and exit after torchrun has died."""
 
 
 def launch(
@@ -29,11 +29,11 @@ def launch(
 ) -> int:
     """Run `python -m egtrain ARGUMENTS` as `ranks` processes under torchrun; return its exit code.
 
-    SIGTERM, Ctrl-C and SIGHUP are handed to every rank, which saves and leaves; then the code is
-    75. A second one, later than two seconds after the first, ends all processes.
+    SIGTERM, Ctrl-C and SIGHUP are passed on to every rank, which saves and exits; then the code is
+    75. Another signal more than two seconds after the first ends all processes.
 
-    `lock_file` is an open file that the ranks shall hold, too, as their standard input: so the lock
-    ends with the last of them, even where this process and torchrun are killed.
+    `lock_file` is an open file that the ranks also hold, as their standard input. So the lock ends
+    with the last rank, even if this process and torchrun are killed.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(ranks), "--max-restarts", str(max_restarts)]
@@ -54,14 +54,12 @@ def launch(
             (folder / "exit").write_text(str(128 + number))
 
         with stop_signals(ask_ranks_to_stop, end_at_once):
-            # A session of its own: the terminal's signals reach the ranks through this process
-            # only, once.
+            # A new session: the terminal's signals reach the ranks only once, through this process.
             process = subprocess.Popen(
                 command, env=environment, stdin=lock_file, start_new_session=True
             )
             returned = process.wait()
-            # torchrun has waited for the ranks, unless it was killed; then they notice, save and
-            # leave.
+            # torchrun has waited for the ranks. If it was killed, they notice, save and exit.
             deadline = time.monotonic() + PATIENCE_SECONDS
             while _ranks_alive(folder) and time.monotonic() < deadline:
                 time.sleep(0.1)
@@ -72,7 +70,7 @@ def launch(
 
 
 def _ranks_alive(folder: Path) -> list[int]:
-    """Return the process numbers of ranks that have noted theirs and have not ended."""
+    """Return the process numbers, as noted by the ranks, of those that are still running."""
     started = [int(file.read_text() or 0) for file in folder.glob("rank-*")]
     return [pid for pid in started if pid and is_alive(pid)]
 
@@ -84,7 +82,7 @@ def _signal_ranks(folder: Path, number: int) -> None:
 
 
 def require_dividing(workers: int, ranks: int) -> None:
-    """Raise UsageError, naming the possible numbers, where the ranks do not divide the workers."""
+    """Raise UsageError, naming the possible numbers, if the ranks do not divide the workers."""
     if ranks < 1 or workers % ranks:
         possible = ", ".join(map(str, divisors(workers)))
         raise UsageError(

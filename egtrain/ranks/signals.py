@@ -1,4 +1,4 @@
-"""The signals that ask a process to stop, and the request that a run or its ranks make of them."""
+"""The signals that ask a process to stop, and how a run and its ranks take them."""
 
 import os
 import signal
@@ -18,11 +18,10 @@ ONE_REQUEST_SECONDS = 2.0
 
 @contextmanager
 def stop_signals(first: Callable[[], object], second: Callable[[int], object]) -> Iterator[None]:
-    """Call `first()` at SIGTERM, Ctrl-C or the end of the terminal (SIGHUP), and `second(number)`
-    at a later request; only in the `with` block.
+    """Within the block, call `first()` at SIGTERM, Ctrl-C or SIGHUP, then `second(number)`.
 
-    A process that was started to ignore Ctrl-C or SIGHUP, as in the background of a script or by
-    nohup, goes on ignoring it.
+    A process started to ignore Ctrl-C or SIGHUP, as in the background of a script or by nohup, goes
+    on ignoring it.
     """
     asked_at: float | None = None
 
@@ -48,10 +47,10 @@ def stop_signals(first: Callable[[], object], second: Callable[[int], object]) -
 
 
 class StoppedEarly(BaseException):
-    """A signal before the training; not an Exception, since many an import catches those.
+    """A signal before the training; no Exception, since many imports catch those.
 
-    Nor KeyboardInterrupt: Python ends by a signal, whatever its exit code, if one has passed
-    through `exec`.
+    Nor a KeyboardInterrupt: if one has passed through `exec`, Python ends by a signal, whatever the
+    exit code.
     """
 
 
@@ -61,12 +60,11 @@ def _end_at_once(number: int) -> NoReturn:
 
 
 class StopSignal:
-    """Turns SIGTERM, Ctrl-C and SIGHUP into a request that the loop sees after the step; a second
-    one ends the process.
+    """Turns SIGTERM, Ctrl-C and SIGHUP into a request to stop; a second one ends the process.
 
-    A rank whose torchrun or launcher has died asks to stop as well. Before `training` is set, a
-    process that is a run by itself stops at once, with StoppedEarly; ranks go on to their first
-    step, so that they stop together.
+    The loop sees the request after the step. A rank whose torchrun or launcher has died also asks
+    to stop. Before `training` is set, a single process stops at once, with StoppedEarly; ranks go
+    on to their first step, so that they stop together.
     """
 
     def __init__(self) -> None:
@@ -82,8 +80,7 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         self._signals.enter_context(stop_signals(self._ask, _end_at_once))
-        # Only now, so that the launcher finds a process that is ready for its signal, or else
-        # leaves word.
+        # Only now: the launcher must find a process that is ready for its signal, or leave a note.
         if folder := os.environ.get(OUTCOMES):
             Path(folder, f"rank-{rank()}").write_text(str(os.getpid()))
             Path(folder, "exit").unlink(missing_ok=True)

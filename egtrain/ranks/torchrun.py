@@ -1,4 +1,4 @@
-"""What torchrun, and the launcher that `--nproc` is, tell the ranks that they start."""
+"""What torchrun and the launcher of `--nproc` tell the ranks that they start."""
 
 import os
 from datetime import timedelta
@@ -8,11 +8,10 @@ from pathlib import Path
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 OUTCOMES = "EGTRAIN_OUTCOMES"
-"""Environment variable: a folder in which the launcher that `--nproc` is and its ranks leave notes
-for each other.
+"""Environment variable: a folder for notes between the launcher of `--nproc` and its ranks.
 
-The launcher leaves its process number (`launcher`) and that it was asked to stop (`stop`), the
-ranks leave their process numbers (`rank-*`) and the exit code of the run (`exit`).
+The launcher notes its process number (`launcher`) and that it was asked to stop (`stop`); the ranks
+note their process numbers (`rank-*`) and the exit code of the run (`exit`).
 """
 DIRECTORY_KEY = "egtrain/run_directory"
 """Key in torchrun's store, which outlives a restart of the ranks."""
@@ -24,7 +23,7 @@ def started_by_torchrun() -> bool:
 
 
 def has_launcher() -> bool:
-    """Return whether the launcher that `--nproc` is started this process."""
+    """Return whether the launcher of `--nproc` started this process."""
     return OUTCOMES in os.environ
 
 
@@ -34,12 +33,12 @@ def restart_count() -> int:
 
 
 def rank() -> int:
-    """Return the number of this process among the ranks; 0 where it is a run by itself."""
+    """Return the rank of this process; 0 if it is the only one."""
     return int(os.environ.get("RANK", "0"))
 
 
 def is_alive(pid: int) -> bool:
-    """Return whether there is a process of this number."""
+    """Return whether a process with this number exists."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -50,29 +49,29 @@ def is_alive(pid: int) -> bool:
 
 
 def store_address() -> tuple[str, int]:
-    """Return host and port of the ranks' store."""
+    """Return the host and port of the ranks' store."""
     return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
 
 
 def holds_store() -> bool:
-    """Return whether this rank holds the store, which torchrun does where it started the ranks."""
+    """Return whether this rank holds the store, and not torchrun."""
     return os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
 
 @cache
 def store() -> TCPStore:
-    """Return a connection to the store beside the process group's, which waits in it for long."""
+    """Return a new connection to the store: the process group's can be blocked by long waits."""
     return TCPStore(*store_address(), is_master=False, timeout=timedelta(seconds=5))
 
 
 def remember_directory(directory: Path) -> None:
-    """Tell a later attempt, after a restart by torchrun, which directory this one made."""
+    """Note which directory this attempt made, for attempts after a restart by torchrun."""
     if started_by_torchrun():
         store().set(DIRECTORY_KEY, str(directory))
 
 
 def directory_made_before() -> Path | None:
-    """Return the directory that an earlier attempt of this run has made, if there was one."""
+    """Return the directory that an earlier attempt of this run made, if any."""
     restarted = started_by_torchrun() and restart_count() > 0
     if not restarted or not store().check([DIRECTORY_KEY]):
         return None

@@ -1,4 +1,4 @@
-"""A cell on disk, and as a process that is forked from a server with torch imported."""
+"""A cell on disk, and as a process forked from a server that has imported torch."""
 
 import json
 import multiprocessing
@@ -33,11 +33,11 @@ PRELOADED = [
     "egtrain.saved_run",
     "torch._dynamo",
 ]
-"""What every cell imports; it would take longer than a small cell trains."""
+"""What every cell imports, which takes longer than training a small cell."""
 
 
 class Status(StrEnum):
-    """How a cell stands."""
+    """The status of a cell."""
 
     waiting = "waiting"
     """Not started, or interrupted: it is continued from its newest checkpoint."""
@@ -48,7 +48,7 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class Folder:
-    """Where a sweep keeps its files."""
+    """The folder of a sweep's files."""
 
     path: Path
 
@@ -57,7 +57,7 @@ class Folder:
         return self.path / "cells" / cell.name
 
     def log(self, cell: Cell) -> Path:
-        """Return the file that a cell's process prints to."""
+        """Return the file with the output of a cell's process."""
         return self.path / "logs" / f"{cell.name}.log"
 
     def failure(self, cell: Cell) -> Path:
@@ -65,10 +65,10 @@ class Folder:
         return self.path / "failures" / f"{cell.name}.json"
 
     def claim(self, plan: Plan) -> None:
-        """Make this the folder of the plan's sweep, or of one with other cells of the same kind.
+        """Claim the folder for the plan's sweep; it may hold the same sweep with other cells.
 
         Raises:
-            UsageError: it is another sweep's, or a run.
+            UsageError: it holds another sweep or a run.
         """
         file = self.path / PLAN
         record = plan.as_json(self.path / "cells")
@@ -91,7 +91,7 @@ class Folder:
         write_atomically(file, f"{json.dumps(record, indent=1)}\n".encode())
 
     def status(self, cell: Cell) -> Status:
-        """Return how a cell stands.
+        """Return the status of a cell.
 
         Raises:
             UsageError: another run is in its place.
@@ -117,7 +117,7 @@ class Folder:
         return record
 
     def note_end(self, cell: Cell, exit_code: int) -> Status:
-        """Write down how a cell's process ended, and return how the cell stands now."""
+        """Note how a cell's process ended, and return the cell's status."""
         if exit_code == 0:
             self.failure(cell).unlink(missing_ok=True)
             return self.status(cell)
@@ -134,7 +134,7 @@ class Folder:
 
 
 def last_words(log: Path, exit_code: int) -> str:
-    """Return in one line why a process ended."""
+    """Return why a process ended, in one line."""
     if exit_code < 0:
         return f"killed by {signal.Signals(-exit_code).name}"
     with suppress(OSError):
@@ -145,7 +145,7 @@ def last_words(log: Path, exit_code: int) -> str:
 
 
 def _refuse_changes(before: dict[str, Any], after: dict[str, Any], path: Path) -> None:
-    """Raise UsageError where what two sweeps have in common is not the same in both."""
+    """Raise UsageError if what two sweeps have in common differs."""
     lines = _changes(_common(before, after), _common(after, before))
     if any(line.startswith("cells ") for line in lines):
         lines = [line for line in lines if not line.startswith("cells ")] or [
@@ -160,7 +160,7 @@ def _refuse_changes(before: dict[str, Any], after: dict[str, Any], path: Path) -
 
 
 def _common(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """Return an identity without the presets and cells that another one has not."""
+    """Return an identity without the presets and cells that the other one lacks."""
     return {
         part: {name: v for name, v in value.items() if name in other[part]}
         if isinstance(value, dict)
@@ -192,7 +192,7 @@ def _shown(value: Any) -> str:
 
 @cache
 def process_server() -> BaseContext:
-    """Return what makes the processes; each is a clean one, with nothing of the sweep in it."""
+    """Return the context that starts processes, each without anything of the sweep in it."""
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")  # the system's libraries do not survive a fork
     forking = multiprocessing.get_context("forkserver")
@@ -208,9 +208,9 @@ def wait_for_server() -> None:
 
 
 def start_egtrain(arguments: Sequence[str], gpu: str | None, log: Path) -> BaseProcess:
-    """Start `egtrain ARGUMENTS` on a GPU, if one is given, with its output at the end of a file.
+    """Start `egtrain ARGUMENTS`, on a GPU if one is given; append its output to a log.
 
-    It is asked to stop as soon as the process that started it is gone, however that ended.
+    It is asked to stop as soon as the process that started it is gone, for whatever reason.
     """
     process: BaseProcess = process_server().Process(  # type: ignore[attr-defined]
         target=_run, args=(list(arguments), gpu, str(log), str(Path.cwd()), dict(os.environ))
@@ -222,18 +222,18 @@ def start_egtrain(arguments: Sequence[str], gpu: str | None, log: Path) -> BaseP
 def _run(
     arguments: list[str], gpu: str | None, log: str, folder: str, environment: dict[str, str]
 ) -> None:
-    os.setsid()  # the terminal's Ctrl-C reaches it through the sweep only, once
+    os.setsid()  # the terminal's Ctrl-C reaches it only once, through the sweep
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     for stream in (1, 2):
         os.dup2(handle, stream)
     os.close(handle)
-    # Those of the server may be older.
+    # The server's may be older.
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment if gpu is None else {**environment, "CUDA_VISIBLE_DEVICES": gpu})
     threading.Thread(target=_stop_with_the_sweep, daemon=True).start()
     sys.argv = ["egtrain", *arguments]
-    # Imported by the sweep's start; runpy would warn of it in every log.
+    # The sweep has imported it, and runpy would warn of that in every log.
     sys.modules.pop("egtrain.__main__", None)
     runpy.run_module("egtrain", run_name="__main__", alter_sys=True)
 

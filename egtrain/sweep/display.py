@@ -17,9 +17,9 @@ TAIL_BYTES = 8192
 
 
 class Display:
-    """Shows how far a sweep is; a context manager, which gives the terminal back at the end.
+    """Shows the progress of a sweep; a context manager that restores the terminal at the end.
 
-    `left` are the cells that are to run.
+    `left` are the cells still to run.
     """
 
     def __init__(self, plan: Plan, folder: Folder, left: Sequence[Cell], stream: TextIO) -> None:
@@ -27,7 +27,7 @@ class Display:
         self._progress = Progress(stream, seconds_between_lines=0)
         self._ended = len(plan.cells) - len(left)
         self._gradients = {cell.name: cell.gradient_evaluations for cell in plan.cells}
-        """Those that are done of each cell."""
+        """Gradient evaluations done of each cell."""
         self._gradients |= {cell.name: cell.gradients_until(self._look(cell)[0]) for cell in left}
         self._running: dict[str, tuple[Bar, float]] = {}
         """By the cell's name: its bar, and when it was started."""
@@ -35,7 +35,7 @@ class Display:
     def __enter__(self) -> Self:
         self._progress.__enter__()
         total = sum(cell.gradient_evaluations for cell in self._plan.cells)
-        # What was done before is no work of this start.
+        # Earlier work does not count towards the time left.
         done = sum(self._gradients.values())
         self._sweep = self._progress.bar("sweep", total, done, from_now=True)
         self._sweep.watch(lambda: (sum(self._gradients.values()), self._count()))
@@ -45,14 +45,14 @@ class Display:
         self._progress.__exit__()
 
     def started(self, cell: Cell) -> None:
-        """Take a cell that begins to run."""
+        """Take a cell that has started."""
         name = cell.name if len(cell.name) <= NAME_WIDTH else f"…{cell.name[1 - NAME_WIDTH :]}"
         bar = self._progress.bar(name, cell.steps, self._look(cell)[0])
         bar.watch(partial(self._look, cell))
         self._running[cell.name] = bar, time.monotonic()
 
     def ended(self, cell: Cell, status: Status) -> None:
-        """Take a cell whose process is over."""
+        """Take a cell whose process has ended."""
         bar, started = self._running.pop(cell.name)
         bar.remove()
         outcome = str(status)
@@ -84,8 +84,9 @@ class Display:
 
 
 def last_metric(run: Path, plan: Plan) -> tuple[int, str]:
-    """Return how many steps a run has made, and its last metric in words; before a point of a grid
-    is selected, nobody is to see results of the test split.
+    """Return how many steps a run has made, and its last metric in words.
+
+    With a grid, test results stay hidden until a point is selected.
     """
     for line in reversed(last_lines(run / "metrics.jsonl")):
         if not (plan.has_grid and line["split"] == "test"):

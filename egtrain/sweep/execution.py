@@ -1,4 +1,4 @@
-"""Running the cells of a sweep, each once and in a process of its own, and timing a few steps."""
+"""Runs the cells of a sweep, each in a new process, and times a few steps."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from egtrain.sweep.display import Display, last_metric
 from egtrain.sweep.plan import Cell, Plan
 
 ORPHAN_SECONDS = 120.0
-"""How long a cell that a killed sweep left running may take to save and leave."""
+"""How long a cell left running by a killed sweep may take to save and exit."""
 POLL_SECONDS = 0.05
 MEASURED_STEPS = 4
 """For the estimate of the time."""
@@ -38,7 +38,7 @@ class _RunningCell:
 
 
 def start_cell(cell: Cell, folder: Folder, gpu: str | None) -> BaseProcess:
-    """Start the process of a cell, from its newest checkpoint where it has one."""
+    """Start the process of a cell, from its newest checkpoint if it has one."""
     run = folder.run(cell)
     started_before = (run / "config.yaml").exists()
     arguments = ["train", "--resume", str(run)] if started_before else cell.arguments(run)
@@ -48,14 +48,13 @@ def start_cell(cell: Cell, folder: Folder, gpu: str | None) -> BaseProcess:
 def run_cells(
     plan: Plan, folder: Folder, *, jobs: int, gpus: Sequence[str], retry: bool, stream: TextIO
 ) -> None:
-    """Run all cells that are not finished, `jobs` at a time; failed ones too with `retry`.
+    """Run all unfinished cells, `jobs` at a time; with `retry`, failed ones too.
 
-    How far they are is shown on the stream.
+    Progress is shown on the stream.
 
     Raises:
-        UsageError: another run is in a cell's place, or there is no GPU for what is left; nothing
-            has been started.
-        InterruptedRun: a signal came; what was running has saved, and the next call goes on.
+        UsageError: another run is in a cell's place, or there is no GPU; nothing was started.
+        InterruptedRun: a signal came; running cells have saved, and the next call goes on.
     """
     statuses = {cell.name: folder.status(cell) for cell in plan.cells}
     bad = (Status.failed, Status.diverged)
@@ -102,7 +101,7 @@ def run_cells(
                         display.ended(one.cell, statuses[one.cell.name])
                 time.sleep(POLL_SECONDS)
         finally:
-            # Only after an unexpected failure is something left here.
+            # Only an unexpected failure leaves something here.
             for one in running:
                 one.process.terminate()
             for one in running:
@@ -116,10 +115,10 @@ def run_cells(
 
 
 def devices_for(plan: Plan, jobs: str) -> tuple[int, list[str]]:
-    """Return how many cells run at a time for `--jobs`, and the GPUs that they take in turn.
+    """Return how many cells run at a time for `--jobs`, and the GPUs that they use in turn.
 
     Raises:
-        UsageError: `jobs` is neither.
+        UsageError: `jobs` is neither a number nor `auto`.
     """
     from egtrain.logs.environment import cores
 
@@ -139,7 +138,7 @@ def devices_for(plan: Plan, jobs: str) -> tuple[int, list[str]]:
 
 
 def require_success(plan: Plan, folder: Folder) -> None:
-    """Raise EgtrainError where cells have failed."""
+    """Raise EgtrainError if cells have failed."""
     failed = [cell for cell in plan.cells if folder.status(cell) is not Status.done]
     if failed:
         names = ", ".join(cell.name for cell in failed[:3]) + (
@@ -156,14 +155,14 @@ class Speed:
     """What a few steps of a preset took."""
 
     start_seconds: float
-    """From the command to the first step, and from the last one to the end."""
+    """From the command to the first step, and from the last step to the end."""
     gradient_seconds: float
-    """A per-sample gradient."""
+    """For one per-sample gradient."""
     evaluation_seconds: float
 
 
 def measured_speeds(plan: Plan, gpus: list[str], stream: TextIO) -> dict[str, Speed] | None:
-    """Return how quickly each preset's first cell trains; None, with a line, where one fails."""
+    """Return the speed of each preset's first cell; if one fails, print a line and return None."""
     speeds: dict[str, Speed] = {}
     firsts = {cell.preset: cell for cell in reversed(plan.cells)}
     with (
@@ -188,7 +187,7 @@ def measured_speeds(plan: Plan, gpus: list[str], stream: TextIO) -> dict[str, Sp
 
 
 def measured_speed(cell: Cell, gpus: Sequence[str], scratch: Path) -> Speed:
-    """Return how quickly a cell trains, from a few steps without the first.
+    """Return the speed of a cell, from a few steps after the first.
 
     Raises:
         EgtrainError: the run failed.

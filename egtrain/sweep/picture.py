@@ -30,18 +30,17 @@ from egtrain.formatting import FRACTION, counted, short_count, short_value_text
 from egtrain.sweep.results import CellResult, Results, Row
 
 SPREAD = 1.015
-"""Presets stand a little apart on the axis of batch sizes, so that their error bars can be told."""
+"""Presets are a little apart on the batch-size axis, so that error bars do not overlap."""
 MANY_CURVES = 12
-"""With more learning curves than these only those of the smallest and the largest batch are
-drawn."""
+"""With more learning curves, only the smallest and the largest batch have one."""
 LEGEND_HANDLE = 9
 """Room for the line beside a label, in characters."""
 FAR = 4.0
-"""A noise scale further than this factor outside of the batch sizes is said in words."""
+"""A noise scale outside the batch sizes by more than this factor is given in words."""
 
 
 def picture_of(results: Results) -> Figure:
-    """Return the picture; what would be a single point has no panel."""
+    """Return the picture; panels that would hold a single point are left out."""
     plan = results.plan
     several = len(plan.batch_sizes) > 1
     panels: list[Callable[[Axes, Results], None]] = []
@@ -61,7 +60,7 @@ def picture_of(results: Results) -> Figure:
 
 
 def _sentences(results: Results) -> list[str]:
-    """Return what is trained, what ± is, and what else has to be known to read the picture."""
+    """Return what is trained, what ± means, and what else a reader must know."""
     plan, cell = results.plan, results.plan.cells[0]
     length = counted(cell.steps, "step")
     if cell.config.steps is None:
@@ -139,7 +138,7 @@ def _draw_noise_scale(axes: Axes, results: Results) -> None:
         return
     low, middle, high = results.noise_scale
     smallest, largest = results.plan.batch_sizes[0], results.plan.batch_sizes[-1]
-    # Where large batches do worse, this corner stays empty.
+    # If large batches do worse, this corner stays empty.
     height, side = (0.97, "top") if results.plan.metric.higher_is_better else (0.03, "bottom")
     style: dict[str, Any] = {"fontsize": 7.5, "color": "0.35", "va": side}
     if not smallest / FAR <= middle <= largest * FAR:
@@ -232,7 +231,7 @@ def _draw_curves(axes: Axes, results: Results) -> None:
 
 
 def _curve_batch_sizes(results: Results) -> tuple[int, ...]:
-    """Return the batch sizes of which learning curves are drawn."""
+    """Return the batch sizes whose learning curves are drawn."""
     plan = results.plan
     batch_sizes = plan.batch_sizes
     if len(plan.presets) * len(batch_sizes) <= MANY_CURVES and len(batch_sizes) <= len(LINES):
@@ -241,7 +240,7 @@ def _curve_batch_sizes(results: Results) -> tuple[int, ...]:
 
 
 def _mean_curve(cells: Sequence[CellResult]) -> tuple[list[float], list[float], list[float] | None]:
-    """Return epochs, mean and standard deviation over the seeds, at the steps of all."""
+    """Return epochs, mean and standard deviation over the seeds, at the steps they share."""
     curves = [dict(result.curve) for result in cells]
     steps = sorted(set.intersection(*(set(curve) for curve in curves)))
     means = [statistics.fmean(curve[step] for curve in curves) for step in steps]

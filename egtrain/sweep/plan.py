@@ -1,7 +1,6 @@
 """What a sweep runs: its cells, and the one rule that scales them.
 
-Nothing here imports torch before the data are looked at, so that a wrong option is reported at
-once.
+Nothing here imports torch before the data are read, so that a wrong option is reported at once.
 """
 
 import hashlib
@@ -25,18 +24,17 @@ if TYPE_CHECKING:
 FORMAT = 1
 """Version of sweep.json and results.json."""
 EVALUATIONS = 20
-"""At least so many evaluations a run, where its epochs allow it: curves and steps to a target are
-read off them."""
+"""The least number of evaluations per run, if it has as many epochs, for curves and targets."""
 UNEQUAL = 0.01
-"""Runs whose samples differ by less than this share of them count as equally long."""
+"""Runs whose numbers of samples differ by less than this share count as equally long."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What only the task and its data can say of a configuration."""
+    """What depends on the task and its data besides the configuration."""
 
     samples: int
-    """N, without those held out."""
+    """N, without those held out for validation."""
     steps_per_epoch: int
     steps: int
     """Of the whole run."""
@@ -59,7 +57,7 @@ class Cell:
     length_factor: float
     name: str
     settings: tuple[str, ...]
-    """KEY=VALUE; with the preset they are all that the run is a function of."""
+    """KEY=VALUE; the run depends on these and the preset only."""
     config: Config
     steps: int
     steps_per_epoch: int
@@ -72,14 +70,14 @@ class Cell:
         return self.gradients_until(self.steps)
 
     def gradients_until(self, step: int) -> int:
-        """Return the per-sample gradients of so many updates."""
+        """Return the per-sample gradients of the first `step` updates."""
         second = self.second_gradients
         return (
             step + len(range(second.start, min(second.stop, step), second.step))
         ) * self.batch_size
 
     def arguments(self, directory: Path) -> list[str]:
-        """Return what follows `egtrain` on the command line that makes the run in a directory."""
+        """Return the arguments of `egtrain` that make the run in a directory."""
         settings = [part for setting in self.settings for part in ("--set", setting)]
         return ["train", "--preset", self.source, *settings, "--output", str(directory)]
 
@@ -115,8 +113,7 @@ class Plan:
     notes: tuple[str, ...]
     """What a reader of the results has to know."""
     identity: dict[str, Any] = field(repr=False)
-    """What makes it this sweep and no other, however many batch sizes, seeds and grid points it
-    has."""
+    """What identifies the sweep, whatever batch sizes, seeds and grid points it has."""
 
     @property
     def presets(self) -> tuple[str, ...]:
@@ -130,7 +127,7 @@ class Plan:
 
     @property
     def watched_split(self) -> str:
-        """The split that runs are evaluated on during training."""
+        """The split evaluated during training."""
         return "validation" if self.cells[0].config.has_validation else "test"
 
     def as_json(self, directory: Path) -> dict[str, Any]:
@@ -192,7 +189,7 @@ def make_plan(
 
 
 def facts_from_data(offline: bool = False) -> Callable[[Config], Facts]:
-    """Return a function that says what a configuration's data, loaded once, make of it."""
+    """Return a function from a configuration to its facts, which loads the data once."""
     import torch
 
     from egtrain.build import build_direction, build_task, load_data
@@ -273,7 +270,7 @@ def _cell(
     facts = facts_of(config)
     evaluate_every = facts.steps / facts.steps_per_epoch / EVALUATIONS
     if base.steps is not None:
-        # The same number of warm-up steps for every batch size, like the run's.
+        # Like the length of the run, the same number of warm-up steps for every batch size.
         smallest = batch_setting(request, preset, min(request.batch_sizes))
         longer = facts_of(config.model_copy(update=smallest)).steps_per_epoch
         values["schedule.warmup_epochs"] = base.schedule.warmup_epochs * (
@@ -309,7 +306,7 @@ def _cell(
 
 
 def _all_settings(request: Request, base: Config, values: Mapping[str, Any]) -> list[str]:
-    """Return the user's settings and, of the sweep's, those that change something."""
+    """Return the user's settings, and those of the sweep's that change something."""
     plain = base.model_dump()
     changing = []
     for key, value in values.items():
@@ -368,9 +365,8 @@ def _notes(
         )
     if has_grid:
         notes.append(
-            "Of each grid the point with the best mean validation result over all seeds is "
-            "selected, for each preset and batch size; quoted is the test result of those same "
-            "runs."
+            "For each preset and batch size, the point of the grid with the best mean validation "
+            "result over all seeds is selected; the table quotes the test result of those runs."
         )
     left_out = {
         cell.batch_size: facts.samples - cell.steps_per_epoch * cell.batch_size for cell in cells
@@ -387,8 +383,8 @@ def _notes(
         )
     elif at:
         notes.append(
-            f"What does not fill a batch is left out of an epoch: {at}, of {facts.samples:,} "
-            "samples. Those runs take fewer gradients; a batch size that divides the samples takes "
-            "as many as the others."
+            f"Samples that do not fill a batch are left out of each epoch: {at}, of "
+            f"{facts.samples:,} samples. Those runs take fewer gradients; a batch size that "
+            "divides the samples takes as many as the others."
         )
     return tuple(notes)

@@ -1,4 +1,4 @@
-"""What a sweep tells: tables of its plan and results, notes, results.json and results.csv."""
+"""What a sweep reports: tables of its plan and results, notes, results.json and results.csv."""
 
 import csv
 import io
@@ -31,7 +31,7 @@ from egtrain.tables import Column, print_line, print_table
 def print_plan(
     plan: Plan, folder: Folder, console: Console, jobs: int, speeds: dict[str, Speed] | None
 ) -> None:
-    """Print what a sweep runs, the rule that scales rates, and what was done before."""
+    """Print what a sweep runs, the rule that scales rates, and what is done already."""
     rows = [
         [c for c in plan.cells if (c.preset, c.batch_size) == (preset, batch_size)]
         for preset in plan.presets
@@ -78,7 +78,7 @@ def print_plan(
 
 
 def write_results(results: Results, path: Path) -> None:
-    """Write results.json and results.csv; what depends on the clock is apart, as `wall`.
+    """Write results.json and results.csv; what depends on the clock is under `wall`.
 
     Raises:
         EgtrainError: they could not be written.
@@ -96,7 +96,7 @@ def write_results(results: Results, path: Path) -> None:
 
 
 def as_json(results: Results) -> dict[str, Any]:
-    """Return what results.json holds; fractions, nats and samples."""
+    """Return what results.json holds, in fractions, nats and samples."""
     plan = results.plan
     rows = [
         {**asdict(row), "length": None if row.length is None else dict([row.length])}
@@ -134,7 +134,7 @@ def as_json(results: Results) -> dict[str, Any]:
 
 
 def print_results(results: Results, console: Console) -> None:
-    """Print the table, the largest batch of each preset, and what a reader has to know."""
+    """Print the table, the largest batch of each preset, and what a reader must know."""
     plan, rows = results.plan, results.rows
     metric = plan.metric
     columns = [
@@ -185,7 +185,7 @@ def print_results(results: Results, console: Console) -> None:
 
 
 def notes_on(results: Results) -> list[str]:
-    """Return what a reader of the table has to know."""
+    """Return what a reader of the table must know."""
     plan = results.plan
     notes = list(plan.notes)
     if any(row.standard_deviation is not None for row in results.rows):
@@ -204,7 +204,7 @@ def notes_on(results: Results) -> list[str]:
 
 
 def _notes_on_selection(results: Results) -> list[str]:
-    """Return what makes the selection of a grid's points doubtful."""
+    """Return what makes the selection from a grid doubtful."""
     notes = []
     for what, option in (("rate_factor", "--lr-grid"), ("length_factor", "--ratio-grid")):
         ends = []
@@ -231,7 +231,7 @@ def _notes_on_selection(results: Results) -> list[str]:
 
 
 def _differences(results: Results) -> list[str]:
-    """Return a line for each further preset: by how much it beats the first, by batch size."""
+    """Return a line for each further preset: how far it differs from the first, by batch size."""
     first, *others = results.plan.presets
     metric = results.plan.metric
     unit = f" in {difference_unit(metric.unit)}" if difference_unit(metric.unit) else ""

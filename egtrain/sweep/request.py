@@ -1,6 +1,6 @@
-"""What the user of a sweep asks for, checked to make one comparison.
+"""The user's request for a sweep, and the checks that it is one comparison.
 
-Without torch, so that a wrong option is reported at once.
+Nothing here imports torch at once, so that a wrong option is reported quickly.
 """
 
 import math
@@ -33,12 +33,11 @@ class Request:
     """The grid of extrapolation lengths, as factors of the preset's."""
     grow: Growth = "workers"
     scaling: Scaling | None = None
-    """None: that of each preset."""
+    """None: as each preset says."""
     validation: int | None = None
-    """None: a tenth of the number of training samples where there is a grid, else what the preset
-    says."""
+    """None: a tenth of the training samples with a grid, else what the preset says."""
     native_precision: str | None = None
-    """What `auto` comes to on the device; a sweep that is continued elsewhere keeps to it."""
+    """What `auto` means on the device; a sweep continued elsewhere keeps it."""
 
     def __post_init__(self) -> None:
         for option, values in (
@@ -74,7 +73,7 @@ class Request:
 
     @property
     def has_grid(self) -> bool:
-        """Whether something is selected."""
+        """Whether there is a grid to select from."""
         return len(self.rate_factors) * len(self.length_factors) > 1
 
     def sets(self, key: str) -> bool:
@@ -90,36 +89,35 @@ class Preset:
     """As the user named it."""
     config: Config
     scaling: Scaling
-    """Of the learning rate with the batch size."""
+    """How the learning rate grows with the batch size."""
 
     @property
     def name(self) -> str:
-        """How it is called in tables and pictures."""
+        """Its name in tables and pictures."""
         return self.config.preset
 
     @property
     def base_batch_size(self) -> int:
-        """The batch size that its learning rate is for."""
+        """The batch size for which its learning rate was chosen."""
         return self.config.optimizer.base_batch_size or self.config.batch_size
 
     @property
     def length_key(self) -> str | None:
-        """The key that says how far the extrapolation goes; None without extrapolation."""
+        """The key for the extrapolation's length; None without extrapolation."""
         return length_key(self.config.extrapolation)
 
 
 def checked_presets(request: Request) -> list[Preset]:
-    """Return the presets of a request, once they are found to make one comparison.
+    """Return the presets of a request, after checking that they make one comparison.
 
     Raises:
-        UsageError: an unknown preset or setting, another task or other data than the first, or a
-            batch size that does not divide.
+        UsageError: a preset or setting is unknown, the task or data differ from the first's, or
+            a batch size does not divide.
     """
     presets: list[Preset] = []
     for source in request.presets:
         config = load_config(source, list(request.settings))
-        # Where a rate is for the preset's own batch, `none` says that it is used as it is, not that
-        # it never grows.
+        # With a rate for the preset's batch, `none` means that it is used unscaled.
         as_it_is = (
             config.optimizer.base_batch_size is None and config.optimizer.lr_scaling == "none"
         )
@@ -156,7 +154,7 @@ def _require_comparable(preset: Preset, others: Sequence[Preset]) -> None:
 
 
 def settled_on_device(request: Request) -> tuple[Request, list[Preset]]:
-    """Return the request and its presets with device and precision settled; it needs torch.
+    """Return the request and its presets with device and precision fixed; it needs torch.
 
     Raises:
         UsageError: as `checked_presets`.
@@ -174,10 +172,10 @@ def settled_on_device(request: Request) -> tuple[Request, list[Preset]]:
 
 
 def batch_setting(request: Request, preset: Preset, batch_size: int) -> dict[str, Any]:
-    """Return the setting that makes the batch so large.
+    """Return the setting that makes the batch size `batch_size`.
 
     Raises:
-        UsageError: what stays the same does not divide it.
+        UsageError: the number that stays fixed does not divide it.
     """
     config = preset.config
     if request.grow == "workers":

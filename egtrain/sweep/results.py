@@ -1,4 +1,4 @@
-"""What came of a sweep: each cell's numbers, the selected cells of grids, and comparisons."""
+"""The results of a sweep: each cell's numbers, the cells selected from grids, comparisons."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from egtrain.sweep.plan import Cell, Plan
 
 @dataclass(frozen=True)
 class CellResult:
-    """One cell with what its run left."""
+    """A cell and the results of its run."""
 
     cell: Cell
     status: Status
@@ -21,18 +21,17 @@ class CellResult:
     final: dict[str, dict[str, float | None]] | None = None
     """Metrics of the held-out splits after the last step."""
     curve: tuple[tuple[int, float], ...] = ()
-    """Step and metric of each evaluation on the split that was watched during training."""
+    """Step and metric of each evaluation during training, on `Plan.watched_split`."""
     steps: int = 0
     samples: int = 0
     gradient_evaluations: int = 0
     noise_scale: float | None = None
     """Median over the second half of the run, in samples."""
     seconds: float | None = None
-    """On the clock of the run, which evaluations are part of and the start of the process is
-    not."""
+    """Seconds of the run, with evaluations but without the start of the process."""
 
     def metric(self, split: str, name: str) -> float | None:
-        """Return a final metric; None where the cell has not ended well."""
+        """Return a final metric; None unless the cell finished."""
         return None if self.final is None else self.final.get(split, {}).get(name)
 
     def steps_to(self, target: float, higher_is_better: bool) -> int | None:
@@ -44,7 +43,7 @@ class CellResult:
 
 @dataclass(frozen=True)
 class Row:
-    """A preset at a batch size, with the selected point of the grid."""
+    """A preset at a batch size, at the selected point of the grid."""
 
     preset: str
     batch_size: int
@@ -55,19 +54,19 @@ class Row:
     length_factor: float
     length: tuple[str, float] | None
     seeds: int
-    """That ended well."""
+    """Those that finished."""
     failed: int
-    """Failed and diverged ones, at the selected point."""
+    """Those that failed or diverged, at the selected point."""
     mean: float | None
     """Of the test metric over the seeds."""
     standard_deviation: float | None
     gap: float | None
-    """Mean less that of the smallest batch."""
+    """The mean minus that of the smallest batch."""
     steps: float | None
     gradient_evaluations: float | None
     """Per-sample gradients of one run."""
     reached: int
-    """Seeds that came to the target."""
+    """Seeds that reached the target."""
     steps_to_target: float | None
     """Mean over the seeds; None unless all of them came to the target."""
     samples_to_target: float | None
@@ -76,12 +75,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Difference:
-    """A preset less the first one at a batch size, seed by seed, at the selected points."""
+    """A preset minus the first one at a batch size, paired by seed, at the selected points."""
 
     preset: str
     batch_size: int
     seeds: int
-    """That ended well with both."""
+    """Those that finished with both presets."""
     mean: float
     """Of the test metric."""
     standard_error: float | None
@@ -95,10 +94,10 @@ class Results:
     plan: Plan
     cells: tuple[CellResult, ...]
     selected: frozenset[str]
-    """Names of the cells that the rows speak of."""
+    """Names of the cells that the rows are about."""
     rows: tuple[Row, ...]
     target: float | None
-    """On the split that is watched during training."""
+    """On `Plan.watched_split`."""
     target_given: bool
     within_percent: float
     noise_scale: tuple[float, float, float] | None
@@ -109,7 +108,7 @@ class Results:
         return [row for row in self.rows if row.preset == preset]
 
     def selected_cells(self, preset: str, batch_size: int) -> list[CellResult]:
-        """Return the seeds that a row speaks of and that ended well."""
+        """Return the finished cells that a row is about, one per seed."""
         return [
             result
             for result in self.cells
@@ -121,8 +120,7 @@ class Results:
     def largest_batch_within(self, preset: str) -> int | None:
         """Return the largest batch whose mean is within that percentage of the smallest batch's.
 
-        A batch that a seed did not survive is none of them; nor is anything, if it is the smallest
-        one.
+        A batch with a failed seed does not count. None if that is the smallest one.
         """
         means = {
             row.batch_size: row.mean
@@ -159,7 +157,7 @@ class Results:
         }
 
     def gradients_per_sample(self, preset: str) -> float | None:
-        """Return how many gradients a preset takes of a sample: one, or a fraction above."""
+        """Return how many gradients a preset takes per sample, 1 or more."""
         done = [
             r
             for r in self.cells
@@ -171,7 +169,7 @@ class Results:
 def read_results(
     plan: Plan, folder: Folder, *, target: float | None, within_percent: float
 ) -> Results:
-    """Read what the runs of a sweep have left and select the best point of each grid."""
+    """Read the results of a sweep's runs and select the best point of each grid."""
     cells = tuple(_read_cell(plan, cell, folder) for cell in plan.cells)
     best_points = [
         _best_point(
@@ -242,8 +240,7 @@ def _read_cell(plan: Plan, cell: Cell, folder: Folder) -> CellResult:
 def _best_point(plan: Plan, results: Sequence[CellResult]) -> list[CellResult]:
     """Return the cells at the best point of a grid, one for each seed.
 
-    The best has the most seeds that ended well, then the best mean over them on the validation
-    split.
+    The best point has the most finished seeds; of equal ones, the best validation mean over them.
     """
     points: dict[tuple[float, float], list[CellResult]] = {}
     for result in results:
@@ -298,7 +295,7 @@ def _row(
 
 
 def _shared_target(results: Sequence[CellResult], higher_is_better: bool) -> float | None:
-    """Return the best value that every run reaches."""
+    """Return the best metric that every run reaches."""
     if not results:
         return None
     if higher_is_better:

@@ -1,7 +1,7 @@
-"""Gives the process server, which imports this first, a session apart from signals."""
+"""Imported first by the process server: puts it in a new session, away from signals."""
 
 import os
 from contextlib import suppress
 
-with suppress(PermissionError):  # it leads its group, and is alone in it
+with suppress(PermissionError):  # it leads its process group already, and is alone in it
     os.setsid()
