@@ -8,7 +8,7 @@ import sys
 def main() -> None:
     """Run the command line and exit with the code that the README documents."""
     for stream in (sys.stdout, sys.stderr):
-        # Replace what the terminal's encoding lacks: no run shall fail over a "±".
+        # Replace what the terminal's encoding lacks: no run should fail over a "±".
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     from egtrain.cli import app

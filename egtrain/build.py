@@ -322,7 +322,7 @@ def set_numerics(config: Config, ranks: Ranks) -> None:
     torch.set_num_threads(config.threads or (1 if config.deterministic else threads_of_a_rank()))
     torch.use_deterministic_algorithms(config.deterministic)
     torch.backends.cudnn.benchmark = not config.deterministic
-    # fp32 shall mean fp32: PyTorch's default on a GPU is TF32, with 10 instead of 23 bits.
+    # fp32 means fp32 here: PyTorch's default on a GPU is TF32, with 10 instead of 23 bits.
     cudnn: Any = torch.backends.cudnn
     cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = (
         "ieee" if config.precision == "fp32" else "tf32"

@@ -59,7 +59,7 @@ class TwoGradients(Shift):
     """Keys of every shift that takes a second gradient in the same step."""
 
     every: Count = 1
-    """Shift on every so-many-th step only; the others are plain steps."""
+    """Steps from one shift to the next; the others are plain steps."""
 
     def steps(self, total: int, warmup_steps: int, local_start: float | None) -> range:
         """Return the steps of a run that shift the weights."""
@@ -73,7 +73,7 @@ class AlongGradient(Shift):
     """Length as a ratio of the learning rate, or 1/K (K workers), which is also the default where
     scaling is none."""
     rate: NotNegative | None = None
-    """Length as a learning rate of its own, instead of ratio."""
+    """Length as a learning rate, instead of ratio."""
     size: NotNegative | None = None
     """Length relative to the norm of the weights; required with scaling layer or filter, instead of
     ratio."""

@@ -84,7 +84,7 @@ def _wait_for_report(seconds: float) -> None:
 
 def end_when_another_rank_fails(done: threading.Event) -> None:
     """Until `done`, in a thread: end this process once another rank has reported a failure."""
-    with suppress(RuntimeError):  # torchrun is gone: StopSignal notices it, too
+    with suppress(RuntimeError):  # torchrun is gone: StopSignal notices it too
         while not store().check([_failure_key()]):
             if done.wait(WATCH_SECONDS):
                 return
