@@ -35,7 +35,7 @@ TRAINING_OR_STARTING_PROCESSES = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as fast what takes under a minute together: `pytest -m fast`."""
+    """Mark as fast the tests that take under a minute together: `pytest -m fast`."""
     for item in items:
         if item.path.stem not in TRAINING_OR_STARTING_PROCESSES:
             item.add_marker(pytest.mark.fast)
@@ -52,9 +52,7 @@ def only_gpu_tests_find_a_gpu(
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return an .npz file: 150 images to train on, four batches of 32 and a rest, and 1,100 to test
-    on.
-    """
+    """Return an .npz file: 150 training images (4 batches of 32 and a rest), 1,100 test images."""
     from helpers import write_images
 
     return write_images(tmp_path_factory.mktemp("data") / "images.npz")
@@ -76,9 +74,7 @@ def shared_data() -> Path:
 def undisturbed(
     images: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., dict[str, Any]]:
-    """Return a function that gives the outcome of a run, by its settings, on one process and
-    without interruption.
-    """
+    """Return a function from settings to the outcome of an uninterrupted run on one process."""
     from helpers import config_of, outcome, run_here
 
     done: dict[tuple[str, ...], dict[str, Any]] = {}

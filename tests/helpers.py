@@ -1,6 +1,4 @@
-"""Runs of the real program, small enough for tests: in this process, in forked ones, and started as
-a user does.
-"""
+"""Small runs of the real program: in this process, in forked ones, and as a user starts them."""
 
 import contextlib
 import functools
@@ -121,7 +119,7 @@ def arguments(
 
 
 class StopAfter(signals.StopSignal):
-    """Is asked to stop in the n-th step that this process makes."""
+    """A stop signal that comes in the n-th step of this process."""
 
     def __init__(self, steps: int) -> None:
         super().__init__()
@@ -135,7 +133,7 @@ class StopAfter(signals.StopSignal):
 
 @contextlib.contextmanager
 def torch_as_it_was() -> Iterator[None]:
-    """Take back what a run sets for its whole process."""
+    """Undo what a run sets for its whole process."""
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     benchmark, workspace = torch.backends.cudnn.benchmark, os.environ.get("CUBLAS_WORKSPACE_CONFIG")
     cudnn: Any = torch.backends.cudnn
@@ -206,9 +204,7 @@ def metrics_in(directory: Path) -> list[dict[str, Any]]:
 
 
 def write_texts(folder: Path, words: int, pairs: int) -> None:
-    """Write train.txt, valid.txt and test.txt, and the same for pairs of sentences in `en` and
-    `de`.
-    """
+    """Write train.txt, valid.txt and test.txt, and the same as sentence pairs in `en` and `de`."""
     drawn = random.Random(0)
     say = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta"]
     for part, share in (("train", 1.0), ("valid", 0.3), ("test", 0.3)):
@@ -249,9 +245,7 @@ def digest(tensor: Tensor) -> str:
 
 
 def outcome(directory: Path) -> dict[str, Any]:
-    """Return all that two equal runs have in common: every tensor of the newest checkpoint, and the
-    metrics.
-    """
+    """Return what equal runs share: every tensor of the newest checkpoint, and the metrics."""
     step, state = read_checkpoint(newest_checkpoint(directory))
     leaves = {
         name: digest(leaf) if isinstance(leaf, Tensor) else leaf
@@ -281,7 +275,7 @@ def environment(**further: str) -> dict[str, str]:
 
 @functools.cache
 def fork_server() -> ForkServerContext:
-    """Return what makes processes out of one that has imported torch and done nothing with it."""
+    """Return the context that forks processes from one that has only imported torch."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         [
@@ -304,7 +298,7 @@ def fork_server() -> ForkServerContext:
 
 
 class Forked:
-    """The command line in a process of its own, forked from one that has imported torch already.
+    """The command line in a new process, forked from one that has imported torch already.
 
     Exit codes, signals and kills are those of a process that a user starts; only the import is
     saved.
@@ -409,9 +403,7 @@ def forked_ranks(
     before: Callable[[], None] | None = None,
     further: dict[str, str] | None = None,
 ) -> Iterator[list[Forked]]:
-    """Start ranks with the variables that torchrun gives them; rank 0 holds the store, unless
-    `further` names one.
-    """
+    """Start ranks with torchrun's variables; rank 0 holds the store unless `further` names one."""
     shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
     shared |= {"MASTER_PORT": str(free_port()), **(further or {})}
     with contextlib.ExitStack() as stack:
@@ -432,16 +424,14 @@ def run_on_ranks(arguments: list[str], folder: Path, count: int) -> list[Forked]
 
 
 def heed_signals() -> None:
-    """Let this process be interrupted, even where a script has started the tests in the
-    background.
-    """
+    """Let this process be interrupted, even if a script started the tests in the background."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
 def started(command: list[str], folder: Path, **further: str) -> Iterator["subprocess.Popen[str]"]:
-    """Start a real command; in the end nothing of it is left, even if the test fails."""
+    """Start a real command, and end all its processes even if the test fails."""
     # Its temporary files lie in the folder, where the process numbers of ranks are found.
     process = subprocess.Popen(
         command,
@@ -468,7 +458,7 @@ def kill_all(processes: list[int]) -> None:
 
 
 def processes_of(folder: Path) -> list[int]:
-    """Return the processes that have the folder as their place for temporary files."""
+    """Return the processes whose temporary files are in the folder."""
     wanted = f"TMPDIR={folder}".encode()
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
@@ -479,7 +469,7 @@ def processes_of(folder: Path) -> list[int]:
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 60) -> Any:
-    """Return what the condition returns, once that is true; a failure after so many seconds."""
+    """Wait until the condition holds and return its value; fail after so many seconds."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if result := condition():
@@ -506,29 +496,26 @@ def terminate() -> None:
 
 
 def spoil() -> float:
-    """Return what a loss becomes not a number by."""
+    """Return the factor that makes a loss not a number."""
     return math.nan
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Makes something happen at an exact point of a run; called in a forked process before its
-    command line.
-    """
+    """Makes something happen at an exact point of a run; called in a forked process first."""
 
     act: Callable[[], object]
-    """A number that it returns is multiplied to the loss."""
+    """If it returns a number, the loss is multiplied by it."""
     step: int = 0
     """Completed updates before the point."""
     worker: int = 0
     """The point is this worker's forward pass, at the shifted weights."""
     in_evaluation: bool = False
-    """The point is the first batch of an evaluation after `step`, not the forward pass of a
-    step."""
+    """The point is the first batch of the evaluation after `step`, not a step's forward pass."""
     in_data: bool = False
     """The point is the loading of the data."""
     rank: int | None = None
-    """The rank that it happens on; None: each that comes by."""
+    """The rank that it happens on; None: every rank."""
 
     def __call__(self) -> None:
         """Put it in place, for the rest of the process."""
@@ -567,9 +554,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Stop:
-    """Asks one rank to stop in its n-th step; called in a forked process before its command
-    line.
-    """
+    """Asks one rank to stop in its n-th step; called in a forked process first."""
 
     after: int
     rank: int = 0

@@ -1,6 +1,4 @@
-"""Directions of a user's own, written with what `egtrain.optim` exports: averages of updates and of
-gradients.
-"""
+"""A user's directions, written with `egtrain.optim`: averages of updates and of gradients."""
 
 from dataclasses import dataclass
 

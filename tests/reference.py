@@ -1,7 +1,7 @@
 """One training step of every variant, slowly: K separate models and METHOD's formulas, no code of
 egtrain.
 
-Each worker has a model of its own, whose weights are set before every pass; nothing is shifted,
+Each worker has its model, whose weights are set before every pass; nothing is shifted,
 restored, flattened or shared. Lists have one tensor a trainable parameter, in the model's order.
 """
 
@@ -29,11 +29,11 @@ class Zeta:
     norm_and_bias: bool = False
     precondition: str = "base"
     decay: float = 0.0
-    """Of an average, from step to step."""
+    """Decay of an average per step."""
     until: int = 10**9
     """Steps with extrapolation, from the start."""
     every: int = 1
-    """Only every so-many-th of them has it."""
+    """Steps from one extrapolation to the next."""
 
     def acts_in(self, step: int) -> bool:
         """Return whether there is extrapolation in the update after `step` completed ones."""
@@ -215,7 +215,7 @@ class Reference:
         self.trust_ratios = ratios if base.name == "lamb" else None
 
     def preconditioned(self, gradient: list[Tensor]) -> list[Tensor]:
-        """Return the gradient in the base optimizer's own scale."""
+        """Return the gradient as the base optimizer scales it."""
         if self.zeta.precondition == "none":
             return gradient
         if self.base.name in ("adam", "adamw", "lamb"):
@@ -263,9 +263,7 @@ class Reference:
         ]
 
     def fresh_gradient(self, worker: int, samples: Any) -> list[Tensor]:
-        """Return the worker's gradient at the unshifted weights, taken on a copy that is thrown
-        away.
-        """
+        """Return the worker's gradient at the unshifted weights, taken on a temporary copy."""
         return self.gradient(copy.deepcopy(self.models[worker]), self.weights, samples, worker)[1]
 
     def zeta_of(self, worker: int, learning_rate: float) -> list[Tensor]:

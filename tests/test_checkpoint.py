@@ -80,7 +80,7 @@ def steps_in(directory: Path) -> list[int]:
 
 
 def with_trailer(data: bytes) -> bytes:
-    """Return a file with a checksum that fits, as someone who means harm can make it too."""
+    """Return a file with a matching checksum, which an attacker can make too."""
     import hashlib
 
     return data + hashlib.sha256(data).digest() + MAGIC
@@ -94,9 +94,7 @@ def saved_bytes(content: Any, *, legacy: bool = False) -> bytes:
 
 @contextmanager
 def files_limited_to(size: int) -> Iterator[None]:
-    """Let the operating system refuse to write more than so many bytes into a file, as a full disk
-    does.
-    """
+    """Let the operating system refuse to write larger files, as a full disk does."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:

@@ -39,9 +39,7 @@ Undisturbed = Callable[..., dict[str, Any]]
 def egtrain_command(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Result]:
-    """Return a function that runs a command in an empty working directory, far from the user's
-    data.
-    """
+    """Return a function that runs a command in an empty folder, without the user's data."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("EGTRAIN_DATA", raising=False)
@@ -185,7 +183,7 @@ def test_a_device_that_is_not_there_is_refused(
     assert "no CUDA device was found: use --device cpu" in result.line
 
 
-def test_nproc_inside_of_torchrun_is_refused(tmp_path: Path) -> None:
+def test_nproc_inside_torchrun_is_refused(tmp_path: Path) -> None:
     rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
     with Forked(["train", "--preset", "quickstart", "--nproc", "2"], tmp_path, rank) as process:
         assert process.wait() == 2
@@ -220,7 +218,7 @@ def test_an_option_that_takes_several_values_and_a_flag_may_be_repeated(
     assert egtrain_command("train", "--preset", "quickstart", *twice).code == 0
 
 
-def test_what_the_launcher_tells_its_ranks_is_no_option_for_users(
+def test_the_option_of_the_launchers_ranks_is_not_for_users(
     egtrain_command: Run, images: Path, tmp_path: Path
 ) -> None:
     run_here(tmp_path / "run", config_of(images, "steps=2"))
@@ -233,7 +231,7 @@ def test_what_the_launcher_tells_its_ranks_is_no_option_for_users(
 
 
 @pytest.mark.parametrize("left_over", ["RANK", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"])
-def test_a_variable_that_some_launcher_has_left_over_does_not_matter(
+def test_a_variable_left_over_by_another_launcher_does_not_matter(
     left_over: str, egtrain_command: Run, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(left_over, "3")
@@ -361,7 +359,7 @@ def test_a_folder_may_have_any_name(tmp_path: Path) -> None:
     assert load_config("quickstart", overrides).data.dir == str(folder)
 
 
-def test_resume_with_the_same_settings_needs_no_leave(
+def test_resume_with_the_same_settings_needs_no_permission(
     egtrain_command: Run, images: Path, tmp_path: Path
 ) -> None:
     run_here(tmp_path / "run", config_of(images, "steps=2"))
@@ -446,7 +444,7 @@ def test_batch_size_and_workers_alone_keep_the_share_of_a_worker(
 
 
 def test_the_ratio_follows_the_workers(egtrain_command: Run, images: Path, tmp_path: Path) -> None:
-    """1/K is the small batch's own rate; at another K it is another."""
+    """The ratio 1/K gives the small batch's rate, so it changes with K."""
     sizes = []
     for workers, ratio in (("2", "1/K"), ("2", "0.5"), ("2", "0.25")):
         output = f"run-{len(sizes)}"
@@ -515,7 +513,7 @@ def test_a_dry_run_without_the_data_says_so(egtrain_command: Run) -> None:
         ("quickstart-transformer", "pairs:{}", "train.en: the file is missing"),
     ],
 )
-def test_a_dry_run_fails_where_training_would_for_want_of_good_data(
+def test_a_dry_run_fails_where_training_would_fail_on_bad_data(
     preset: str, data: str, message: str, egtrain_command: Run, tmp_path: Path
 ) -> None:
     (tmp_path / "text.npz").write_text("not an archive")
@@ -572,9 +570,7 @@ def test_json_is_json_where_a_number_is_not(
 
 
 def user_seconds(program: str) -> float:
-    """Return the processor time of the quickest of five runs; the clock on the wall tells of other
-    processes.
-    """
+    """Return the least processor time of five runs; wall-clock time depends on other processes."""
     seconds = []
     for _ in range(5):
         before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
@@ -657,7 +653,7 @@ def test_the_shell_completes_presets_at_once_and_without_torch(tmp_path: Path) -
 
 @pytest.fixture
 def ctrl_c_ignored_here() -> Iterator[None]:
-    """Be as a script's background is, which must not change what the tests start."""
+    """Ignore Ctrl-C, as a background job does; what the tests start must not be affected."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     yield
     signal.signal(signal.SIGINT, before)
@@ -665,7 +661,7 @@ def ctrl_c_ignored_here() -> Iterator[None]:
 
 @pytest.mark.usefixtures("ctrl_c_ignored_here")
 def test_ctrl_c_during_the_import_of_torch_ends_the_command(tmp_path: Path) -> None:
-    """Parts of torch and NumPy take any exception for one of their own."""
+    """Parts of torch and NumPy catch any exception during their import."""
     (tmp_path / "torch.py").write_text(
         "import pathlib, time\n"
         "try:\n    pathlib.Path('importing').touch()\n    time.sleep(30)\n"

@@ -1,6 +1,4 @@
-"""The configuration: what is accepted, what it means, and what a user reads when something is
-wrong.
-"""
+"""The configuration: what is accepted, what it means, and what errors say."""
 
 import contextlib
 import json
@@ -860,7 +858,7 @@ TEXTS = {
     task: {"task": {"name": task}, "model": {"name": model}, "data": {"name": "synthetic"}}
     for task, model in (("language", "lstm"), ("translation", "transformer"))
 }
-"""The least that makes a run of another task."""
+"""The fewest settings for a run of another task."""
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,4 @@
-"""Beam search finds what the enumeration of all translations finds, and is greedy with one
-hypothesis.
-"""
+"""Beam search finds what exhaustive search finds, and is greedy with one hypothesis."""
 
 import itertools
 import math
@@ -165,9 +163,7 @@ def test_more_hypotheses_are_better_in_the_mean() -> None:
 
 
 def test_the_search_ends_as_soon_as_nothing_can_be_better() -> None:
-    """The first subword ends the sentence with near certainty; what is left is worse however long
-    it gets.
-    """
+    """The first subword almost surely ends the sentence; all longer hypotheses are worse."""
 
     class Sure(Toy):
         def logits(self, sentence: int, said: list[int]) -> Tensor:

@@ -1,6 +1,4 @@
-"""Everything that the README and the pages of docs/ print runs as it stands: long commands with a
-few steps, or as a plan.
-"""
+"""All commands of the README and docs/ run as printed, long ones with few steps or as a plan."""
 
 import re
 import shlex
@@ -50,7 +48,7 @@ PYTHON = [
 ]
 
 PLAIN, AROUND, DDP, SECOND_GRADIENT = (block for page, block in PYTHON if page == "docs/library.md")
-"""The loops of one's own; what the last two compute is held by test_own_loop.py."""
+"""A user's training loops; test_own_loop.py checks what the last two compute."""
 
 TINY = (
     "--data synthetic --steps 2 --workers 2 --device cpu "
@@ -86,7 +84,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def make_runs(arguments: str) -> None:
-    """Make the runs that a command reads, small."""
+    """Make small versions of the runs that a command reads."""
     for name in sorted(set(re.findall(r"runs/([\w-]+)", re.sub(r"--output \S+", "", arguments)))):
         if preset := RUNS.get(name):
             text = preset.startswith("transformer")
@@ -95,7 +93,7 @@ def make_runs(arguments: str) -> None:
 
 
 def make_data(folder: Path, arguments: str) -> None:
-    """Make the data of one's own that a command names, small."""
+    """Make small versions of the user's data that a command names."""
     if "images.npz" in arguments:
         (block,) = (block for _, block in PYTHON if "images.npz" in block)
         exec(compile(block, "docs/data.md", "exec"), {})

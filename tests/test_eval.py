@@ -30,9 +30,7 @@ def plain(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def validated(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the directory of a finished run with validation, whose best checkpoint is not the
-    last.
-    """
+    """Return a finished run's directory with validation, whose best checkpoint is not the last."""
     config = config_of(images, "data.validation=20", "optimizer.lr=0.3", "epochs=8")
     return run_here(tmp_path_factory.mktemp("validated") / "run", config)
 

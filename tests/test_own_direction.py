@@ -1,6 +1,4 @@
-"""A direction of one's own: its state is kept, saved and gathered by an engine that does not know
-it.
-"""
+"""A user's direction: the engine keeps, saves and gathers its state without knowing it."""
 
 import os
 from pathlib import Path
@@ -73,7 +71,7 @@ def test_what_two_ranks_saved_goes_on_on_one(name: str, saved: dict[str, Any]) -
 
 
 def weights_resumed_on_two_ranks() -> dict[str, Tensor]:
-    """Return where each run ends that one rank began and two go on with."""
+    """Return the final state of each run that one rank began and two continued."""
     weights = {}
     with process_group():
         for name in OWN:

@@ -1,6 +1,4 @@
-"""`egtrain.optim` in a loop of one's own: alone, with DistributedDataParallel, and step by step as
-`egtrain train`.
-"""
+"""`egtrain.optim` in a user's loop: alone, with DDP, and step by step like `egtrain train`."""
 
 import contextlib
 import functools
@@ -56,9 +54,7 @@ DIRECTIONS: dict[str, Direction] = {
 
 
 def on_two_ranks(function: Callable[[], Any], folder: Path) -> list[Any]:
-    """Call a function in two processes with torchrun's variables and return what it returned in
-    each.
-    """
+    """Call a function in two processes with torchrun's variables and return both results."""
     with forked_ranks(
         [], folder, 2, before=functools.partial(save_result, function, folder)
     ) as ranks:

@@ -383,7 +383,7 @@ class UseAsPython:
 
 
 def stub_of_torchrun(folder: Path, what: str) -> UseAsPython:
-    """Return what puts a stub that does `what` in place of torchrun."""
+    """Return a function that replaces torchrun with a stub that does `what`."""
     stub = folder / "torchrun"
     stub.write_text(TORCHRUN.format(python=sys.executable, what=what))
     stub.chmod(0o755)
@@ -593,9 +593,7 @@ def test_ranks_that_do_not_share_a_folder_do_not_go_on_from_different_steps(
 
 @contextlib.contextmanager
 def torchruns_store() -> Iterator[dict[str, str]]:
-    """Hold the store that torchrun holds for its ranks, which it outlives; give the variables that
-    name it.
-    """
+    """Hold the store that outlives the ranks, as torchrun does; return the variables naming it."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     yield {
         "MASTER_ADDR": "127.0.0.1",
@@ -683,7 +681,7 @@ def test_a_restarted_run_does_not_take_over_the_directory_of_another(
 def test_ranks_that_are_restarted_go_on_in_the_directory_that_they_had_made(
     images: Path, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
-    """Nobody has named it, and the time in its name has passed."""
+    """The user did not name it, and its name holds the time of the first start."""
     with torchruns_store() as agent:
         with forked_ranks(arguments(images), tmp_path, 2, Fault(kill, step=6), agent) as ranks:
             assert ranks[0].wait() == -signal.SIGKILL

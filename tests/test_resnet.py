@@ -14,9 +14,7 @@ def size(model: nn.Module) -> int:
 
 
 def test_resnet_20_is_the_published_network() -> None:
-    """The paper counts 0.27 million; exactly so many are in its description with a classifier for
-    ten classes.
-    """
+    """The paper rounds to 0.27 million; this is its network's exact count for ten classes."""
     assert size(ResNet(20, 16, 10)) == 269_722
 
 

@@ -60,9 +60,7 @@ def event_files(directory: Path) -> list[Path]:
 
 @contextmanager
 def files_limited_to(size: int) -> Iterator[None]:
-    """Let the operating system refuse to write more than so many bytes into a file, as a full disk
-    does.
-    """
+    """Let the operating system refuse to write larger files, as a full disk does."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:

@@ -1,6 +1,4 @@
-"""Words and pairs of sentences are read as they are written, and every mistake is named with file
-and line.
-"""
+"""Words and sentence pairs are read as written, and every mistake is named by file and line."""
 
 import gzip
 import re

@@ -1,6 +1,4 @@
-"""Images, the library and language models do without what `egtrain[text]` brings; translation says
-what to install.
-"""
+"""Only translation needs what `egtrain[text]` installs, and says so if it is missing."""
 
 import sys
 import tomllib

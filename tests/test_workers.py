@@ -44,9 +44,7 @@ def test_what_all_workers_would_share_is_left_out_of_the_training() -> None:
 
 
 def local_step(workers: Workers, gradients: list[float], loss: float = 1.0) -> Tensor:
-    """Let each worker subtract a gradient of this value from its own weights; return all weights
-    afterwards.
-    """
+    """Let each worker subtract such a gradient from its weights; return all weights afterwards."""
     workers.begin_step()
     for worker, value in enumerate(gradients):
         workers.enter_local_weights(worker)
