@@ -37,7 +37,7 @@ class Plan:
     @property
     def warmup_fits(self) -> bool:
         """Whether warm-up ends before the first decay and the end, so that there is a peak."""
-        return self.warmup_steps == 0 or self.warmup_steps < self.first_fall
+        return self.warmup_steps < self.first_fall
 
 
 def build_plan(config: Config, steps_per_epoch: int) -> Plan:

@@ -503,6 +503,11 @@ def test_a_wrong_override_is_refused_in_one_sentence(override: str, rest: str) -
     assert "\n" not in message
 
 
+def test_a_file_of_images_is_not_suggested_where_text_is_trained_on() -> None:
+    message = set_complaint("data.name=my/pictures.npz", preset="quickstart-lstm")
+    assert message.endswith("text:FOLDER, not 'my/pictures.npz'")
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_numbers_that_are_not_finite_are_refused_in_python_too(value: float) -> None:
     with pytest.raises(ValidationError):

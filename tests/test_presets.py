@@ -381,8 +381,11 @@ def test_the_list_is_tab_separated_where_it_is_not_read_on_a_terminal() -> None:
     assert rows == [[name, preset_description(name)] for name in preset_names()]
     # Quickstarts first, then one family after the other.
     assert [name for name, _ in rows[: len(ALONE)]] == sorted(ALONE)
-    owners = [name.rpartition("-")[0] for name in preset_names() if name.endswith("-optimistic")]
-    assert owners == sorted(owners)
+    assert [name for name, _ in rows[len(ALONE) :]] == [
+        f"{family}-{variant}"
+        for family, variants in sorted(preset_families().items())
+        for variant in variants
+    ]
     assert json.loads(run("--json")) == [{"name": name, "description": text} for name, text in rows]
 
 

@@ -19,12 +19,12 @@ output_option = partial(typer.Option, rich_help_panel="Output")
 """Options by their group in --help."""
 
 
-def complete_preset(incomplete: str) -> list[str]:
-    """Return the presets whose names begin with `incomplete`, for the shell."""
+def complete_preset() -> list[str]:
+    """Return the presets, of which the shell is shown those that begin like its word."""
     # Imported here, so that --help does not wait for it.
     from egtrain.config.files import preset_names
 
-    return [name for name in preset_names() if name.startswith(incomplete)]
+    return preset_names()
 
 
 PresetName = Annotated[
