@@ -212,7 +212,7 @@ class Recorder:
         self._started = time.monotonic()
         self._display = closing.enter_context(
             TrainingDisplay(
-                directory.name,
+                directory.resolve().name,
                 epochs=run.steps / run.task.steps_per_epoch,
                 steps=run.steps,
                 start_step=run.step,
@@ -259,7 +259,7 @@ class Recorder:
         ranks = self._ranks
         best = self._store.best()
         summary = {
-            "name": self._directory.name,
+            "name": self._directory.resolve().name,
             "preset": self._config.preset,
             "final": final,
             "best_possible": None
@@ -309,6 +309,7 @@ def print_result(summary: dict[str, Any], metric: Metric, directory: Path, as_js
         limit = (summary["best_possible"] or {}).get(split, {}).get(metric.name)
         print(f"{split}: {metrics_text(metrics, [metric, LOSS], limit)}")
     print(
-        f"{summary['gradient_evaluations']:,} gradient evaluations in {summary['steps']:,} steps; "
+        f"{summary['gradient_evaluations']:,} gradient evaluations in "
+        f"{counted(summary['steps'], 'step')}; "
         f"see {directory}"
     )

@@ -424,6 +424,16 @@ def test_a_run_without_a_name_gets_one(egtrain_command: Run, images: Path, tmp_p
     assert (name, len(stamp)) == ("quickstart", len("20260101-120000"))
 
 
+def test_a_run_in_the_current_directory_has_its_name(
+    egtrain_command: Run, images: Path, tmp_path: Path
+) -> None:
+    result = egtrain_command(*arguments(images, "steps=1"), "--output", ".")
+    assert result.code == 0
+    assert json.loads((tmp_path / "summary.json").read_text())["name"] == tmp_path.name
+    assert f"{tmp_path.name}: done at step 1 of 1" in result.stdout
+    assert "gradient evaluations in 1 step;" in result.stdout
+
+
 # ---- batch size and workers, dry runs, JSON
 
 
