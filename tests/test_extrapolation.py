@@ -727,6 +727,24 @@ def test_a_copy_goes_on_by_itself(
     assert copy_of_it.extrapolation.steps == original.extrapolation.steps == 4
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda loop: pickle.loads(pickle.dumps(loop))])
+def test_a_copy_keeps_the_weights_itself_where_the_caller_kept_the_originals(
+    copied: Callable[[Any], Any],
+) -> None:
+    weights = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([weights], lr=0.5)
+    extrapolation = Extrapolation(
+        optimizer, LocalGradient(ratio=0.5), unshifted={weights: torch.ones(3)}
+    )
+    _, copy_of_it = copied((optimizer, extrapolation))
+    (weights,) = copy_of_it.parameters
+    with torch.no_grad():
+        weights.fill_(7)
+    with copy_of_it.shifted():
+        torch.autograd.backward(weights.square().sum())
+    assert weights.tolist() == [7, 7, 7]
+
+
 # Awkward parameters
 
 

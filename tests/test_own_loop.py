@@ -617,7 +617,22 @@ def wrong_loops() -> dict[str, Any]:
         [g.flatten() for g in extrapolation.state_dict()["worker_state"]["gradient"]]
     )
     found["workers"] = list(extrapolation.workers)
+    found |= gradients_of_two_models()
     return found
+
+
+def gradients_of_two_models() -> dict[str, Tensor]:
+    """Return what a rank remembers of the gradients of two models after a block."""
+    models = [DistributedDataParallel(nn.Linear(1, 1, bias=False)) for _ in range(2)]
+    optimizer = torch.optim.SGD([p for model in models for p in model.parameters()], lr=0.5)
+    extrapolation = Extrapolation(optimizer, LocalGradient(ratio=1))
+    for model in models:
+        remember_local_gradients(model, extrapolation)
+    inputs = torch.full((1, 1), 1.0 + dist.get_rank())
+    with extrapolation.shifted():
+        torch.autograd.backward(sum(model(inputs).sum() for model in models))
+    (rows,) = extrapolation.state_dict()["worker_state"].values()
+    return {"two models": torch.cat([row.flatten() for row in rows])}
 
 
 @pytest.mark.parametrize(
@@ -672,6 +687,11 @@ def test_a_rank_is_a_worker_and_a_step_without_a_block_is_a_plain_one(ddp_steps:
     for rank in range(2):
         assert ddp_steps[rank]["workers"] == [rank]
         assert not ddp_steps[rank]["past"].any()
+
+
+def test_of_two_models_a_rank_remembers_the_gradients_before_the_average(ddp_steps: Any) -> None:
+    for rank in range(2):
+        assert ddp_steps[rank]["two models"].tolist() == [1 + rank, 1 + rank]
 
 
 def test_the_hook_is_for_ddp_alone() -> None:

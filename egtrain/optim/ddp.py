@@ -43,7 +43,9 @@ def remember_local_gradients(model: nn.Module, extrapolation: Extrapolation) -> 
     from torch.distributed import GradBucket, get_rank  # type: ignore[attr-defined]
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-    averaging = Averaged(extrapolation)
+    averaging = extrapolation.averaging
+    if not isinstance(averaging, Averaged):  # a second model's gradients belong to the same block
+        averaging = Averaged(extrapolation)
     if averaging.numbers.keys().isdisjoint(model.parameters()):
         raise ValueError(
             "the optimizer has none of the model's parameters: make it from model.parameters()"

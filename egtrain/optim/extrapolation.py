@@ -98,11 +98,14 @@ class Extrapolation:
         self._clip_factor: Tensor | None = None
         self._next_clip_factor: Tensor | None = None
         self._inside = False
-        self._averaging: Averaging | None = None
+        self.averaging: Averaging | None = None
+        """What `average_with` was given."""
         self._watch_updates()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        # Whoever kept the weights for the original keeps none for the copy.
+        self._copies_weights = True
         # The copy of an optimizer has no hooks.
         self._watch_updates()
 
@@ -138,8 +141,8 @@ class Extrapolation:
                 "shifted() blocks cannot be nested: leave the first before entering the next"
             )
         self._require_known_parameters()
-        if self._averaging is not None:
-            self._averaging.begin_block()
+        if self.averaging is not None:
+            self.averaging.begin_block()
         zeta = self._zeta(worker, gradient)
         self._note_unshifted()
         # From here on, whatever happens, a Ctrl-C among it, the weights are put back.
@@ -157,7 +160,7 @@ class Extrapolation:
             self._inside = False
         self._require_gradients()
         if self._kept.by_worker[worker]:
-            observed = self._averaging.end_block() if self._averaging is not None else ()
+            observed = self.averaging.end_block() if self.averaging is not None else ()
             self._observe(worker, [i for i in range(len(self.parameters)) if i not in observed])
 
     def average_with(self, averaging: Averaging, worker: int) -> None:
@@ -172,7 +175,7 @@ class Extrapolation:
                 "a process of DistributedDataParallel is one worker: leave out "
                 f"workers={self.workers}"
             )
-        self._averaging, self.workers = averaging, range(worker, worker + 1)
+        self.averaging, self.workers = averaging, range(worker, worker + 1)
         self._kept.belong_to(worker)
 
     def observe_before_average(self, numbers: Sequence[int]) -> None:
@@ -257,8 +260,8 @@ class Extrapolation:
                 "this direction takes a second gradient: pass shifted(..., gradient=function)"
             )
         gradient()
-        if self._averaging is not None:
-            self._averaging.end_second_gradient()
+        if self.averaging is not None:
+            self.averaging.end_second_gradient()
         second = [torch.empty_like(p, requires_grad=False) for p in self.parameters]
         with torch.no_grad():
             torch._foreach_copy_(second, self._gradients(range(len(self.parameters))))
