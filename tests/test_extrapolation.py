@@ -682,12 +682,12 @@ def test_a_run_resumes_bit_for_bit(zeta: Zeta, direction: Direction | None, base
         (
             LocalGradient(ratio=0.5),
             2,
-            r"that of the workers \[0, 1, 2\], and carried here are \[0, 1\]",
+            r"that of workers \[0, 1, 2\], but this process has \[0, 1\]",
         ),
         (
             LocalGradient(ratio=0.5),
             range(3, 6),
-            r"carried here are \[3, 4, 5\]: every process loads what it has saved",
+            r"this process has \[3, 4, 5\]: let each process load the state that it saved",
         ),
     ],
     ids=[

@@ -14,11 +14,10 @@ Precondition = Literal["base", "none"]
 
 @dataclass(frozen=True, kw_only=True)
 class AlongGradient(Direction):
-    """A direction along a gradient; exactly one of ratio, rate and size says how far.
+    """A direction along a gradient; exactly one of ratio, rate and size sets its length.
 
     Raises:
-        ValueError: not exactly one is given, one is negative, or size and scaling do not go
-            together.
+        ValueError: not exactly one is given, it is negative, or scaling does not fit it.
     """
 
     ratio: float | None = None
@@ -29,8 +28,8 @@ class AlongGradient(Direction):
     """s: ‖ζ_l‖ = s·‖x_l‖ for each layer or filter l; goes with `scaling`."""
     scaling: Scaling = "none"
     precondition: Precondition = "base"
-    """`base`: along the gradient as the base optimizer scales it, by its trust ratios (LARS, LAMB)
-    and second moments (Adam, LAMB). Where a size sets the length, there is no trust ratio in it."""
+    """`base`: scale the gradient as the base optimizer does, by trust ratios (LARS, LAMB) and
+    second moments (Adam, LAMB). With a size, trust ratios are left out."""
 
     def __post_init__(self) -> None:
         require_one_of(Scaling, scaling=self.scaling)
@@ -53,7 +52,7 @@ class AlongGradient(Direction):
     def along(
         self, gradients: list[Tensor], at: Point, factor: Tensor | None = None
     ) -> list[Tensor]:
-        """Return ζ along `gradients`, multiplied by `factor` (a scalar tensor) if there is one."""
+        """Return ζ along `gradients`, scaled first by `factor` (a scalar tensor) if there is one."""
         lengths = self._lengths(at)
         if factor is not None and (self.size is not None or len(set(lengths)) > 1):
             gradients, factor = list(torch._foreach_mul(gradients, factor)), None
@@ -61,13 +60,13 @@ class AlongGradient(Direction):
             gradients = at.base.preconditioned(gradients, trust_ratio=self.size is None)
         if self.size is not None:
             return scaled_to_weights(gradients, at.parameters, self.size, self.scaling)
-        # One pass over memory where all lengths are the same: on a CPU that is what a shift costs.
+        # One pass over memory if all lengths are equal: on a CPU, memory is the cost of a shift.
         if factor is not None:
             return list(torch._foreach_mul(gradients, factor * lengths[0]))
         return list(torch._foreach_mul(gradients, lengths))
 
     def _lengths(self, at: Point) -> list[float]:
-        """Return what each parameter's gradient is multiplied by, where no size is given."""
+        """Return the factor of each parameter's gradient if no size is given."""
         if self.ratio is None:
             return [self.rate or 0.0] * len(at.learning_rates)
         return [self.ratio * rate for rate in at.learning_rates]

@@ -1,6 +1,4 @@
-"""What a base optimizer keeps between updates and a direction can use: momentum, second moments,
-trust ratios.
-"""
+"""The base optimizer's state that directions use: momentum, second moments, trust ratios."""
 
 import math
 from collections.abc import Sequence
@@ -11,11 +9,11 @@ from torch import Tensor
 
 
 class BaseState:
-    """An optimizer's state, read by the names that torch's optimizers give its entries.
+    """An optimizer's state, under the names that torch's optimizers use.
 
     Args:
         optimizer: the base optimizer.
-        parameters: those that are shifted; lists of tensors below have one for each.
+        parameters: the shifted parameters; each list of tensors below has one for each.
         groups: the number of each parameter's group.
     """
 
@@ -27,9 +25,7 @@ class BaseState:
         self._groups = groups
 
     def momentum(self) -> list[Tensor]:
-        """Return v_t, `momentum_buffer` (SGD, LARS) or `exp_avg` (Adam, LAMB); zero where there is
-        none yet.
-        """
+        """Return v_t: `momentum_buffer` (SGD, LARS), `exp_avg` (Adam, LAMB), or zero at first."""
         buffers = [state.get("momentum_buffer", state.get("exp_avg")) for state in self._states()]
         return [
             torch.zeros_like(p) if b is None else b
@@ -37,18 +33,15 @@ class BaseState:
         ]
 
     def momentum_factors(self) -> list[float]:
-        """Return u of each parameter's group, for an optimizer that calls it `momentum` (SGD,
-        LARS).
-        """
+        """Return the momentum factor u of each parameter's group (SGD, LARS)."""
         return [self._optimizer.param_groups[i]["momentum"] for i in self._groups]
 
     def preconditioned(self, gradients: list[Tensor], *, trust_ratio: bool = True) -> list[Tensor]:
-        """Return λ·g/(√v̂ + ε): each of the two factors where the optimizer has it, else the
-        gradients as they are.
+        """Return λ·g/(√v̂ + ε), leaving out a factor that the optimizer does not have.
 
-        λ is the `trust_ratio` of the last update (LARS, LAMB), and 1 before the first. v̂ is
-        `exp_avg_sq` (Adam and its kin, LAMB) without its bias, under amsgrad the maximum; before
-        the first update there is none, and the result is zero.
+        λ is the `trust_ratio` of the last update (LARS, LAMB), and 1 before the first. v̂ is the
+        bias-corrected `exp_avg_sq` (LAMB, Adam and its variants), or its maximum under amsgrad;
+        before the first update there is none, and the result is zero.
         """
         states = self._states()
         gradients = list(gradients)
@@ -61,15 +54,12 @@ class BaseState:
                 s.get("trust_ratio", p.new_ones(()))
                 for s, p in zip(states, self._parameters, strict=True)
             ]
-            # foreach goes one by one where shapes differ: the price of ratios that stay on the
-            # device.
+            # Slow where shapes differ, but the ratios stay on the device.
             gradients = list(torch._foreach_mul(gradients, ratios))
         return gradients
 
     def _second_moment_roots(self, states: list[dict[str, Any]]) -> dict[int, Tensor]:
-        """Return √v̂ + ε of the parameters that the optimizer keeps second moments of, by their
-        position.
-        """
+        """Return √v̂ + ε, by position, for the parameters with second moments."""
         roots: dict[int, Tensor] = {}
         for number, group in enumerate(self._optimizer.param_groups):
             if not {"betas", "eps"} <= group.keys():
@@ -82,20 +72,19 @@ class BaseState:
                     moments, steps, beta2=group["betas"][1], eps=group["eps"]
                 )
                 roots.update(zip(known, found, strict=True))
-            # What is divided by infinity is zero.
+            # Dividing by infinity gives zero.
             roots.update(
                 {i: self._parameters[i].new_full((), math.inf) for i in members if not states[i]}
             )
         return roots
 
     def _states(self) -> list[dict[str, Any]]:
-        # Not by [], which would make entries.
+        # Not by [], which would add entries.
         return [self._optimizer.state.get(p, {}) for p in self._parameters]
 
 
 def _step_of(state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-    """Return how many updates a parameter had: by itself in torch's optimizers, by its group in
-    some others.
+    """Return the number of a parameter's updates, from its state or (in some optimizers) its group.
 
     Raises:
         ValueError: the optimizer does not say.
@@ -103,7 +92,7 @@ def _step_of(state: dict[str, Any], group: dict[str, Any]) -> Tensor:
     step = state.get("step", group.get("step"))
     if step is None:
         raise ValueError(
-            "the optimizer does not say how many updates it made: give the direction "
+            "the optimizer does not store how many updates it made: give the direction "
             "precondition='none'"
         )
     return torch.as_tensor(step)
@@ -112,11 +101,10 @@ def _step_of(state: dict[str, Any], group: dict[str, Any]) -> Tensor:
 def second_moment_roots(
     moments: list[Tensor], steps: list[Tensor], *, beta2: float, eps: float
 ) -> list[Tensor]:
-    """Return √v̂ + ε for second moments v after some steps each, where v̂ = v/(1 − β₂^t)."""
+    """Return √v̂ + ε for each second moment v and its number of steps t: v̂ = v/(1 − β₂^t)."""
     corrections = (1 - beta2 ** torch.stack(steps).double()).sqrt()
     roots = list(torch._foreach_sqrt(moments))
-    # Steps lie on the CPU, unless the optimizer is fused or capturable: then nothing waits for the
-    # device.
+    # Steps are on the CPU; if the optimizer is fused or capturable, on the device: do not wait.
     torch._foreach_div_(
         roots, corrections.tolist() if corrections.is_cpu else list(corrections.unbind())
     )
@@ -129,10 +117,10 @@ def require_momentum(optimizer: torch.optim.Optimizer) -> None:
     for number, group in enumerate(optimizer.param_groups):
         if group.get("nesterov"):
             raise ValueError(
-                "a shift along the momentum replaces Nesterov's: set nesterov=False in group "
-                f"{number}"
+                "a shift along the momentum replaces Nesterov's look-ahead: set nesterov=False in "
+                f"group {number}"
             )
         if not group.get("momentum", group.get("betas", (0.0,))[0]) > 0:
             raise ValueError(
-                f"a shift along the momentum needs one: give group {number} a momentum above 0"
+                f"a shift along the momentum needs momentum: set it above 0 in group {number}"
             )

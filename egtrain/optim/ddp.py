@@ -12,20 +12,18 @@ from egtrain.optim.extrapolation import Extrapolation
 
 
 def remember_local_gradients(model: nn.Module, extrapolation: Extrapolation) -> None:
-    """Make this process one worker, numbered by its rank, that remembers its gradient from before
-    the average.
+    """Make this process one worker, which observes its gradient before the average.
 
-    After backward(), `.grad` holds the mean over the processes. So a communication hook copies each
-    bucket of gradients before its all-reduce, which then goes on as without the hook, beside the
-    rest of backward(). Past gradients and noise are this worker's own; with a direction that looks
-    at neither, the hook changes nothing.
+    The worker's number is the rank. After backward(), `.grad` holds the mean over the processes. So
+    a communication hook observes each bucket of gradients before its all-reduce, which still
+    overlaps with backward(). A direction that uses neither past gradients nor noise is unaffected.
 
     Args:
-        model: after it has been wrapped; it allows one communication hook. With
-            `forward_sync_buffers=False` (`broadcast_buffers=False` before torch had that) each
-            worker keeps BatchNorm statistics of its own, as in `egtrain train`.
-        extrapolation: with one worker, over an optimizer of the model's parameters. Two models, two
-            calls.
+        model: the wrapped model; it allows one communication hook. With
+            `forward_sync_buffers=False` (`broadcast_buffers=False` in older versions of torch) each
+            worker keeps its own BatchNorm statistics, as in `egtrain train`.
+        extrapolation: with one worker, over an optimizer of the model's parameters. Call this once
+            for each model.
 
     Raises:
         ValueError: the model is not a DistributedDataParallel or the optimizer's, or there are
@@ -38,8 +36,7 @@ def remember_local_gradients(model: nn.Module, extrapolation: Extrapolation) -> 
             f"{type(model).__name__}: "
             "wrap the model first, or leave the line out in a loop of one process"
         )
-    # Not at the top, so that egtrain.optim can be imported where torch was built without
-    # torch.distributed.
+    # Imported here, since torch may be built without torch.distributed.
     from torch.distributed import GradBucket, get_rank  # type: ignore[attr-defined]
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
@@ -62,7 +59,7 @@ def remember_local_gradients(model: nn.Module, extrapolation: Extrapolation) -> 
 
 
 class Averaged:
-    """The gradients of one worker that a hook brings, in a block, before they become a mean."""
+    """The gradients of one worker that a hook has observed in a block, before the average."""
 
     def __init__(self, extrapolation: Extrapolation) -> None:
         self.extrapolation = extrapolation
@@ -70,17 +67,17 @@ class Averaged:
         self.arrivals: Counter[int] = Counter()
 
     def arrive(self, parameters: Iterable[Tensor]) -> None:
-        """Have the gradients of those parameters observed that are the optimizer's."""
+        """Observe the gradients of those parameters that the optimizer trains."""
         numbers = [self.numbers[p] for p in parameters if p in self.numbers]
         self.arrivals.update(numbers)
         self.extrapolation.observe_before_average(numbers)
 
     def begin_block(self) -> None:
-        """Begin a block, in which none has arrived."""
+        """Begin a block: no gradient has arrived yet."""
         self.arrivals.clear()
 
     def end_second_gradient(self) -> None:
-        """Raise RuntimeError where the second gradient was averaged."""
+        """Raise RuntimeError if the second gradient was averaged."""
         if self.arrivals:
             raise RuntimeError(
                 "the second gradient was averaged: take it, forward too, within model.no_sync()"
@@ -90,7 +87,7 @@ class Averaged:
         """Return the numbers of the parameters whose gradients have arrived.
 
         Raises:
-            RuntimeError: the gradients were not averaged once in the block.
+            RuntimeError: the gradients were not averaged exactly once in the block.
         """
         if not self.arrivals:
             raise RuntimeError(

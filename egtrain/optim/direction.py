@@ -1,6 +1,6 @@
-"""What a choice of ζ is: a direction, the state that it keeps, and the point that it sees."""
+"""A choice of ζ: the direction, its state, and the point at which it is evaluated."""
 
-# ruff: noqa: B027 - the empty methods are for a direction to leave out or to fill.
+# ruff: noqa: B027 - a direction may override the empty methods, and need not.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -13,38 +13,36 @@ from egtrain.optim.base_state import BaseState
 from egtrain.optim.randomness import generator_for
 
 State = dict[str, list[Tensor]]
-"""What a direction keeps, by names of its choice; each list has one tensor a parameter."""
+"""A direction's state, by names of its choice; each list has one tensor per parameter."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """What a direction may look at when worker k extrapolates at step t; every list has one tensor
-    a parameter.
-    """
+    """What a direction sees for worker k at step t; each list has one entry per parameter."""
 
     worker: int
     """k."""
     step: int
-    """t, the updates that were made before."""
+    """t, the number of updates made so far."""
     parameters: list[Tensor]
     """x_t, the unshifted weights."""
     learning_rates: list[float]
     """γ_t of each parameter's group."""
     state: State
-    """What the direction keeps for this worker."""
+    """The direction's state for this worker."""
     shared: State
-    """What it keeps for all workers together."""
+    """The direction's state for all workers together."""
     second_gradient: list[Tensor]
     """∇f^k(x_t), the gradient at the unshifted weights; empty for a direction of one gradient."""
     clip_factor: Tensor | None
-    """What ḡ_{t−1} was multiplied by (a scalar tensor), and g^k_{t−1} has to be; None where nothing
-    was clipped."""
+    """The factor (a scalar tensor) that clipped ḡ_{t−1}, to be applied to g^k_{t−1} as well; None
+    if nothing was clipped."""
     base: BaseState
-    """What the base optimizer keeps: its momentum, and how it scales a gradient."""
+    """The base optimizer's state: its momentum, and how it scales a gradient."""
     seed: int
 
     def generator(self) -> torch.Generator:
-        """Return the generator of this (seed, worker, step)."""
+        """Return a generator seeded by (seed, worker, step)."""
         return generator_for(
             self.seed, "extrapolation", self.worker, self.step, device=self.parameters[0].device
         )
@@ -53,15 +51,15 @@ class Point:
 class Direction(ABC):
     """A choice of ζ: one row of the table of variants.
 
-    A direction is a value without state; what it keeps from step to step is made by `worker_state`
-    and `shared_state`, and `Extrapolation` holds, saves and resumes it. A direction that keeps
-    nothing is `zeta` alone:
+    A direction itself never changes. Its state from step to step is made by `worker_state` and
+    `shared_state`; `Extrapolation` holds, saves and resumes it. Without state, a direction needs
+    only `zeta`:
 
     >>> class AgainstWeights(Direction):
     ...     def zeta(self, at):
     ...         return [-0.01 * x for x in at.parameters]
 
-    One that keeps something changes it in place where it observes what training does:
+    One with state changes it in place when it observes a gradient or an update:
 
     >>> class AverageOfGradients(Direction):
     ...     def worker_state(self, parameters):
@@ -78,32 +76,32 @@ class Direction(ABC):
     """
 
     gradients: ClassVar[int] = 1
-    """Gradients a step: 2 for a direction that looks at `Point.second_gradient`."""
+    """Gradients per step: 2 for a direction that uses `Point.second_gradient`."""
 
     @abstractmethod
     def zeta(self, at: Point) -> list[Tensor]:
-        """Return ζ, one tensor a parameter, newly allocated."""
+        """Return ζ: one newly allocated tensor per parameter."""
 
     def check_base(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raise ValueError where the direction is not defined over a base optimizer."""
+        """Raise ValueError if the direction is not defined for this base optimizer."""
 
     def worker_state(self, parameters: list[Tensor]) -> State:
-        """Return what it keeps for each worker, as it is before the first step."""
+        """Return the initial state of one worker."""
         return {}
 
     def shared_state(self, parameters: list[Tensor]) -> State:
-        """Return what it keeps once for all workers, as it is before the first step."""
+        """Return the initial state that all workers share."""
         return {}
 
     def observe_gradient(self, state: State, gradients: list[Tensor]) -> None:
-        """Take g^k_t, not clipped, into the worker's state, at the end of its block.
+        """Update the worker's state with g^k_t, not clipped, at the end of its block.
 
-        Both have one tensor a parameter, but not always of all parameters: with
-        DistributedDataParallel they come some at a time.
+        Both have one tensor per parameter, but not always for all parameters:
+        DistributedDataParallel delivers a few at a time.
         """
 
     def observe_mean_gradient(self, state: State, gradients: list[Tensor]) -> None:
-        """Take ḡ_t, clipped where it is, into the shared state, before the update."""
+        """Update the shared state with ḡ_t, after any clipping and before the update."""
 
     def observe_update(self, state: State, before: list[Tensor], after: list[Tensor]) -> None:
-        """Take the update from x_t to x_{t+1} into the shared state, after it was made."""
+        """Update the shared state after the update from x_t to x_{t+1}."""

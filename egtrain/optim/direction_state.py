@@ -1,6 +1,4 @@
-"""What a direction keeps from step to step: made, forgotten, saved and loaded without knowing what
-it is.
-"""
+"""A direction's state from step to step: made, reset, saved and loaded, whatever it holds."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,12 +10,12 @@ from egtrain.optim.direction import Direction, State
 
 
 class DirectionState:
-    """The state that a direction keeps for each of some workers, and for all together.
+    """A direction's state for each worker of this process, and for all together.
 
     Args:
-        direction: whose state it is.
-        parameters: those that are shifted; each list of a state has one tensor for each.
-        workers: their numbers.
+        direction: the direction that has this state.
+        parameters: the shifted parameters; each list of a state has one tensor for each.
+        workers: the numbers of the workers.
 
     Raises:
         ValueError: the direction keeps another number of tensors.
@@ -42,23 +40,21 @@ class DirectionState:
         return next(iter(self.by_worker.values()))
 
     def belong_to(self, worker: int) -> None:
-        """Give the state of the only worker here to the one of that number."""
+        """Give the only worker here another number."""
         (state,) = self.by_worker.values()
         self.by_worker = {worker: state}
 
     def of_parameters(self, worker: int, numbers: Sequence[int]) -> State:
-        """Return what is kept of some parameters, by their numbers."""
+        """Return a worker's state for some parameters, given by their numbers."""
         return {name: [ts[i] for i in numbers] for name, ts in self.by_worker[worker].items()}
 
     @torch.no_grad()
     def forget(self, worker: int) -> None:
-        """Put a worker's state back to what it was before the first step."""
+        """Reset a worker's state to its initial value."""
         copy_state(self.by_worker[worker], self._direction.worker_state(self._parameters))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return a copy; each tensor of `worker_state` has the workers along its first dimension,
-        in the order of `workers`.
-        """
+        """Return a copy; tensors of `worker_state` are [workers, ...], in `workers`' order."""
         states = self.by_worker.values()
         return {
             "workers": list(self.by_worker),
@@ -81,8 +77,8 @@ class DirectionState:
         )
         if self._first and workers != list(self.by_worker):
             raise ValueError(
-                f"the extrapolation state is that of the workers {workers}, and carried here are "
-                f"{list(self.by_worker)}: every process loads what it has saved itself"
+                f"the extrapolation state is that of workers {workers}, but this process has "
+                f"{list(self.by_worker)}: let each process load the state that it saved"
             )
         expected = shapes(self._first, len(self.by_worker)), shapes(self.shared)
         if (shapes(by_worker), shapes(shared)) != expected:
@@ -95,11 +91,11 @@ class DirectionState:
 
 
 def shapes(state: State, *leading: int) -> dict[str, list[tuple[int, ...]]]:
-    """Return the shape of each tensor of a state, behind the leading dimensions."""
+    """Return the shape of each tensor of a state, after the leading dimensions."""
     return {name: [(*leading, *t.shape) for t in tensors] for name, tensors in state.items()}
 
 
 def copy_state(into: State, state: State) -> None:
-    """Copy a state into another one of the same names and shapes."""
+    """Copy a state into another one with the same names and shapes."""
     for name, tensors in into.items():
         torch._foreach_copy_(tensors, state[name])

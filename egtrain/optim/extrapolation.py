@@ -1,7 +1,7 @@
 """The extrapolation framework: take the gradient at x − ζ, make the update from x.
 
-Lin, Kong, Stich, Jaggi: Extrapolation for Large-batch Training in Deep Learning, ICML 2020, arXiv
-2006.05720.
+Lin, Kong, Stich, Jaggi: Extrapolation for Large-batch Training in Deep Learning, ICML 2020
+(arXiv 2006.05720).
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -17,47 +17,42 @@ from egtrain.optim.direction_state import DirectionState
 
 
 class Averaging(Protocol):
-    """What observes a worker's gradients in the course of a block, where `.grad` is a mean by its
-    end.
-    """
+    """Observes a worker's gradients during a block, at whose end `.grad` is already a mean."""
 
     def begin_block(self) -> None:
-        """Begin a block, in which nothing was observed yet."""
+        """Begin a block: nothing has been observed yet."""
 
     def end_second_gradient(self) -> None:
-        """Raise RuntimeError where the second gradient was averaged."""
+        """Raise RuntimeError if the second gradient was averaged."""
 
     def end_block(self) -> Collection[int]:
         """Return the numbers of the parameters whose gradients were observed in the block.
 
         Raises:
-            RuntimeError: the gradients were not averaged once in it.
+            RuntimeError: the gradients were not averaged exactly once in it.
         """
 
 
 class Extrapolation:
-    """Shifts the weights of any optimizer by −ζ while a worker takes its gradient, and puts them
-    back bit for bit.
+    """Shifts any optimizer's weights by −ζ for a worker's gradient, and restores them bit for bit.
 
     Inside `with extrapolation.shifted(worker):` the parameters are x_t − ζ^k_t; outside they are
-    the optimizer's own. The gradient that `.grad` holds when the block ends is observed as that
-    worker's (with DistributedDataParallel that is a mean: call `remember_local_gradients` before
-    training). Forward and backward both belong in the block (a backward pass after it takes the
-    gradient at neither point, unless autograd notices and raises). Not with `torch.amp.GradScaler`,
-    whose scale the observed gradients would have.
+    x_t. The gradient in `.grad` at the end of the block is taken as that worker's. With
+    DistributedDataParallel it is a mean: call `remember_local_gradients` before training. Forward
+    and backward both belong in the block: a backward pass after it takes the gradient at neither
+    point, unless autograd notices and raises. `torch.amp.GradScaler` does not work, since the
+    observed gradients would be scaled.
 
-    A copy (`copy.deepcopy`, pickle) of the optimizer together with its extrapolation works on its
-    own.
+    The optimizer and its extrapolation may be copied together (`copy.deepcopy`, pickle).
 
     Args:
         optimizer: any `torch.optim.Optimizer` with dense gradients; its learning rates are read at
             every shift.
         direction: the choice of ζ, for example `LocalGradient(ratio=1 / 16)`.
         workers: how many logical workers this process carries, or their numbers.
-        seed: seed of the directions that draw noise; the noise is a function of (seed, worker,
-            step).
-        unshifted: the tensor of each parameter in which the caller itself keeps x_t from before the
-            first block of a step until after the update; left out, each block makes that copy.
+        seed: for directions that draw noise; the noise is a function of (seed, worker, step).
+        unshifted: for each parameter, a tensor in which the caller keeps x_t from before the first
+            block of a step until after the update; without it, each block makes that copy.
     """
 
     def __init__(
@@ -79,8 +74,7 @@ class Extrapolation:
         self.parameters: list[Tensor] = [
             p for group in optimizer.param_groups for p in group["params"] if p.requires_grad
         ]
-        # By number: load_state_dict replaces the groups. Which parameters take part is settled
-        # here.
+        # By number, since load_state_dict replaces the groups.
         self._groups = [
             i
             for i, group in enumerate(optimizer.param_groups)
@@ -113,20 +107,20 @@ class Extrapolation:
     def shifted(
         self, worker: int | None = None, *, gradient: Callable[[], object] | None = None
     ) -> Iterator[None]:
-        """Hold the weights at x_t − ζ^k_t for the length of a `with` block.
+        """Hold the weights at x_t − ζ^k_t inside a `with` block.
 
         Args:
-            worker: whose state and noise are used, and whose gradient is observed; where there is
-                only one, it need not be named.
+            worker: the worker that takes its gradient; it may be left out if there is only one.
             gradient: for directions of two gradients: a function that leaves the gradient at the
-                current weights in `.grad`. It must leave BatchNorm statistics and random streams
-                alone.
+                current weights in `.grad`. It must not change BatchNorm statistics or random
+                states.
 
         Raises:
             ValueError: the worker is not one of `workers`, or `gradient` is missing.
             RuntimeError: the blocks are nested, a gradient is sparse, a whole group had no gradient
-                in the block, or the optimizer got further parameters; or, with
-                `remember_local_gradients`, the gradients were not averaged once in the block.
+                in the block, or parameters were added to the optimizer; or, with
+                `remember_local_gradients`, the gradients were not averaged exactly once in the
+                block.
         """
         if worker is None:
             if len(self.workers) > 1:
@@ -145,7 +139,7 @@ class Extrapolation:
             self.averaging.begin_block()
         zeta = self._zeta(worker, gradient)
         self._note_unshifted()
-        # From here on, whatever happens, a Ctrl-C among it, the weights are put back.
+        # From here on the weights are put back whatever happens, even on Ctrl-C.
         try:
             self._inside = True
             with torch.no_grad():
@@ -164,8 +158,9 @@ class Extrapolation:
             self._observe(worker, [i for i in range(len(self.parameters)) if i not in observed])
 
     def average_with(self, averaging: Averaging, worker: int) -> None:
-        """Be this one worker, whose gradients are averaged with those of other processes before a
-        block ends; `averaging` calls `observe_before_average` in time.
+        """Make this process one worker of several processes that average within a block.
+
+        `averaging` calls `observe_before_average` before each average.
 
         Raises:
             ValueError: there are several workers.
@@ -179,8 +174,7 @@ class Extrapolation:
         self._kept.belong_to(worker)
 
     def observe_before_average(self, numbers: Sequence[int]) -> None:
-        """Observe `.grad` of some parameters, by their numbers in `parameters`, while it is the
-        worker's.
+        """Observe `.grad` of some parameters, given by their numbers, before it is averaged.
 
         Outside a `shifted()` block nothing is observed.
         """
@@ -189,29 +183,26 @@ class Extrapolation:
             self._observe(worker, numbers)
 
     def note_clipping(self, factor: Tensor | float) -> None:
-        """Tell by which factor (a scalar) the mean gradient of this step was clipped.
+        """Note the factor (a scalar) by which the mean gradient of this step was clipped.
 
-        Workers' gradients are observed unclipped; ζ takes the factor of the step that they came
-        from. Call it before the optimizer's step wherever gradients are clipped; a step without a
-        call is one that was not clipped.
+        Workers' gradients are observed unclipped; the next ζ applies the factor. Call this before
+        the optimizer's step wherever gradients are clipped; a step without a call counts as not
+        clipped.
         """
         device = self.parameters[0].device
         self._next_clip_factor = torch.as_tensor(factor, device=device).detach().reshape(()).clone()
 
     def forget(self, worker: int | None = None) -> None:
-        """Put a worker's state (or that of all workers here) back to what it was before the first
-        step.
+        """Reset a worker's state, or that of all workers here, to its initial value.
 
-        For a loop that skips an update whose loss or gradient is not finite: shifted along such a
-        gradient, no later loss would be finite.
+        For a loop that skips updates with a loss or gradient that is not finite: after a shift
+        along such a gradient no loss would be finite.
         """
         for k in self.workers if worker is None else [worker]:
             self._kept.forget(k)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state; under `worker_state` stand the direction's names, and each tensor has
-        the workers along its first dimension, in the order of `workers`.
-        """
+        """Return the state; tensors of `worker_state` are [workers, ...], in `workers`' order."""
         return {
             "steps": self.steps,
             "clip_factor": self._clip_factor,
@@ -254,7 +245,7 @@ class Extrapolation:
             )
 
     def _second_gradient(self, gradient: Callable[[], object] | None) -> list[Tensor]:
-        """Return a copy of the gradient that a function takes at x_t; `.grad` becomes zero."""
+        """Return a copy of the gradient that the function computes at x_t, and set `.grad` to 0."""
         if gradient is None:
             raise ValueError(
                 "this direction takes a second gradient: pass shifted(..., gradient=function)"
@@ -276,19 +267,17 @@ class Extrapolation:
             self._weights_are_copied = True
 
     def _require_known_parameters(self) -> None:
-        """Raise RuntimeError where the optimizer trains parameters that would not be shifted."""
+        """Raise RuntimeError if the optimizer trains parameters that would not be shifted."""
         known = set(map(id, self.parameters))
         for number, group in enumerate(self.optimizer.param_groups):
             if any(p.requires_grad and id(p) not in known for p in group["params"]):
                 raise RuntimeError(
                     f"parameter group {number} has parameters that were added or unfrozen since: "
-                    "make a new optimizer and Extrapolation for them"
+                    "make a new optimizer and a new Extrapolation"
                 )
 
     def _require_gradients(self) -> None:
-        """Raise RuntimeError for a parameter group in which a gradient was possible and there is
-        none.
-        """
+        """Raise RuntimeError if a group with trainable parameters has no gradient at all."""
         members = list(zip(self._groups, self.parameters, strict=True))
         empty = {i for i, p in members if p.requires_grad}
         empty -= {i for i, p in members if p.grad is not None}
@@ -298,7 +287,7 @@ class Extrapolation:
             )
 
     def _gradients(self, numbers: Sequence[int]) -> list[Tensor]:
-        """Return `.grad` of the parameters with these numbers; where there is none it is zero.
+        """Return `.grad` of the parameters with these numbers, or zero where there is none.
 
         Raises:
             RuntimeError: one is sparse.
@@ -329,11 +318,11 @@ class Extrapolation:
                 "optimizer.step() belongs after the shifted() block, where the weights are x again"
             )
         if self._kept.shared:
-            # Not after the update: torch's SGD makes its step in the memory of the gradients.
+            # Before the update, since torch's SGD overwrites the gradients.
             if any(callable(value) for value in (*args, *kwargs.values())):
                 raise RuntimeError(
-                    "the direction keeps the mean gradient, and has to see it before the update: "
-                    "call step() without a closure"
+                    "the direction must see the mean gradient before the update: call step() "
+                    "without a closure"
                 )
             mean = self._gradients(range(len(self.parameters)))
             self.direction.observe_mean_gradient(self._kept.shared, mean)

@@ -1,4 +1,4 @@
-"""LAMB, for large batches: Adam in which the step of each layer is in proportion to its weights."""
+"""LAMB, for large batches: Adam with each layer's step in proportion to its weights."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -10,8 +10,9 @@ from egtrain.optim.layers import Layers, check_setting, norms, update_layers
 
 
 class LAMB(torch.optim.Optimizer):
-    """Adam with decoupled weight decay and a rate of its own for each layer (arXiv 1904.00962,
-    Algorithm 2, φ(z) = z).
+    """Adam with decoupled weight decay and a rate for each layer (arXiv 1904.00962, Algorithm 2).
+
+    Here φ(z) = z:
 
         m ← β₁·m + (1 − β₁)·g,  v ← β₂·v + (1 − β₂)·g²
         r = m̂/(√v̂ + ε) + weight_decay·w,  m̂ = m/(1 − β₁^t),  v̂ = v/(1 − β₂^t)
@@ -27,9 +28,8 @@ class LAMB(torch.optim.Optimizer):
         betas: β₁ and β₂.
         eps: ε.
         weight_decay: λ in the paper.
-        adapt_norm_and_bias: whether parameters with fewer than two dimensions have trust ratios
-            too.
-        decay_norm_and_bias: whether they decay too.
+        adapt_norm_and_bias: whether parameters with fewer than two dimensions have trust ratios.
+        decay_norm_and_bias: whether they decay.
 
     Raises:
         ValueError: a setting is out of its range.
@@ -56,7 +56,7 @@ class LAMB(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters, with settings of their own or the optimizer's."""
+        """Add a group of parameters, which may have its own settings."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         check_setting(group["lr"] > 0, "lr must be above 0", group["lr"])
@@ -72,8 +72,7 @@ class LAMB(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Make one update; `closure` takes the gradients and returns the loss, as in torch's
-        optimizers.
+        """Make one update; `closure`, if given, computes the gradients and returns the loss.
 
         Raises:
             RuntimeError: a gradient is sparse, or a group has none.
@@ -108,8 +107,7 @@ class LAMB(torch.optim.Optimizer):
         if layers.adapted:
             w_norms, r_norms = norms(w), norms(r)
             ratios = torch.where((w_norms > 0) & (r_norms > 0), w_norms / r_norms, 1.0)
-            # foreach goes one by one where shapes differ: the price of ratios that stay on the
-            # device.
+            # Slow where shapes differ, but the ratios stay on the device.
             torch._foreach_mul_(r, list(ratios.unbind()))
         else:
             ratios = w[0].new_ones(len(w))

@@ -1,4 +1,4 @@
-"""LARS, for large batches: SGD in which the step of each layer is in proportion to its weights."""
+"""LARS, for large batches: SGD with each layer's step in proportion to its weights."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -9,7 +9,7 @@ from egtrain.optim.layers import Layers, check_setting, norms, update_layers
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum and a rate of its own for each layer (arXiv 1708.03888, Algorithm 1).
+    """SGD with momentum and a rate for each layer (arXiv 1708.03888, Algorithm 1).
 
         λ = trust_coefficient·‖w‖/(‖g‖ + β·‖w‖)     1 where ‖w‖ or ‖g‖ is zero
         v ← m·v + γ·λ·(g + β·w)                     the rate is inside the momentum, as in the paper
@@ -24,9 +24,8 @@ class LARS(torch.optim.Optimizer):
         momentum: m.
         weight_decay: β.
         trust_coefficient: η in the paper.
-        adapt_norm_and_bias: whether parameters with fewer than two dimensions have trust ratios
-            too.
-        decay_norm_and_bias: whether they decay too.
+        adapt_norm_and_bias: whether parameters with fewer than two dimensions have trust ratios.
+        decay_norm_and_bias: whether they decay.
 
     Raises:
         ValueError: a setting is out of its range.
@@ -53,7 +52,7 @@ class LARS(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters, with settings of their own or the optimizer's."""
+        """Add a group of parameters, which may have its own settings."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         check_setting(group["lr"] > 0, "lr must be above 0", group["lr"])
@@ -71,8 +70,7 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Make one update; `closure` takes the gradients and returns the loss, as in torch's
-        optimizers.
+        """Make one update; `closure`, if given, computes the gradients and returns the loss.
 
         Raises:
             RuntimeError: a gradient is sparse, or a group has none.
@@ -99,8 +97,7 @@ class LARS(torch.optim.Optimizer):
         if decay > 0:
             g = list(torch._foreach_add(g, w, alpha=decay))
         if layers.adapted:
-            # foreach goes one by one where shapes differ: the price of ratios that stay on the
-            # device.
+            # Slow where shapes differ, but the ratios stay on the device.
             g = list(torch._foreach_mul(g, list(ratios.unbind())))
         torch._foreach_mul_(v, group["momentum"])
         torch._foreach_add_(v, g, alpha=group["lr"])

@@ -1,6 +1,4 @@
-"""What LARS and LAMB share: which parameters are updated together, and which of them adapt and
-decay.
-"""
+"""What LARS and LAMB share: which layers are updated together, and which adapt and decay."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Layers:
-    """Layers of one group, device, type and treatment, with their gradients."""
+    """Layers of one group that are treated alike, with their gradients."""
 
     weights: list[Tensor]
     gradients: list[Tensor]
@@ -22,10 +20,10 @@ class Layers:
 
 
 def layers_treated_alike(name: str, number: int, group: dict[str, Any]) -> Iterator[Layers]:
-    """Yield the layers of a group that have a gradient, those together that are treated alike.
+    """Yield the layers of a group that have a gradient, in lots that are treated alike.
 
     Raises:
-        RuntimeError: a gradient is sparse, or there is none where there could be one.
+        RuntimeError: a gradient is sparse, or a group with trainable parameters has none.
     """
     lists: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = {}
     for p in group["params"]:
@@ -52,8 +50,7 @@ def update_layers(
     closure: Callable[[], Any] | None,
     update: Callable[[Layers, dict[str, Any]], None],
 ) -> Any:
-    """Update the layers of all groups, those together that are treated alike; return the closure's
-    loss.
+    """Update the layers of all groups, and return the closure's loss.
 
     Raises:
         RuntimeError: a gradient is sparse, or a group has none.
@@ -74,6 +71,6 @@ def norms(tensors: list[Tensor]) -> Tensor:
 
 
 def check_setting(fulfilled: bool, what: str, value: object) -> None:
-    """Raise ValueError with the value that a setting may not have."""
+    """Raise ValueError, with the value, unless a setting is in its range."""
     if not fulfilled:
         raise ValueError(f"{what}, not {value}")

@@ -1,4 +1,4 @@
-"""What the directions that are drawn at random share: which weights are shifted, and how far."""
+"""What the random directions share: which weights are shifted, and how far."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,9 +12,7 @@ from egtrain.optim.scaling import Scaling, require_one_of, require_sizes, scaled
 
 @dataclass(frozen=True, kw_only=True)
 class Noise(Direction):
-    """How far noise reaches: with scaling `filter` (the default) by SmoothOut's rule,
-    size·‖w_f‖·n_f/(‖n_f‖ + 1e-6).
-    """
+    """Noise scaled to the weights; the default is SmoothOut's size·‖w_f‖·n_f/(‖n_f‖ + 1e-6)."""
 
     size: float
     scaling: Scaling = "filter"
@@ -26,11 +24,10 @@ class Noise(Direction):
         require_one_of(Scaling, scaling=self.scaling)
 
     def scaled(self, draw: Callable[[Tensor], object], at: Point) -> list[Tensor]:
-        """Return ζ of noise that `draw` fills each tensor with."""
+        """Return ζ, made of noise that `draw` writes into each tensor."""
         taking_part = [x for x in at.parameters if x.ndim > 1 or self.norm_and_bias]
         noise = [torch.empty_like(x) for x in taking_part]
-        # In the order of memory: torch draws several times slower into a tensor that is not
-        # contiguous.
+        # In memory order: torch draws several times slower into a non-contiguous tensor.
         for n in noise:
             draw(n.as_strided((n.numel(),), (1,)))
         shifts = iter(

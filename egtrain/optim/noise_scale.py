@@ -1,6 +1,4 @@
-"""The gradient noise scale, estimated from the workers' gradients at no extra cost (arXiv
-1812.06162, appendix A).
-"""
+"""The gradient noise scale, from the workers' gradients (arXiv 1812.06162, appendix A)."""
 
 from dataclasses import asdict, dataclass
 
@@ -10,8 +8,8 @@ class NoiseScale:
     """Running estimate of the batch size, in samples, beyond which larger batches stop paying.
 
     The unbiased one-step estimates of |G|² and of the noise's trace S are averaged separately and
-    divided last: the mean of their ratio is badly biased. Under extrapolation the gradients come
-    from different points: an estimate.
+    divided last, since the mean of their ratio is badly biased. Under extrapolation the gradients
+    come from different points, so the value is only approximate.
     """
 
     decay: float = 0.99
@@ -21,9 +19,7 @@ class NoiseScale:
     def update(
         self, mean_squared_norm: float, squared_norm_of_mean: float, workers: int, samples: int
     ) -> None:
-        """Take in one step: mean_k‖g^k‖², ‖ḡ‖² (both before clipping), K and the samples b of each
-        worker.
-        """
+        """Add a step: mean_k‖g^k‖² and ‖ḡ‖² (before clipping), K, and the samples b per worker."""
         if workers < 2:
             return
         squared_gradient = (workers * squared_norm_of_mean - mean_squared_norm) / (workers - 1)
@@ -33,9 +29,7 @@ class NoiseScale:
 
     @property
     def value(self) -> float | None:
-        """The noise scale in samples, or None where there is nothing to show (K = 1, or no gradient
-        left).
-        """
+        """The noise scale in samples; None if there is no estimate (K = 1, or no gradient left)."""
         return self.noise_trace / self.squared_gradient if self.squared_gradient > 0 else None
 
     def state_dict(self) -> dict[str, float]:

@@ -1,5 +1,4 @@
-"""Post-local SGD: large-batch training first, then workers that train on their own and average
-their weights.
+"""Post-local SGD: large-batch training first, then local SGD with averages of the weights.
 
 Lin, Stich, Patel, Jaggi: Don't Use Large Mini-Batches, Use Local SGD, ICLR 2020, arXiv 1808.07217.
 """
@@ -11,19 +10,17 @@ from torch import Tensor
 
 
 class PostLocal:
-    """When the local phase begins, when weights are averaged in it, and each worker's optimizer
-    while it lasts.
+    """When the local phase begins, when it averages weights, and each worker's optimizer in it.
 
-    Up to update `start` all workers share one optimizer. From there on each makes its updates with
-    a copy of it, on weights of its own, and after each `period` updates the weights are averaged.
-    Momentum stays with the worker, and the learning rate does not change.
+    For the first `start` updates all workers share one optimizer. After that each worker updates
+    its own weights with its own copy of the optimizer, and every `period` updates the weights are
+    averaged. Momentum is not averaged, and the learning rate does not change.
 
     Args:
         optimizer: the base optimizer of the first phase.
         workers: the numbers of the workers that this process carries.
-        start: completed updates before the first local one.
-        period: H, the updates between two averages; with 1 and without momentum it is the first
-            phase over again.
+        start: the number of updates before the first local one.
+        period: H, the updates between two averages; 1 without momentum equals the first phase.
 
     Raises:
         ValueError: `start` is negative, or `period` is below 1.
@@ -39,16 +36,16 @@ class PostLocal:
         self.start = start
         self.period = period
         self.optimizers: dict[int, torch.optim.Optimizer] = {}
-        """Of each worker; empty before `begin`."""
+        """By worker; empty before `begin`."""
         self._optimizer = optimizer
         self._workers = workers
 
     def is_local(self, step: int) -> bool:
-        """Return whether the update after `step` completed ones is each worker's own."""
+        """Return whether the update after `step` completed ones is local."""
         return step >= self.start
 
     def averages_after(self, step: int) -> bool:
-        """Return whether the weights are averaged once `step` updates are complete."""
+        """Return whether the weights are averaged after `step` updates."""
         return step > self.start and (step - self.start) % self.period == 0
 
     def averages(self, step: int) -> int:
@@ -56,19 +53,15 @@ class PostLocal:
         return max(step - self.start, 0) // self.period
 
     def begin(self) -> None:
-        """Give each worker a copy of the shared optimizer as it is now, over the same
-        parameters.
-        """
+        """Give each worker a copy of the shared optimizer, over the same parameters."""
         parameters = {id(p): p for group in self._optimizer.param_groups for p in group["params"]}
-        # A memo that knows the parameters already copies the state and leaves them shared.
+        # With the parameters in the memo, deepcopy copies the state and shares the parameters.
         self.optimizers = {
             worker: copy.deepcopy(self._optimizer, dict(parameters)) for worker in self._workers
         }
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the workers' optimizer state, [workers, ...] under `PARAMETER.NAME`; empty before
-        `begin`.
-        """
+        """Return the workers' states, [workers, ...] by `PARAMETER.NAME`; empty before `begin`."""
         states = [optimizer.state_dict()["state"] for optimizer in self.optimizers.values()]
         return {
             f"{index}.{name}": torch.stack(

@@ -1,6 +1,4 @@
-"""Shifts in proportion to the weights, layer by layer or filter by filter, and checks of such
-settings.
-"""
+"""Shifts in proportion to the weights, by layer or by filter, and checks of such settings."""
 
 import math
 from collections.abc import Sequence
@@ -15,11 +13,10 @@ Scaling = Literal["none", "layer", "filter"]
 def scaled_to_weights(
     zeta: Sequence[Tensor], parameters: Sequence[Tensor], size: float, scaling: Scaling
 ) -> list[Tensor]:
-    """Return ζ_l ← size·‖x_l‖·ζ_l/(‖ζ_l‖ + 1e-6), where l is a layer or a filter, or size·ζ for
-    `none`.
+    """Return size·‖x_l‖·ζ_l/(‖ζ_l‖ + 1e-6) for each layer or filter l; for `none`, size·ζ.
 
-    A filter is a slice along dimension 0 of a weight with two or more dimensions; other parameters
-    are one filter.
+    A filter is a slice along dimension 0 of a weight with two or more dimensions; any other
+    parameter is one filter.
     """
     if scaling == "none":
         return list(torch._foreach_mul(list(zeta), size))
@@ -27,8 +24,7 @@ def scaled_to_weights(
         layer_or_filter_norms(zeta, scaling),
         layer_or_filter_norms(parameters, scaling),
     )
-    # 1e-6 is SmoothOut's: it also keeps a gradient of mere rounding errors from being blown up to
-    # full size.
+    # 1e-6 is SmoothOut's. It also keeps a gradient of rounding errors from growing to full size.
     torch._foreach_add_(z_norms, 1e-6)
     torch._foreach_mul_(x_norms, size)
     # In this order no factor overflows in half precision.
@@ -38,7 +34,7 @@ def scaled_to_weights(
 
 
 def layer_or_filter_norms(tensors: Sequence[Tensor], scaling: Scaling) -> list[Tensor]:
-    """Return norms that broadcast against the tensors: of each one, or of its filters."""
+    """Return the norm of each tensor, or of its filters, in a shape that broadcasts against it."""
     if scaling == "layer":
         return list(torch._foreach_norm(list(tensors)))
     dims = [tuple(range(1, t.ndim)) or None for t in tensors]
@@ -55,7 +51,7 @@ def require_sizes(**sizes: float) -> None:
 
 
 def require_one_of(known: object, **choices: str) -> None:
-    """Raise ValueError for a choice that is none of the names in a `Literal`."""
+    """Raise ValueError for a choice that is not in a `Literal`."""
     for name, value in choices.items():
         if value not in get_args(known):
             raise ValueError(f"{name} must be one of {', '.join(get_args(known))}, not {value!r}")

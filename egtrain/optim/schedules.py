@@ -4,14 +4,13 @@ import math
 from collections.abc import Callable, Sequence
 
 Schedule = Callable[[int], float]
-"""The learning rate of the update that follows `step` completed ones."""
+"""Returns the learning rate of the update after `step` completed ones."""
 
 
 def with_warmup(schedule: Schedule, steps: int, start: float) -> Schedule:
-    """Return `schedule` with a linear warm-up from `start` over the first `steps` updates (arXiv
-    1706.02677).
+    """Return `schedule` with a linear warm-up over the first `steps` updates (arXiv 1706.02677).
 
-    The rate after the warm-up is the schedule's own; a start above it is lowered to it.
+    The warm-up goes from `start` to the schedule's rate; a start above that rate is lowered to it.
     """
 
     def rate(step: int) -> float:
@@ -30,9 +29,7 @@ def step_decay(peak: float, milestones: Sequence[int], factor: float) -> Schedul
 
 
 def cosine_decay(peak: float, first: int, last: int) -> Schedule:
-    """Return a half cosine from `peak` at step `first` to zero at step `last` (arXiv
-    1608.03983).
-    """
+    """Return a half cosine, `peak` at step `first` and zero at `last` (arXiv 1608.03983)."""
 
     def rate(step: int) -> float:
         done = min(max((step - first) / max(last - first, 1), 0.0), 1.0)
@@ -42,9 +39,7 @@ def cosine_decay(peak: float, first: int, last: int) -> Schedule:
 
 
 def inverse_sqrt(peak: float, first: int) -> Schedule:
-    """Return a rate that is `peak` up to step `first`, and then falls with the root of the step
-    (arXiv 1706.03762).
-    """
+    """Return `peak` up to step `first`, then peak·√(first/step) (arXiv 1706.03762)."""
     start = max(first, 1)
     return lambda step: peak * math.sqrt(start / max(step, start))
 

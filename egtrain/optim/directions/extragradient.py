@@ -13,8 +13,7 @@ from egtrain.optim.direction import Point
 class Extragradient(AlongGradient):
     """The stochastic extragradient method: ζ^k_t = γ̂_t·∇f^k(x_t; ξ') (Korpelevich 1976).
 
-    Whether ξ' are the samples of the step or new ones is for the function that computes the
-    gradient to choose.
+    The function that computes this gradient chooses ξ': the samples of the step, or new ones.
     """
 
     gradients: ClassVar[int] = 2

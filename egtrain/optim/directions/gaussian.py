@@ -13,6 +13,6 @@ class GaussianNoise(Noise):
     """Isotropic smoothing: ζ^k_t = size·n with independent n ~ N(0, 1), scaled to the weights."""
 
     def zeta(self, at: Point) -> list[Tensor]:
-        """Return ζ of normal noise, drawn for the worker and the step."""
+        """Return ζ, normal noise drawn for the worker and the step."""
         generator = at.generator()
         return self.scaled(lambda n: n.normal_(generator=generator), at)

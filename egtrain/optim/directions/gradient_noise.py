@@ -1,4 +1,4 @@
-"""Gradient noise: along the worker's previous gradient less the mean one."""
+"""Gradient noise: along the worker's previous gradient minus the mean gradient."""
 
 from dataclasses import dataclass
 
@@ -11,8 +11,9 @@ from egtrain.optim.direction import Point, State
 
 @dataclass(frozen=True, kw_only=True)
 class GradientNoise(AlongGradient):
-    """The worker's gradient noise: ζ^k_t = γ̂_t·(g^k_{t−1} − ḡ_{t−1}), after Haruki et al. (arXiv
-    1906.10822).
+    """The worker's gradient noise: ζ^k_t = γ̂_t·(g^k_{t−1} − ḡ_{t−1}).
+
+    After Haruki et al., arXiv 1906.10822.
     """
 
     def worker_state(self, parameters: list[Tensor]) -> State:

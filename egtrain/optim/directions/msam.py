@@ -14,12 +14,12 @@ from egtrain.optim.scaling import require_sizes
 class MSAM(Direction):
     """MSAM: ζ_t = radius·v_t/‖v_t‖, the norm over the whole vector (arXiv 2401.12033).
 
-    As in the paper's Algorithm 1, the gradient is taken at x_t − ζ_t, ahead of x_t on the way that
-    the momentum goes. All workers share the shift; it is zero where v_t is (before the first
-    update). v_t is the buffer that the base optimizer keeps: `momentum_buffer` of SGD and LARS
-    (whose rates are in it), or `exp_avg` of Adam and LAMB, not preconditioned, as in the authors'
-    variant of AdamW. Ours: one norm over all parameter groups, and weight decay that is evaluated
-    at x_t. The base must not look ahead as well: no `nesterov`.
+    As in the paper's Algorithm 1, the gradient is taken at x_t − ζ_t, which lies ahead of x_t along
+    the momentum. All workers share the shift. It is zero before the first update, where v_t is
+    zero. v_t is the base optimizer's buffer: `momentum_buffer` of SGD and LARS (which contains
+    LARS's rates), or `exp_avg` of Adam and LAMB, not preconditioned, as in the authors' variant of
+    AdamW. Our choices: one norm over all parameter groups, and weight decay at x_t. The base must
+    not look ahead as well: no `nesterov`.
     """
 
     radius: float
@@ -28,7 +28,7 @@ class MSAM(Direction):
         require_sizes(radius=self.radius)
 
     def check_base(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raise ValueError unless the base has a momentum and does not look ahead along it."""
+        """Raise ValueError unless the base has momentum without look-ahead."""
         require_momentum(optimizer)
 
     def zeta(self, at: Point) -> list[Tensor]:

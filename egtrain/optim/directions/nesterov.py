@@ -1,4 +1,4 @@
-"""Nesterov's look-ahead: along the momentum of SGD, as far as that alone goes."""
+"""Nesterov's look-ahead: the step that SGD's momentum alone would make."""
 
 from dataclasses import dataclass
 
@@ -11,21 +11,18 @@ from egtrain.optim.direction import Direction, Point
 
 @dataclass(frozen=True, kw_only=True)
 class Nesterov(Direction):
-    """Nesterov's look-ahead: ζ_t = γ_t·u·v_t, with SGD's heavy-ball momentum v_t and its factor u
-    (Nesterov 1983).
+    """Nesterov's look-ahead: ζ_t = γ_t·u·v_t with SGD's momentum v_t, factor u (Nesterov 1983).
 
     With a constant rate and no weight decay, x_t − ζ_t are the weights that
     `torch.optim.SGD(nesterov=True)` keeps. All workers share the shift.
     """
 
     def check_base(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raise ValueError unless the base is SGD with a momentum along which it does not look
-        ahead itself.
-        """
+        """Raise ValueError unless the base is SGD with momentum and without look-ahead."""
         if not isinstance(optimizer, torch.optim.SGD):
             raise ValueError(
-                "Nesterov's look-ahead follows the momentum of torch.optim.SGD: make it the base "
-                f"instead of {type(optimizer).__name__}"
+                "Nesterov's look-ahead needs torch.optim.SGD as the base optimizer, not "
+                f"{type(optimizer).__name__}"
             )
         require_momentum(optimizer)
 

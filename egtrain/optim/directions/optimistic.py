@@ -11,8 +11,9 @@ from egtrain.optim.direction import Point, State
 
 @dataclass(frozen=True, kw_only=True)
 class OptimisticGradient(AlongGradient):
-    """Extrapolation from the past: ζ_t = γ̂_t·ḡ_{t−1} (Popov 1980; the optimistic gradient
-    method).
+    """The optimistic gradient method, or extrapolation from the past: ζ_t = γ̂_t·ḡ_{t−1}.
+
+    Popov 1980.
     """
 
     def shared_state(self, parameters: list[Tensor]) -> State:

@@ -12,10 +12,9 @@ from egtrain.optim.scaling import require_sizes
 
 @dataclass(frozen=True, kw_only=True)
 class SAM(Direction):
-    """Sharpness-aware minimisation, per worker: ζ^k_t = −radius·∇f^k(x_t)/‖∇f^k(x_t)‖ (arXiv
-    2010.01412).
+    """SAM, per worker: ζ^k_t = −radius·∇f^k(x_t)/‖∇f^k(x_t)‖ (arXiv 2010.01412).
 
-    The norm is that of the whole gradient; where it is zero, so is ζ.
+    The norm is that of the whole gradient; if it is zero, so is ζ.
     """
 
     radius: float
@@ -26,7 +25,7 @@ class SAM(Direction):
         require_sizes(radius=self.radius)
 
     def zeta(self, at: Point) -> list[Tensor]:
-        """Return ζ, the step of length `radius` uphill, with its sign."""
+        """Return ζ, which points downhill: x − ζ lies `radius` uphill."""
         norm = torch.nn.utils.get_total_norm(at.second_gradient)
         factor = torch.where(norm > 0, -self.radius / norm, torch.zeros_like(norm))
         return list(torch._foreach_mul(at.second_gradient, factor))
