@@ -381,7 +381,7 @@ def test_all_checkpoints_give_curves_over_the_steps(
             2,
             "--samples 151 is more than the 150 training samples of sgd",
         ),
-        (["sgd", "--label", "sg=x"], 2, "--label sg=x is of no run here: write PATH=TEXT"),
+        (["sgd", "--label", "sg=x"], 2, "--label sg=x belongs to no run: write PATH=TEXT"),
         (["sgd", "--label", "sgd="], 2, "has no text"),
         (["sgd", "--label", "sgd=x", "--label", "sgd=y"], 2, "names sgd twice"),
         (["sgd", "eg", "--label", "sgd=eg"], 2, "two runs have the label 'eg'"),

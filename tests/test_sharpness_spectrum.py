@@ -487,7 +487,7 @@ def test_a_loss_that_is_linear_in_the_weights_has_no_curvature() -> None:
             "no trainable",
         ),
         (lambda m: FrozenLoss(m, classification, []), UsageError, "no samples"),
-        (lambda m: frozen(m).value(), RuntimeError, "inside its block only"),
+        (lambda m: frozen(m).value(), RuntimeError, "only inside its block"),
     ],
     ids=["frozen model", "no samples", "outside"],
 )

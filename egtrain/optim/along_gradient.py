@@ -52,7 +52,7 @@ class AlongGradient(Direction):
     def along(
         self, gradients: list[Tensor], at: Point, factor: Tensor | None = None
     ) -> list[Tensor]:
-        """Return ζ along `gradients`, scaled first by `factor` (a scalar tensor) if there is one."""
+        """Return ζ along `gradients`, scaled first by `factor` (a scalar tensor) if given."""
         lengths = self._lengths(at)
         if factor is not None and (self.size is not None or len(set(lengths)) > 1):
             gradients, factor = list(torch._foreach_mul(gradients, factor)), None

@@ -1,7 +1,6 @@
-"""Curvature and loss landscapes of a trained model, for any `torch.nn.Module` with a loss function
-and batches.
+"""Curvature and loss landscapes of any `torch.nn.Module` with a loss function and batches.
 
-`with FrozenLoss(model, loss_function, batches) as loss:` is what the other functions measure.
+The other functions measure the loss of `with FrozenLoss(model, loss_function, batches) as loss:`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -36,7 +35,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when asked for: they bring torch, which the command line's --help does without.
+    # Imported on demand, so that --help does not import torch.
     if name in __all__:
         from egtrain.sharpness import adaptive, frozen_loss, landscape, spectrum
 

@@ -1,9 +1,7 @@
-"""How far the loss rises around the weights: in a box, on average over noise, and at worst in a
-ball.
+"""How far the loss rises near the weights: in a box, on average under noise, at worst in a ball.
 
-With `adaptive` the distance of each weight is measured relative to its size, and the values do not
-change when the weights are rescaled in a way that leaves the function alone. The random draws are
-the same for all runs.
+With `adaptive` each weight's distance is relative to its size, so the values do not change when the
+weights are rescaled without changing the function. The random draws are the same for all runs.
 """
 
 import math
@@ -22,21 +20,19 @@ from egtrain.sharpness.frozen_loss import (
 
 CORNER, NOISE, BALL = "sharpness corner", "sharpness noise", "sharpness ball"
 LONGEST_STEP = 8.0
-"""Of a projected step, in radii: the gradient nearly decides alone where on the ball the step
-ends."""
+"""Of a projected step, in radii: the gradient almost alone decides where on the ball it ends."""
 
 
 def epsilon_sharpness(loss: FrozenLoss, epsilon: float, *, iterations: int = 10) -> float:
-    """Return φ = 100·(max_C f(x + y) − f(x))/(1 + f(x)) over the box C: |y_i| ≤ ε(|x_i| + 1) (arXiv
-    1609.04836).
+    """Return φ = 100·(max f(x + y) − f(x))/(1 + f(x)) over the box |y_i| ≤ ε(|x_i| + 1).
 
-    The maximum is the best value of `iterations` steps of sign ascent. Each goes towards the corner
-    that the gradient points to: all the way while the loss rises, and half as far from the best
-    point after each failure.
+    The maximum (arXiv 1609.04836) is the best value of `iterations` steps of sign ascent. A step
+    goes to the corner that the gradient points to; after each failure it goes half as far, from the
+    best point.
     """
     start = loss.parameters
     box = epsilon * (flattened(start).double().abs() + 1)
-    # A gradient of zero points to no corner; one is drawn.
+    # A gradient of zero points to no corner, so one is drawn.
     undecided = gaussian_vector(loss.size, 0, CORNER).to(box).sign() * box
 
     def stepped(y: Tensor, gradient: Tensor, length: float) -> Tensor:
@@ -52,10 +48,9 @@ def epsilon_sharpness(loss: FrozenLoss, epsilon: float, *, iterations: int = 10)
 def average_sharpness(
     loss: FrozenLoss, radius: float, *, samples: int, seed: int, adaptive: bool = True
 ) -> tuple[float, float]:
-    """Return the mean of f(x + δ) − f(x) over δ ~ N(0, ρ²·diag(c²)) and its standard error (arXiv
-    2302.07011).
+    """Return the mean of f(x + δ) − f(x) over δ ~ N(0, ρ²·diag(c²)) and its standard error.
 
-    c = |x|, or 1 where it is not adaptive.
+    c = |x| if adaptive, else 1 (arXiv 2302.07011).
     """
     start = flattened(loss.parameters).double()
     scale = _scale(start, adaptive)
@@ -77,12 +72,11 @@ def worst_sharpness(
     seed: int,
     adaptive: bool = True,
 ) -> float:
-    """Return max f(x + δ) − f(x) over ‖δ/c‖ ≤ ρ (arXiv 2302.07011), the best value of projected
-    gradient ascent.
+    """Return max f(x + δ) − f(x) over ‖δ/c‖ ≤ ρ (arXiv 2302.07011), by projected gradient ascent.
 
-    c = |x|, or 1 where it is not adaptive. The ascent is in u = δ/c, where the gradient is c·∇f, so
-    a weight of zero does no harm. Its long steps make it the power iteration on a quadratic, which
-    it solves with enough of them. Each of the `restarts` goes from a random point of the sphere and
+    c = |x| if adaptive, else 1. The ascent is in u = δ/c, where the gradient is c·∇f, so weights of
+    zero do no harm. On a quadratic its long steps make it the power iteration, which finds the
+    maximum after enough of them. Each of the `restarts` begins at a random point of the sphere and
     takes `steps` gradients.
     """
     scale = _scale(flattened(loss.parameters).double(), adaptive)
@@ -110,14 +104,13 @@ def ascended(
     *,
     longest: float,
 ) -> tuple[float, float]:
-    """Return the largest value of f(x + scale·u) that an ascent in u has seen, and f(x), which
-    counts as seen.
+    """Return the largest f(x + scale·u) seen in an ascent in u, and f(x), which counts as seen.
 
-    Steps double in length, up to the longest, after a success; after a failure they halve and start
-    from the best point again. The number of passes over the sample does not depend on the values:
-    one for f(x), `steps` with gradients, and a last one. It starts from u = `first`; `stepped` maps
-    (u, the gradient there, a length) to the next u inside the constraint. All vectors are flat
-    [size], float64.
+    After a success the step doubles in length, up to the longest; after a failure it halves and
+    starts from the best point again. The number of passes over the sample does not depend on the
+    values: one for f(x), `steps` with gradients, and a last one. The ascent starts at u = `first`;
+    `stepped` maps (u, the gradient there, a length) to the next u inside the constraint. All
+    vectors are flat [size], float64.
     """
     start = flattened(loss.parameters).double()
     base = require_finite(loss.value()[0])

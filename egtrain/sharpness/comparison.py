@@ -1,4 +1,4 @@
-"""`egtrain plot-sharpness` from its options to its files: what is done around the measuring."""
+"""`egtrain plot-sharpness` from its options to its files: everything but the measuring itself."""
 
 import sys
 from collections.abc import Sequence
@@ -41,15 +41,14 @@ def plot(
     Raises:
         UsageError: an option is wrong, or the runs cannot be compared.
         DataError: a checkpoint or the data are missing or damaged.
-        InterruptedRun: a signal came after something was stored; the same command goes on from
-            there.
-        KeyboardInterrupt: a signal came before.
+        InterruptedRun: a signal came after a measurement was stored; the same command goes on.
+        KeyboardInterrupt: a signal came before that.
     """
     runs = find_runs(paths, labels, checkpoints)
     settings = settings_of(metrics, thorough, runs)
     if checkpoints == "all" and not along_training(settings):
         raise UsageError(
-            "--checkpoints all draws eigenvalues and trace over the steps: add one of them to "
+            "--checkpoints all draws eigenvalues or trace over the steps: add one of them to "
             "--metrics"
         )
     jobs: list[Job] = []
@@ -86,8 +85,7 @@ def plot(
 
 
 def write(comparison: Comparison, output: Path) -> list[str]:
-    """Write tables and pictures into `output`, and numbers and pictures for TensorBoard; return the
-    names of the pictures.
+    """Write the results into `output` and for TensorBoard; return the names of the pictures.
 
     Raises:
         EgtrainError: a file in `output` could not be written.

@@ -1,4 +1,4 @@
-"""What the panels of the metrics share: one colour, line and marker a run, and places for them."""
+"""What the panels of the metrics share: each run's colour, line and marker, and the layout."""
 
 import math
 from collections.abc import Sequence
@@ -13,30 +13,30 @@ from egtrain.sharpness.runs import Run
 
 RISE = "L − L₀ (nats)"
 MOST_IN_A_ROW = 5
-"""Of small panels."""
+"""Small panels in a row, at most."""
 
 
 def style_of(number: int) -> dict[str, Any]:
-    """Return colour and line of the number-th run."""
-    # Past the last colour they start again, each with another line.
+    """Return the colour and line of a run, by its number."""
+    # After the last colour they start again, each with another line.
     line = LINES[(number + number // len(COLOURS)) % len(LINES)]
     return {"color": COLOURS[number % len(COLOURS)], "linestyle": line}
 
 
 def marker_of(run: Run, runs: Sequence[Run]) -> str:
-    """Return the marker of a run, which tells its batch size."""
+    """Return the marker of a run, which shows its batch size."""
     sizes = sorted({run.config.batch_size for run in runs})
     return MARKERS[sizes.index(run.config.batch_size) % len(MARKERS)]
 
 
 def rows_and_columns(count: int) -> tuple[int, int]:
-    """Return the shape of the grid that so many small panels stand in."""
+    """Return the shape of a grid of `count` small panels."""
     rows = math.ceil(count / MOST_IN_A_ROW)
     return rows, math.ceil(count / rows)
 
 
 def split(axes: Axes, count: int) -> list[Axes]:
-    """Put so many small panels in the place of one, not too many in a row."""
+    """Replace a panel by a grid of `count` small ones."""
     place, figure = axes.get_subplotspec(), axes.get_figure()
     assert place is not None
     assert isinstance(figure, Figure)
@@ -48,7 +48,7 @@ def split(axes: Axes, count: int) -> list[Axes]:
 def draw_points(
     axes: Axes, runs: Sequence[Run], points: Sequence[Sequence[tuple[float, float, float | None]]]
 ) -> None:
-    """Draw each run's points: place, value, and error if there is one."""
+    """Draw each run's points: position, value, and error if there is one."""
     for number, (run, triples) in enumerate(zip(runs, points, strict=True)):
         places, values, errors = zip(*triples, strict=True)
         bars = [error or 0.0 for error in errors] if any(errors) else None
@@ -59,7 +59,7 @@ def draw_points(
 def draw_values(
     axes: Axes, runs: Sequence[Run], name: str, title: str, error: str = "", row: int = 0
 ) -> str:
-    """Draw a number of each run, at the run's number in the legend."""
+    """Draw one value for each run, at the run's number in the legend."""
     rows = [run.checkpoints[-1].rows(name)[row] for run in runs]
     draw_points(axes, runs, [[(n, r.value, r.error)] for n, r in enumerate(rows, 1)])
     axes.set_xticks(range(1, len(runs) + 1))
@@ -76,7 +76,7 @@ def draw_over_radii(axes: Axes, runs: Sequence[Run], name: str, title: str, erro
     rows = [run.checkpoints[-1].rows(name) for run in runs]
     radii = [row.at or 0.0 for row in rows[0]]
     points = [
-        # What is not above zero has no place on a logarithmic axis.
+        # A logarithmic axis has no place for values of zero or less.
         [
             (at, r.value if r.value > 0 else math.nan, r.error)
             for at, r in zip(radii, of_run, strict=True)
@@ -93,7 +93,7 @@ def draw_over_radii(axes: Axes, runs: Sequence[Run], name: str, title: str, erro
 
 
 def draw_over_steps(axes: Axes, runs: Sequence[Run], name: str, title: str, error: str) -> str:
-    """Draw a metric's first number over the steps of the training."""
+    """Draw a metric's first value over the training steps."""
     rows = [[(c.step, c.rows(name)[0]) for c in run.checkpoints] for run in runs]
     draw_points(axes, runs, [[(step, r.value, r.error) for step, r in of_run] for of_run in rows])
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -102,5 +102,5 @@ def draw_over_steps(axes: Axes, runs: Sequence[Run], name: str, title: str, erro
 
 
 def note(error: str, title: str) -> str:
-    """Return what the title of the picture says of the error bars of a panel, if it has any."""
+    """Return what the picture's title says about a panel's error bars, if it has any."""
     return f"{error} ({title.lower()})" if error else ""

@@ -1,6 +1,4 @@
-"""The mean loss over a frozen sample as a function of the weights, with its first two
-derivatives.
-"""
+"""The mean loss over a frozen sample as a function of the weights, with two derivatives."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -26,15 +24,14 @@ LossFunction = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 """Maps (model, batch) to the mean loss, with its graph, and the mean metric."""
 
 NO_SECOND_DERIVATIVE = ("derivative for", "double backward")
-"""Parts of what torch says when an operation cannot be differentiated twice."""
+"""Parts of torch's messages for an operation that cannot be differentiated twice."""
 
 
 class FrozenLoss:
-    """The mean data loss of a model over a frozen sample, as a function f(w) of its trainable
-    weights.
+    """A model's mean loss over a frozen sample, as a function f(w) of its trainable weights.
 
-    Inside `with` the model is in evaluation mode, in full precision and with kernels that can be
-    differentiated twice. Afterwards, also after an error, the model and torch's settings are
+    Inside `with` the model is in evaluation mode, in full precision, and uses kernels that can be
+    differentiated twice. Afterwards, even after an error, the model and torch's settings are
     exactly as before. The loss is the mean over samples, summed in float64, so it depends neither
     on the size of the batches nor on the number of ranks.
 
@@ -42,9 +39,8 @@ class FrozenLoss:
         model: its weights with `requires_grad` are the variables.
         loss_function: maps (model, batch) to the mean loss of the batch, with its graph, and its
             mean metric.
-        batches: pairs (batch, number of samples); all of them on each rank, and rank r takes every
-            R-th from the r-th.
-        ranks: the processes that share the work; then each call is a collective.
+        batches: pairs (batch, number of samples), the same on each rank; the ranks take turns.
+        ranks: the processes that share the work; with several, each call is a collective.
 
     Raises:
         UsageError: there are no samples, or nothing is trainable.
@@ -63,8 +59,7 @@ class FrozenLoss:
         self.samples = sum(size for _, size in batches)
         if not self.size:
             raise UsageError(
-                "the model has no trainable weights: sharpness is measured over those that "
-                "require grad"
+                "the model has no trainable weights: set requires_grad on those to measure over"
             )
         if not self.samples:
             raise UsageError("there are no samples to measure the loss on: give at least one batch")
@@ -110,7 +105,7 @@ class FrozenLoss:
         return loss_sum / self.samples, metric_sum / self.samples
 
     def gradient(self) -> list[Tensor]:
-        """Return ∇f at the current weights, one tensor a parameter."""
+        """Return ∇f at the current weights, one tensor per parameter."""
         return self.value_and_gradient()[1]
 
     def value_and_gradient(self) -> tuple[float, list[Tensor]]:
@@ -130,7 +125,7 @@ class FrozenLoss:
         return float(summed[-1]), self._in_their_types(summed[:-1])
 
     def hessian_product(self, direction: Sequence[Tensor]) -> list[Tensor]:
-        """Return ∇²f·v for a direction v of one tensor a parameter, by differentiating twice.
+        """Return ∇²f·v for a direction v of one tensor per parameter, by differentiating twice.
 
         Raises:
             UsageError: an operation of the model has no second derivative.
@@ -148,22 +143,18 @@ class FrozenLoss:
 
     @contextmanager
     def at(self, weights: Sequence[Tensor]) -> Iterator[None]:
-        """Put other weights into the model inside the block; afterwards the old ones are back bit
-        for bit.
-        """
+        """Put other weights into the model inside the block; then restore the old, bit for bit."""
         self._require_inside()
         with weights_kept(self.parameters):
             copy_into(self.parameters, weights)
             yield
 
     def flat_product(self, vector: Tensor) -> Tensor:
-        """Return ∇²f·v for a flat vector [size], in its type and on its device."""
+        """Return ∇²f·v for a flat vector [size], in v's type and on its device."""
         return flattened(self.hessian_product(self.pieces(vector))).to(vector)
 
     def pieces(self, vector: Tensor) -> list[Tensor]:
-        """Return a flat vector [size] as one tensor a parameter, in the parameters' types and on
-        their device.
-        """
+        """Return a flat vector [size] as one tensor per parameter, of its type and device."""
         parts = vector.split_with_sizes([p.numel() for p in self.parameters])
         return [part.view(p.shape).to(p) for part, p in zip(parts, self.parameters, strict=True)]
 
@@ -183,7 +174,7 @@ class FrozenLoss:
             gradients = torch.autograd.grad(
                 loss, self.parameters, create_graph=True, materialize_grads=True
             )
-            # Where the loss is linear in a weight, its gradient is a constant and has no graph.
+            # If the loss is linear in a weight, its gradient is a constant without a graph.
             varying = [(g, v) for g, v in zip(gradients, direction, strict=True) if g.requires_grad]
             if not varying:
                 return [torch.zeros_like(p) for p in self.parameters]
@@ -199,7 +190,7 @@ class FrozenLoss:
             summed.add_(gradient.detach(), alpha=size / self.samples)
 
     def _summed(self, total: list[Tensor]) -> list[Tensor]:
-        """Return the sums over ranks, in one collective."""
+        """Return the sums over the ranks, by one collective."""
         if self._ranks.count == 1:
             return total
         everything = sum_over_ranks(flattened(total), self._ranks)
@@ -215,7 +206,7 @@ class FrozenLoss:
     def _require_inside(self) -> None:
         if self._inside is None:
             raise RuntimeError(
-                "a FrozenLoss measures inside its block only: with FrozenLoss(...) as loss: ..."
+                "a FrozenLoss works only inside its block: with FrozenLoss(...) as loss: ..."
             )
 
 
@@ -223,54 +214,48 @@ def no_second_derivatives(reason: str) -> UsageError:
     """Return the error of a model that can be differentiated only once."""
     return UsageError(
         f"this model has no second derivatives ({reason}): replace that operation by one that has "
-        "them, "
-        "or measure only what needs none"
+        "them, or leave out the metrics of the Hessian"
     )
 
 
 def refuse_once_differentiable(loss: Tensor) -> None:
-    """Raise UsageError if the loss comes from an operation that its author has marked as
-    differentiable once.
+    """Raise UsageError if the loss uses an operation that is marked as once differentiable.
 
-    `torch.autograd.grad` does not, but takes the gradient of such an operation for a constant.
+    `torch.autograd.grad` does not raise, but treats the gradient of such an operation as constant.
     """
     decorator: Any = torch.autograd.function.once_differentiable
-    marked = decorator(lambda: None).__code__  # what all that are decorated have in common
+    marked = decorator(lambda: None).__code__  # shared by all decorated functions
     waiting, seen = [loss.grad_fn], set()
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        operation = getattr(node, "_forward_cls", None)  # what a user has written has one
+        operation = getattr(node, "_forward_cls", None)  # users' operations have one
         if operation is not None and getattr(operation.backward, "__code__", None) is marked:
             raise no_second_derivatives(f"{operation.__name__} is marked as once differentiable")
         waiting += [further for further, _ in node.next_functions]
 
 
 def flattened(tensors: Sequence[Tensor]) -> Tensor:
-    """Return tensors as one flat vector."""
+    """Return the tensors as one flat vector."""
     return torch.cat([t.detach().reshape(-1) for t in tensors])
 
 
 def gaussian_vector(size: int, seed: int, purpose: str, *index: int) -> Tensor:
-    """Return independent N(0, 1) numbers, float64, drawn on the CPU: the same for every device and
-    number type.
-    """
+    """Return N(0, 1) numbers [size], float64, drawn on the CPU: the same for every device."""
     return torch.randn(size, generator=generator_for(seed, purpose, *index), dtype=torch.float64)
 
 
 def mean_and_standard_error(samples: Sequence[float]) -> tuple[float, float]:
-    """Return the mean of independent samples and its standard error, which is not a number for a
-    single sample.
-    """
+    """Return the mean of independent samples and its standard error; nan for a single sample."""
     values = torch.tensor(samples, dtype=torch.float64)
     error = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
     return float(values.mean()), error
 
 
 def require_finite(value: float) -> float:
-    """Return a number that was computed from the loss.
+    """Return a number computed from the loss, if it is finite.
 
     Raises:
         DivergedError: it is infinite or not a number.

@@ -1,6 +1,4 @@
-"""The loss along directions that are normalised filter by filter, and along the line between two
-runs.
-"""
+"""The loss along filter-normalised directions, and along the line between two runs."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,7 +32,7 @@ class Surface:
     """Loss and metric on a plane."""
 
     positions: Tensor
-    """α of either direction [points], float64."""
+    """α of both directions [points], float64."""
     losses: Tensor
     """[points along the first direction, points along the second], float64."""
     metrics: Tensor
@@ -44,13 +42,12 @@ class Surface:
 def filter_normalised_direction(
     parameters: Sequence[Tensor], seed: int, number: int
 ) -> list[Tensor]:
-    """Return a random direction in which each filter has the norm of the weights' own (arXiv
-    1712.09913).
+    """Return a random direction whose filters have the norms of the weights' (arXiv 1712.09913).
 
-    d_f ← d_f·‖w_f‖/‖d_f‖, where a filter is a slice along dimension 0 of a weight of two or more
-    dimensions. Biases and normalisation parameters, of one dimension or none, do not move. Before
-    it is normalised the direction is a function of (seed, number) and the place and shape of a
-    parameter: the same for all runs.
+    d_f ← d_f·‖w_f‖/‖d_f‖, where a filter is a slice along dimension 0 of a weight with two or more
+    dimensions. Biases and normalisation parameters, with fewer dimensions, do not move. Before
+    normalisation the direction depends only on (seed, number) and each parameter's position and
+    shape, so it is the same for all runs.
     """
     direction = []
     for index, weights in enumerate(parameters):
@@ -65,9 +62,7 @@ def filter_normalised_direction(
 
 
 def line(loss: FrozenLoss, direction: Sequence[Tensor], *, points: int, span: float = 1.0) -> Curve:
-    """Return the loss at w + α·d for `points` values of α in [−span, span]; an odd number of them
-    has α = 0.
-    """
+    """Return the loss at w + α·d for `points` values of α in [−span, span]; if odd, 0 is one."""
     positions = torch.linspace(-span, span, points, dtype=torch.float64)
     start = copied(loss.parameters)
     values = [_value_at(loss, start, (a, direction)) for a in positions.tolist()]
@@ -106,8 +101,8 @@ def between(
 ) -> Curve:
     """Return the loss at (1 − α)·w_a + α·w_b for `points` values of α in [low, high].
 
-    Buffers are not interpolated: those of the model serve at every point, but for what
-    `recompute_statistics`, called at each, puts into them. In the end they are as before.
+    Buffers are not interpolated: every point uses the model's, after `recompute_statistics` has
+    changed them there. In the end they are as before.
     """
     positions = torch.linspace(low, high, points, dtype=torch.float64)
     values = []
@@ -121,7 +116,7 @@ def between(
 
 
 def forward_of_first(model: nn.Module, batch: Any) -> object:
-    """Call the model on the first part of a batch, where its inputs stand in most."""
+    """Call the model on the first part of a batch, which usually is the inputs."""
     return model(batch[0])
 
 
@@ -130,19 +125,18 @@ def recompute_batchnorm(
     batches: Sequence[tuple[Any, int]],
     forward: Callable[[nn.Module, Any], object] = forward_of_first,
 ) -> None:
-    """Give the BatchNorm layers the statistics of these batches at the current weights, each sample
-    counting the same.
+    """Set the BatchNorm statistics to those of these batches at the current weights.
 
-    The rest of the model stays in the mode that it is in. `between` puts the old statistics back in
-    the end.
+    Each sample counts the same. The rest of the model stays in its mode. `between` restores the old
+    statistics in the end.
 
     Args:
-        model: layers without running statistics are left alone; without any layer nothing is
+        model: layers without running statistics are left alone; without any BatchNorm nothing is
             computed.
         batches: pairs (batch, number of samples); all of them, on each rank.
         forward: runs the model on a batch; a loss function will do.
     """
-    # A single sample has no variance, and torch refuses it where it has a single position.
+    # A single sample may have no variance; then torch refuses it.
     usable = [(batch, size) for batch, size in batches if size > 1] or list(batches)
     seen = 0
     with torch.no_grad(), batchnorm_training(model) as layers:
@@ -155,9 +149,7 @@ def recompute_batchnorm(
 
 @contextmanager
 def batchnorm_training(model: nn.Module) -> Iterator[list[_BatchNorm]]:
-    """Put the BatchNorm layers that keep statistics, and nothing else, into training mode inside
-    the block.
-    """
+    """Put only the BatchNorm layers with statistics into training mode inside the block."""
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     before = [(layer, layer.training, layer.momentum) for layer in layers]
     try:
@@ -177,7 +169,7 @@ def copied(tensors: Sequence[Tensor]) -> list[Tensor]:
 def _value_at(
     loss: FrozenLoss, start: Sequence[Tensor], *moves: tuple[float, Sequence[Tensor]]
 ) -> tuple[float, float]:
-    """Return loss and metric at the start moved by multiples of directions."""
+    """Return the loss and the metric at the start plus multiples of directions."""
     weights = copied(start)
     for factor, direction in moves:
         for w, d in zip(weights, direction, strict=True):

@@ -1,6 +1,4 @@
-"""What is to be measured, and the measuring; each finished metric is stored before the next
-begins.
-"""
+"""The plan of the measurements, and the measuring; each is stored before the next begins."""
 
 import json
 import time
@@ -38,7 +36,7 @@ class Job:
     run: Run
     checkpoint: Checkpoint
     key: dict[str, Any]
-    """Everything that the measurement is a function of."""
+    """Everything that the measurement depends on."""
     cost: float
     record: Record | None = None
 
@@ -46,8 +44,7 @@ class Job:
 def settings_of(
     names: Sequence[str] | None, thorough: bool, runs: Sequence[Run]
 ) -> dict[str, Parameters]:
-    """Return the parameters of the metrics that were asked for; by default of all that the runs
-    allow.
+    """Return the parameters of the metrics by name; by default, of all that the runs allow.
 
     Raises:
         UsageError: a metric is unknown, named twice or impossible.
@@ -80,12 +77,12 @@ def settings_of(
 
 
 def along_training(settings: Settings) -> dict[str, Parameters]:
-    """Return what is measured of the checkpoints before the compared one."""
+    """Return the metrics of the checkpoints before the compared one."""
     return {name: metric_of(name).default for name in settings if metric_of(name).over_steps}
 
 
 def jobs_of(runs: Sequence[Run], settings: Settings, sample: FrozenSample) -> list[Job]:
-    """Return what is to be measured, run by run and checkpoint by checkpoint."""
+    """Return all measurements, run by run and checkpoint by checkpoint."""
     jobs = []
     for run in runs:
         for checkpoint in run.checkpoints:
@@ -115,11 +112,10 @@ def measure_all(
     progress: Progress,
     stop_requested: Callable[[], bool],
 ) -> None:
-    """Give the checkpoints their records, in the order of the jobs, after measuring what is not
-    stored yet; a collective.
+    """Measure what is not stored yet, and give the checkpoints their records; a collective.
 
     Raises:
-        StoppedEarly: `stop_requested` said so on some rank, after a metric.
+        StoppedEarly: `stop_requested` was true on some rank, after a metric.
         UsageError: the model has no second derivatives.
         DivergedError: the loss or its curvature is not finite.
     """
@@ -164,7 +160,7 @@ def measure_all(
 
 
 def measure(model: ModelAtCheckpoint, job: Job) -> Record:
-    """Return one measurement with what it took."""
+    """Make one measurement, and count its products, gradients, evaluations and seconds."""
     loss, started = model.loss, time.monotonic()
     loss.products = loss.gradients = loss.evaluations = 0
     values, curves = metric_of(job.metric).measure(model, **job.parameters)
@@ -173,7 +169,7 @@ def measure(model: ModelAtCheckpoint, job: Job) -> Record:
 
 
 def _so_far(job: Job, loss: FrozenLoss, done: float) -> tuple[float, str]:
-    """Return how much of all jobs is done while one goes on, and what stands beside the bar."""
+    """Return how much of all jobs is done while one runs, and the text beside the bar."""
     spent = PRODUCT * loss.products + GRADIENT * loss.gradients + loss.evaluations
     products = f", {counted(loss.products, 'product')}" if loss.products else ""
     return done + min(job.cost, spent), f"{job.run.label}: {job.metric}{products}"

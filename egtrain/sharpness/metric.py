@@ -15,22 +15,21 @@ from egtrain.tasks import Task
 
 Parameters = dict[str, Any]
 Settings = Mapping[str, Parameters]
-"""The parameters of all metrics that are measured, by name."""
+"""The parameters of all metrics to be measured, by name."""
 Values = Mapping[str, Any]
 Measured = tuple[dict[str, Any], dict[str, Any]]
 """Values, which are numbers and short lists, and curves, which are nested lists."""
 
 SEED = 0
-"""Of every random vector: all runs share them, so that differences between runs are not those of
-draws."""
+"""Of every random vector: all runs share them, so runs do not differ by the draws."""
 GRADIENT, PRODUCT = 3.0, 10.0
-"""Time of a gradient and of a Hessian-vector product, in evaluations of the loss: measured with a
-ResNet on a CPU."""
+"""Time of a gradient and of a Hessian-vector product, in evaluations of the loss; measured on a CPU
+with a ResNet."""
 
 
 @dataclass
 class ModelAtCheckpoint:
-    """A model with the weights of a checkpoint, and what its metrics share."""
+    """A model with the weights of a checkpoint, and the data that its metrics share."""
 
     loss: FrozenLoss
     """Over the frozen sample."""
@@ -38,42 +37,42 @@ class ModelAtCheckpoint:
     batches: Sequence[tuple[Any, int]]
     """The frozen sample: pairs (batch, number of samples)."""
     first_weights: Sequence[Tensor]
-    """Those of the first run."""
+    """The first run's weights."""
     test: dict[str, float] | None
     """Loss and metric on the test split."""
     krylov: Krylov | None = None
-    """The basis of the eigenvalues, while the density can still go on from it."""
+    """The basis of the eigenvalues, until the density has reused it."""
 
 
 class Panel(NamedTuple):
     """A panel of a picture, in which all runs are drawn."""
 
     draw: Callable[[Axes, Sequence[Run]], str | None]
-    """Returns what its error bars or bands are, for the title of the picture."""
+    """Returns the meaning of its error bars or bands, for the title of the picture."""
     width: Literal["half", "whole", "row"] = "whole"
-    """Two `half` panels share the place of one; `row`: as wide as the picture of several runs."""
+    """Two `half` panels share one place; `row` takes a whole row if there are several runs."""
     picture: Literal["sharpness", "sharpness-paths"] = "sharpness"
     of_one_run: bool = True
-    """Whether it shows anything of a single run."""
+    """Whether it is drawn for a single run."""
 
 
 @dataclass(frozen=True)
 class SharpnessMetric:
-    """What is measured, what it costs, which numbers it gives and how they are drawn."""
+    """A metric: how it is measured, what it costs, which numbers it gives, how they are drawn."""
 
     default: Parameters
     thorough: Parameters
     """With --thorough."""
     cost: Callable[[Parameters, Settings], float]
-    """Its time in evaluations of the loss, from its parameters and those of all metrics."""
+    """Returns its time in evaluations of the loss, from its parameters and those of all metrics."""
     measure: Callable[..., Measured]
-    """Takes a ModelAtCheckpoint, and the parameters by their names."""
+    """Takes a ModelAtCheckpoint and the parameters as keywords."""
     rows: Callable[[Values], Iterable[Row]] = lambda values: ()
     panels: tuple[Panel, ...] = ()
     over_steps: tuple[str, str] | None = None
-    """Where its first row is measured of earlier checkpoints too, and drawn over the steps of the
-    training: the title, and what the error is."""
+    """The title and the meaning of the error, if its first row is also measured at earlier
+    checkpoints and drawn over the training steps."""
     adapted: Callable[[Parameters, Settings], Parameters] = lambda parameters, settings: parameters
-    """Returns its parameters beside those of the other metrics."""
+    """Returns its parameters, adapted to those of the other metrics."""
     from_first_run: bool = False
-    """Whether it is measured between the first run and each other one."""
+    """Whether it is measured between the first run and each other run."""

@@ -17,19 +17,18 @@ from egtrain.sharpness.metrics import metric_of
 from egtrain.sharpness.runs import Comparison, Run
 
 MINIMA, PATHS, TRAINING = PICTURES = ("sharpness", "sharpness-paths", "sharpness-training")
-"""Names of the files, without endings."""
+"""File names, without endings."""
 PANEL_WIDTH, PANEL_HEIGHT = 4.0, 3.2
 """In inches."""
 PANELS_IN_A_ROW = 3
 SMALL_SIDE, SMALL_MARGIN, SMALL_TITLE, BAR_WIDTH = 2.6, 0.6, 0.3, 1.2
-"""In inches: the largest side, the margin and the title of a panel for each run in a row of them,
-and what the colour bar takes."""
+"""In inches: the largest side, the margin and the title of a small panel; the colour bar."""
 LABEL_WIDTH = 60
-"""Characters after which a label of the legend is broken into lines."""
+"""Characters in a line of a legend's label."""
 
 
 def draw_pictures(comparison: Comparison) -> dict[str, Figure]:
-    """Return the pictures by name; none that would have no panel."""
+    """Return the pictures by name, without those that would have no panel."""
     runs = comparison.runs
     chosen: dict[str, list[Panel]] = {name: [] for name in PICTURES}
     for name in comparison.settings["metrics"]:
@@ -45,9 +44,7 @@ def draw_pictures(comparison: Comparison) -> dict[str, Figure]:
 
 
 def _figure(panels: Sequence[Panel], comparison: Comparison) -> Figure:
-    """Return a picture: places for whole panels and pairs of halves, up to three in a row; then
-    each panel that takes a row of its own.
-    """
+    """Return a picture: panels and pairs of halves, up to three a row, then the wide panels."""
     runs = comparison.runs
     wide = [panel for panel in panels if panel.width == "row" and len(runs) > 1]
     halves = [panel for panel in panels if panel.width == "half"]
@@ -84,9 +81,7 @@ def _figure(panels: Sequence[Panel], comparison: Comparison) -> Figure:
 
 
 def title_of(comparison: Comparison) -> str:
-    """Return what all runs have in common, such as `2 runs of resnet (depth 20, width 16) on
-    cifar10, seed 0: sharpness over 1,024 training samples`.
-    """
+    """Return the title: runs, network, data, seeds, and the number of samples measured on."""
     runs = comparison.runs
     networks, seeds = set(), sorted({run.config.seed for run in runs})
     for run in runs:
@@ -105,7 +100,7 @@ def title_of(comparison: Comparison) -> str:
 
 
 def _add_legend(figure: Figure, runs: Sequence[Run]) -> None:
-    """Put the runs, with their numbers, and the batch sizes under the panels."""
+    """Add a legend below the panels: the runs with their numbers, and the batch sizes."""
     entries = [
         (Line2D([], [], **style_of(n), linewidth=2), f"{n + 1}  {run.label}")
         for n, run in enumerate(runs)
@@ -118,7 +113,7 @@ def _add_legend(figure: Figure, runs: Sequence[Run]) -> None:
     labels = [textwrap.fill(label, LABEL_WIDTH) for _, label in entries]
     characters = max(len(line) for label in labels for line in label.splitlines()) + 8
     columns = min(len(labels), max(1, int(figure.get_figwidth() * 13 / characters)))
-    # The panels keep their height: the legend gets its own.
+    # The figure grows by the legend, so that the panels keep their height.
     lines = max(sum(label.count("\n") + 1 for label in labels) / columns, 1)
     width, height = figure.get_size_inches()
     figure.set_size_inches(width, height + 0.2 * math.ceil(lines + 0.5))

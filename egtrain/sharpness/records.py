@@ -1,4 +1,4 @@
-"""What was measured, and the folder that keeps each finished measurement."""
+"""The finished measurements, and the folder that stores them."""
 
 import hashlib
 import json
@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 from egtrain.checkpoint import write_atomically
 
 FORMAT = 1
-"""Version of the stored measurements; those of another one are measured again."""
+"""Version of the stored measurements; those of another version are measured again."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """One metric of one checkpoint, and what it took."""
+    """One metric of one checkpoint, and the work that it took."""
 
     values: dict[str, Any]
     """Numbers and short lists."""
@@ -29,38 +29,36 @@ class Record:
 
 
 class Row(NamedTuple):
-    """A number of a record: in the CSV file, TensorBoard, the printed table and the panels."""
+    """One number of a record, for the CSV file, TensorBoard, the printed table and the panels."""
 
     quantity: str
     value: float
     error: float | None = None
     at: float | None = None
-    """Which one: a rank, a radius or a size."""
+    """The rank, radius or size that it belongs to."""
     tag: str = ""
-    """Its name in TensorBoard; empty where it is not shown there."""
+    """Its name in TensorBoard; empty if it is not shown there."""
     title: str = ""
-    """Its name in the printed table; empty where it is not shown there."""
+    """Its name in the printed table; empty if it is not shown there."""
     text: str = ""
-    """What is printed, if not the value with its error."""
+    """Printed instead of the value with its error."""
 
 
 class RecordStore:
-    """The measurements in a folder, a file each, found by the hash of everything that they are a
-    function of.
-    """
+    """The measurements in a folder, one file each, named by a hash of all that they depend on."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def get(self, key: Mapping[str, Any]) -> Record | None:
-        """Return what was stored under the key; None where there is nothing, or it is damaged."""
+        """Return the record stored under the key; None if there is none or it is damaged."""
         try:
             return Record(**json.loads(self._path(key).read_text(encoding="utf-8"))["record"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def put(self, key: Mapping[str, Any], record: Record) -> None:
-        """Store a measurement, whole or not at all.
+        """Store a measurement atomically.
 
         Raises:
             EgtrainError: it could not be written.

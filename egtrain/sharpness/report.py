@@ -1,4 +1,4 @@
-"""What a comparison prints: a table with a column for each run, warnings and caveats; or JSON."""
+"""The printed result of a comparison: a column for each run, warnings and caveats; or JSON."""
 
 import json
 import sys
@@ -39,9 +39,7 @@ def print_comparison(
 
 
 def tables_of(runs: Sequence[Run], width: int | None) -> list[list[Column]]:
-    """Return the columns of each table for a terminal of so many characters, None for any: runs
-    that do not fit beside each other stand in further tables.
-    """
+    """Return the columns of each table; runs that do not fit into `width` go into another."""
     texts = [_texts(run) for run in runs]
     names = list(dict.fromkeys(name for of_run in texts for name in of_run))
     first = Column("", names, left=True)
@@ -59,7 +57,7 @@ def tables_of(runs: Sequence[Run], width: int | None) -> list[list[Column]]:
 
 
 def _texts(run: Run) -> dict[str, str]:
-    """Return what is printed of a run, by the name of the row."""
+    """Return a run's printed values, by the name of the row."""
     texts = {"batch size": count(run.config.batch_size), "step": count(run.checkpoints[-1].step)}
     for split, values in run.records[LEVEL].values.items():
         for metric in (LOSS, *run.metrics):

@@ -1,4 +1,4 @@
-"""Blocks after which a model and torch's settings are exactly as before, also after an error."""
+"""Blocks after which a model and torch's settings are exactly as before, even after an error."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 @contextmanager
 def weights_kept(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Put the weights back, bit for bit, at the end of the block."""
+    """Restore the weights, bit for bit, at the end of the block."""
     kept = [p.detach().clone() for p in parameters]
     try:
         yield
@@ -21,9 +21,7 @@ def weights_kept(parameters: Sequence[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Put the model's buffers back, bit for bit and as the same tensors, at the end of the
-    block.
-    """
+    """Restore the model's buffers, bit for bit and as the same tensors, at the end of the block."""
     kept = [
         (module, name, buffer, buffer.detach().clone())
         for module in model.modules()
@@ -40,9 +38,7 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model into evaluation mode, and each of its modules into its own mode at the end of
-    the block.
-    """
+    """Put the model into evaluation mode; restore each module's mode at the end of the block."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -56,7 +52,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def twice_differentiable_kernels(model: nn.Module) -> Iterator[None]:
     """Use full float32 precision, and kernels that can be differentiated twice, inside the block.
 
-    The fused attention kernels and cuDNN's recurrent nets cannot.
+    Fused attention kernels and cuDNN's recurrent networks are therefore turned off.
     """
     backends: Any = torch.backends
     precisions = (
@@ -69,8 +65,7 @@ def twice_differentiable_kernels(model: nn.Module) -> Iterator[None]:
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             stack.enter_context(_with_attribute(backends.cudnn, "enabled", False))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        # The fast path of nn.MultiheadAttention, without gradients, would be another function up to
-        # rounding.
+        # Without gradients, nn.MultiheadAttention's fast path would round differently.
         fast = backends.mha.get_fastpath_enabled()
         stack.callback(backends.mha.set_fastpath_enabled, fast)
         backends.mha.set_fastpath_enabled(False)
@@ -88,7 +83,7 @@ def _with_attribute(owner: Any, name: str, value: object) -> Iterator[None]:
 
 
 def copy_into(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Give the parameters other values, in place."""
+    """Copy values into the parameters, in place."""
     with torch.no_grad():
         for parameter, value in zip(parameters, values, strict=True):
             parameter.copy_(value)

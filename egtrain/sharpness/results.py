@@ -20,20 +20,20 @@ from egtrain.sharpness.metrics import metric_of
 from egtrain.sharpness.runs import Comparison, Run
 
 NAME = "sharpness"
-"""Of the files."""
+"""Of the files, without their endings."""
 LOSS_TOLERANCE = 0.1
-"""Training losses that differ by more, relative to the lowest, are warned of."""
+"""Warn if the training losses differ by more than this, relative to the lowest."""
 CAVEATS = (
     "Read with care: sharpness follows the learning rate more closely than it follows "
     "generalisation, so compare runs of one learning rate first.",
-    "λ_max, trace, density and ε-sharpness also change when weights are rescaled in a way that "
-    "leaves the function as it is; the adaptive average and worst values do not, nor do the "
-    "filter-normalised landscapes where a whole layer, or a filter before BatchNorm, is rescaled.",
+    "λ_max, trace, density and ε-sharpness also change when weights are rescaled without changing "
+    "the function; the adaptive average and worst values do not, nor do the filter-normalised "
+    "landscapes when a whole layer, or a filter before BatchNorm, is rescaled.",
 )
 
 
 def warnings_of(comparison: Comparison) -> list[str]:
-    """Return what the numbers themselves warn of, a sentence each."""
+    """Return the warnings about the numbers, one sentence each."""
     runs, warnings = comparison.runs, []
     low, high = min(runs, key=lambda run: run.loss), max(runs, key=lambda run: run.loss)
     if high.loss > (1 + LOSS_TOLERANCE) * low.loss:
@@ -85,7 +85,7 @@ def _run_as_json(run: Run) -> dict[str, Any]:
         for name, record in c.records.items():
             rest = asdict(record)
             del rest["curves"]
-            # What is measured between two runs is not of a checkpoint alone.
+            # A measurement between two runs does not belong to a checkpoint alone.
             place = result if metric_of(name).from_first_run else metrics
             place[name] = {**rest.pop("values"), **rest}
         of_checkpoint = {"step": c.step, "file": str(c.file), "sha256": c.sha256}
@@ -121,7 +121,7 @@ def write_results(comparison: Comparison, folder: Path) -> None:
 def write_tensorboard(runs: Sequence[Run], images: Mapping[str, bytes]) -> None:
     """Write numbers, and PNG images by name, into a folder of each run that logs to TensorBoard.
 
-    The files of the training stay as they are. What cannot be written is warned of.
+    The files of the training stay as they are. A folder that cannot be written gives a warning.
     """
     scalars: dict[Path, dict[int, dict[str, float]]] = {}
     for run in runs:

@@ -21,7 +21,7 @@ WHICH = ("last", "best", "all")
 
 @dataclass
 class Checkpoint:
-    """A checkpoint, and what was measured of it."""
+    """A checkpoint and its measurements."""
 
     file: Path
     step: int
@@ -41,7 +41,7 @@ class Checkpoint:
 
 @dataclass
 class Run:
-    """A run; of its checkpoints, in the order of their steps, the last one is compared."""
+    """A run; its checkpoints are in the order of their steps, and the last one is compared."""
 
     label: str
     directory: Path
@@ -50,7 +50,7 @@ class Run:
 
     @property
     def records(self) -> dict[str, Record]:
-        """What was measured of the compared checkpoint."""
+        """The measurements of the compared checkpoint."""
         return self.checkpoints[-1].records
 
     @property
@@ -60,18 +60,18 @@ class Run:
 
     @property
     def metrics(self) -> tuple[Metric, Metric]:
-        """The task's, of held-out data and of training data; they may be the same."""
+        """The task's metrics of held-out data and of training data; they may be the same."""
         task = TASKS[self.config.task.name]
         return task.metric, task.training_metric
 
     @property
     def network(self) -> dict[str, Any]:
-        """The settings that the shapes of the weights follow from, where the data are the same."""
+        """The settings that, with the data, determine the shapes of the weights."""
         model = self.config.model.model_dump()
         return {name: value for name, value in model.items() if not isinstance(value, float)}
 
     def measured(self) -> list[tuple[Checkpoint, str]]:
-        """Return each checkpoint with each metric that was measured of it."""
+        """Return each checkpoint with each of its measured metrics."""
         return [(c, metric) for c in self.checkpoints for metric in c.records]
 
 
@@ -80,9 +80,9 @@ class Comparison:
     """Everything that the tables and pictures show."""
 
     settings: dict[str, Any]
-    """`metrics`: the parameters of each; and the options that matter."""
+    """`metrics`, the parameters of each, and the options that change the results."""
     sample: dict[str, Any]
-    """The size of the frozen sample, and its hashes."""
+    """The size and the hashes of the frozen sample."""
     runs: Sequence[Run]
 
 
@@ -90,14 +90,14 @@ def find_runs(paths: Sequence[Path], labels: Sequence[str], which: str) -> list[
     """Return the runs of a command line, without their models.
 
     Args:
-        paths: run directories, and checkpoint files inside of them.
-        labels: `PATH=TEXT` each; a run without one is labelled by as much of its path as tells it
-            from the others.
+        paths: run directories, and checkpoint files in them.
+        labels: `PATH=TEXT` each; a run without one is labelled by as much of its path as
+            distinguishes it from the others.
         which: `last`, `best` or `all` checkpoints of each directory.
 
     Raises:
-        UsageError: a path is no run or is named twice, or a label is of no run, or two are the
-            same.
+        UsageError: a path is not a run or is named twice, or a label belongs to no run, or two
+            labels are the same.
         DataError: a checkpoint is missing or damaged.
     """
     if which not in WHICH:
@@ -112,7 +112,7 @@ def find_runs(paths: Sequence[Path], labels: Sequence[str], which: str) -> list[
     for text in texts:
         if texts.count(text) > 1:
             raise UsageError(
-                f"two runs have the label {text!r}: give each its own with --label PATH=TEXT"
+                f"two runs have the label {text!r}: give them different ones with --label PATH=TEXT"
             )
     return [_run(path, text, which) for path, text in zip(paths, texts, strict=True)]
 
@@ -121,17 +121,17 @@ def given_labels(paths: Sequence[Path], labels: Sequence[str]) -> dict[Path, str
     """Return the labels by their paths.
 
     Raises:
-        UsageError: one has no text, or its path is not there or has another label.
+        UsageError: a label has no text, its path is not among `paths`, or its path has two labels.
     """
     given: dict[Path, str] = {}
     for label in labels:
-        # A path may hold an equals sign itself.
+        # A path may contain an equals sign.
         ends = [n for n, sign in enumerate(label) if sign == "=" and Path(label[:n]) in paths]
         if not ends:
             hint = did_you_mean(label.partition("=")[0], [str(path) for path in paths])
             raise UsageError(
-                f"--label {label} is of no run here: write PATH=TEXT with a path as it is "
-                f"named{hint}"
+                f"--label {label} belongs to no run: write PATH=TEXT with a path from this "
+                f"command{hint}"
             )
         path, text = Path(label[: ends[-1]]), label[ends[-1] + 1 :].strip()
         if not text:
@@ -143,7 +143,7 @@ def given_labels(paths: Sequence[Path], labels: Sequence[str]) -> dict[Path, str
 
 
 def _short_names(paths: Sequence[Path]) -> list[str]:
-    """Return the fewest last parts of each path that tell it from the others."""
+    """Return as few last parts of each path as distinguish it from the others."""
     parts = [(p.with_suffix("") if p.suffix == ".pt" else p).parts for p in paths]
     names = []
     for own in parts:
@@ -159,8 +159,8 @@ def _run(path: Path, label: str, which: str) -> Run:
         directory = path.resolve().parent.parent
         if not (directory / "config.yaml").is_file():
             raise UsageError(
-                f"{path} is a checkpoint without its run: leave it in the checkpoints folder of "
-                "the run's directory, which holds config.yaml"
+                f"{path} is a checkpoint without its run: put it back into the folder "
+                "checkpoints of a run directory with config.yaml"
             )
         config = load_config(config_file_of(directory))
         return Run(label, directory, config, [Checkpoint(path, read_checkpoint(path)[0])])
@@ -170,7 +170,7 @@ def _run(path: Path, label: str, which: str) -> Run:
     store = CheckpointStore(
         path / "checkpoints", higher_is_better=TASKS[config.task.name].metric.higher_is_better
     )
-    # Loaded to know the newest or best one that is intact.
+    # Loaded to find the newest or best intact one.
     step, _ = store.load("best" if which == "best" else "last")
     steps = [s for s in store.steps() if s < step] if which == "all" else []
     return Run(label, path, config, [Checkpoint(store.file_of(s), s) for s in [*steps, step]])

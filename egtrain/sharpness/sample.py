@@ -1,4 +1,4 @@
-"""The models of a comparison, read back, and the frozen sample on which all are measured."""
+"""The models of a comparison, loaded, and the frozen sample on which all are measured."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,14 +26,13 @@ class FrozenSample:
 
     batches: list[tuple[Any, int]]
     description: dict[str, Any]
-    """Its size and the SHA-256 of the indices and of the data."""
+    """Its size, and the SHA-256 of the indices and of the data."""
 
 
 def load(
     runs: Sequence[Run], samples: int, data_dir: Path | None, offline: bool, device: str
 ) -> tuple[list[SavedRun], FrozenSample]:
-    """Return each run at its compared checkpoint, and the frozen sample of the first one's task,
-    which serves all.
+    """Return each run at its compared checkpoint, and one frozen sample for all.
 
     Raises:
         UsageError: the runs cannot be compared, or there are fewer samples than asked for.
@@ -55,7 +54,7 @@ def load(
 
 
 def comparable_settings(config: Config) -> dict[str, object]:
-    """Return the settings that compared runs have in common."""
+    """Return the settings that compared runs must have in common."""
     return {
         "tasks": config.task.name,
         "data": config.data.name,
@@ -67,22 +66,22 @@ def comparable_settings(config: Config) -> dict[str, object]:
 
 
 def require_comparable(runs: Sequence[Run], properties: Sequence[Mapping[str, object]]) -> None:
-    """Refuse runs whose numbers cannot be compared, since a property of theirs differs.
+    """Refuse runs with different properties.
 
     Raises:
-        UsageError: it names the property and both values.
+        UsageError: two runs differ; the message names the property and both values.
     """
     for run, found in zip(runs, properties, strict=True):
         for name, value in properties[0].items():
             if found[name] != value:
                 raise UsageError(
                     f"{runs[0].label} and {run.label} cannot be compared: their {name} differ "
-                    f"({value} and {found[name]}); plot them apart, with an --output of their own"
+                    f"({value} and {found[name]}); plot them separately, each into its own --output"
                 )
 
 
 def frozen_sample(task: Task, samples: int, label: str) -> FrozenSample:
-    """Return so many training samples, drawn by a fixed seed.
+    """Return `samples` training samples, drawn with a fixed seed.
 
     Raises:
         UsageError: there are fewer.

@@ -1,7 +1,6 @@
 """Eigenvalues, trace and density of the Hessian from its products with vectors.
 
-The start vectors are the same for all runs with weights of the same number, so runs can be compared
-with less noise.
+Runs with the same number of weights share the start vectors, so they compare with less noise.
 """
 
 import math
@@ -21,31 +20,28 @@ from egtrain.sharpness.frozen_loss import (
 )
 
 TOLERANCE = 1e-3
-"""An eigenvalue counts as converged if its Ritz residual is at most this share of the largest."""
+"""An eigenvalue has converged if its Ritz residual is at most this fraction of the largest."""
 START, RESTART, PROBE = "sharpness start", "sharpness restart", "sharpness probe"
 
 
 @dataclass(frozen=True)
 class Krylov:
-    """A symmetric matrix H on m orthonormal vectors Q: H·Q = Q·T + β_m·q_{m+1}·e_mᵀ with T
-    tridiagonal.
-    """
+    """A symmetric H on m orthonormal vectors Q: H·Q = Q·T + β_m·q_{m+1}·e_mᵀ, T tridiagonal."""
 
     alphas: Tensor
     """The diagonal of T [m], float64."""
     betas: Tensor
-    """Below the diagonal, and last the norm β_m of what is left over [m], float64."""
+    """The subdiagonal of T, then the norm β_m of the remainder [m], float64."""
     basis: tuple[Tensor, ...]
     """The columns of Q."""
     following: Tensor
-    """q_{m+1}, from which more steps can go on."""
+    """q_{m+1}, from which further steps continue."""
 
     def ritz(self, steps: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return, for the first steps, the Ritz values (ascending), their residuals and squared
-        first components.
+        """Return ascending Ritz values, their residuals and squared first components.
 
-        The squared first components are the weights of Gauss quadrature for the start vector; they
-        sum to 1.
+        They are those of the first `steps`, by default all. The squared first components are the
+        weights of Gauss quadrature for the start vector; they sum to 1.
         """
         m = len(self.alphas) if steps is None else steps
         below = self.betas[: m - 1]
@@ -65,21 +61,20 @@ def lanczos(
     device: torch.device | str = "cpu",
     krylov: Krylov | None = None,
 ) -> Krylov:
-    """Return the Krylov basis of a symmetric matrix after min(steps, n) steps, with full
-    reorthogonalisation.
+    """Return the Krylov basis of a symmetric matrix after min(steps, n) steps.
 
-    Where the basis spans an invariant subspace it goes on with a new vector orthogonal to it, so
-    that repeated eigenvalues and those of other blocks are found too. Each step is one product,
-    whatever happens.
+    Reorthogonalisation is full. Once the basis spans an invariant subspace, a random orthogonal
+    vector follows, so that repeated eigenvalues and those of other blocks are found too. Each step
+    always takes one product.
 
     Args:
-        product: maps a vector [n] of type `dtype` on `device` to the matrix times it.
+        product: maps a vector [n] of type `dtype` on `device` to the matrix times that vector.
         start: the first vector [n]; it is normalised.
         steps: m.
         restart: returns a random vector [n] for the j-th step.
         dtype: of the basis; the arithmetic is in float64.
         device: of the basis and the arithmetic.
-        krylov: fewer steps from the same start, which are not repeated.
+        krylov: the result of fewer steps from the same start, to continue from.
 
     Raises:
         DivergedError: a product is not finite.
@@ -90,7 +85,7 @@ def lanczos(
     else:
         alphas, betas = krylov.alphas.tolist(), krylov.betas.tolist()
         basis, following = list(krylov.basis), krylov.following
-    # Below this, relative to the matrix, what is left over is rounding.
+    # A remainder below this, relative to the matrix, is rounding.
     rounding = 100 * torch.finfo(dtype).eps
     for step in range(len(alphas), min(steps, len(start))):
         vector = following.to(dtype)
@@ -111,10 +106,8 @@ def lanczos(
 
 
 def orthogonal_to(basis: list[Tensor], vector: Tensor) -> Tensor:
-    """Return what is left of a float64 vector without its part in the span of orthonormal
-    vectors.
-    """
-    # Once leaves rounding errors of the size of what was taken away; twice is enough.
+    """Return the part of a float64 vector that is orthogonal to orthonormal vectors."""
+    # One pass leaves rounding errors in proportion to the part removed; two passes are enough.
     for _ in range(2):
         for q in basis:
             wide = q.double()
@@ -129,21 +122,19 @@ class Eigenvalues:
     largest: list[float]
     smallest: float
     residuals: list[float]
-    """‖H·v − λ·v‖ for the unit Ritz vector of each of the largest, but for the rounding of the
-    products."""
+    """‖H·v − λ·v‖ for the unit Ritz vector of each of the largest, apart from rounding."""
     converged: list[bool]
     """Whether each of the largest has a residual of at most 1e-3 of λ_max."""
     smallest_residual: float
     smallest_converged: bool
     krylov: Krylov
-    """For `density`, which shares it; as large as `steps` models."""
+    """For `density`, which can continue from it; as large as `steps` models."""
 
 
 def eigenvalues(loss: FrozenLoss, *, count: int, steps: int, seed: int) -> Eigenvalues:
-    """Return the `count` largest eigenvalues of the Hessian and the smallest, from `steps`
-    products.
+    """Return the `count` largest eigenvalues of the Hessian and the smallest, by `steps` products.
 
-    There are fewer where the steps or the weights are fewer than `count`.
+    There are fewer if the steps or the weights are fewer than `count`.
     """
     krylov = _krylov(loss, 0, steps, seed)
     values, residuals, _ = krylov.ritz()
@@ -170,9 +161,7 @@ class Trace:
 
 
 def trace(loss: FrozenLoss, *, samples: int, seed: int) -> Trace:
-    """Return the mean of zᵀHz over random signs z (Hutchinson's estimator), from `samples`
-    products.
-    """
+    """Return the mean of zᵀHz over `samples` vectors z of random signs (Hutchinson's estimator)."""
     values = []
     for number in range(samples):
         signs = (
@@ -191,9 +180,7 @@ def trace(loss: FrozenLoss, *, samples: int, seed: int) -> Trace:
 
 @dataclass(frozen=True)
 class Density:
-    """Quadrature of the spectral density: for each random vector, nodes and weights that sum to
-    1.
-    """
+    """Quadrature of the spectral density: each random vector's nodes, and weights of sum 1."""
 
     nodes: Tensor
     """Ritz values [vectors, steps], float64."""
@@ -204,12 +191,10 @@ class Density:
 def density(
     loss: FrozenLoss, *, vectors: int, steps: int, seed: int, krylov: Krylov | None = None
 ) -> Density:
-    """Return the spectral density of the Hessian by stochastic Lanczos quadrature (arXiv
-    1901.10159).
+    """Return the Hessian's spectral density by stochastic Lanczos quadrature (arXiv 1901.10159).
 
     There are at most as many steps as weights. `krylov` may be that of `eigenvalues` with the same
-    seed: it is the first vector's, its steps are not repeated, and the result is the same as
-    without it.
+    seed: it belongs to the first vector, saves its steps, and does not change the result.
     """
     steps = min(steps, loss.size)
     quadratures = []
@@ -223,9 +208,7 @@ def density(
 
 
 def density_on(density: Density, grid: Tensor, sigma: float) -> Tensor:
-    """Return the mean density over the vectors at the points of a grid [points], smoothed by N(0,
-    σ²); float64.
-    """
+    """Return the mean density at the points of a grid [points], smoothed by N(0, σ²); float64."""
     distance = (grid.double()[:, None, None] - density.nodes) / sigma
     bumps = torch.exp(-0.5 * distance.square()) / (sigma * math.sqrt(2 * math.pi))
     return (bumps * density.weights).sum(dim=2).mean(dim=1)
@@ -234,9 +217,7 @@ def density_on(density: Density, grid: Tensor, sigma: float) -> Tensor:
 def _krylov(
     loss: FrozenLoss, number: int, steps: int, seed: int, krylov: Krylov | None = None
 ) -> Krylov:
-    """Return the basis that starts from the number-th random vector; it lies on the CPU, in the
-    weights' own type.
-    """
+    """Return the basis from the random vector `number`, on the CPU and in the weights' type."""
     return lanczos(
         loss.flat_product,
         gaussian_vector(loss.size, seed, START, number),
@@ -249,8 +230,7 @@ def _krylov(
 
 def _normalised(vector: Tensor, basis: list[Tensor]) -> Tensor:
     """Return the part of a random vector that is orthogonal to the basis, with norm 1."""
-    # Where the basis spans nearly everything, little is left; its rounding errors are taken out
-    # once more.
+    # If the basis spans nearly everything, little is left, so rounding errors are removed again.
     for _ in range(2):
         vector = orthogonal_to(basis, vector)
         vector = vector / torch.linalg.vector_norm(vector)
