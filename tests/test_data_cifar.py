@@ -200,9 +200,9 @@ def test_a_binary_file_of_cifar100_that_is_truncated_or_has_other_labels_is_noti
         with pytest.raises(DataError, match=r"train\.bin: not the official .* 100 classes"):
             fake.read()
     for content, found in (
-        (whole[:-1], "no whole images"),
+        (whole[:-1], "not a whole number of images"),
         (whole[3074:], "100 classes"),
-        (b"", "no whole images"),
+        (b"", "not a whole number of images"),
     ):
         path.write_bytes(content)
         with pytest.raises(DataError, match=rf"train\.bin: not the official .*{found}"):

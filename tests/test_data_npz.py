@@ -93,10 +93,10 @@ WRONG = [
         r"x_train has shape \[12, 8, 10, 4\]; expected",
     ),
     ({"x_train": np.zeros((12, 80), np.uint8)}, r"x_train has shape \[12, 80\]; expected"),
-    ({"x_train": np.zeros((), np.uint8)}, r"x_train has shape \[\] and so holds no image"),
+    ({"x_train": np.zeros((), np.uint8)}, r"x_train has shape \[\] and so has no images"),
     (
         {"x_train": np.zeros((0, 8, 10, 3), np.uint8)},
-        r"x_train has shape \[0, 8, 10, 3\] and so holds no image",
+        r"x_train has shape \[0, 8, 10, 3\] and so has no images",
     ),
     ({"y_train": np.arange(11) % 3}, r"y_train has shape \[11\] where x_train holds 12 images"),
     (
@@ -118,11 +118,11 @@ WRONG = [
     ({"x_train": np.zeros((12, 10, 7), np.uint8)}, "images of 10 x 7 pixels; at least 8 x 8"),
     (
         {"y_train": np.arange(12) % 3 - 1},
-        "y_train has the label -1, and classes are numbered from 0",
+        "y_train has the label -1, but classes are numbered from 0",
     ),
     (
         {"y_train": np.arange(12) % 10 + 1, "y_test": np.arange(6) + 1},
-        r"the labels begin with 1, and classes are numbered from 0; store y_train - 1 and "
+        r"the labels begin with 1, but classes are numbered from 0; store y_train - 1 and "
         r"y_test - 1$",
     ),
     (
@@ -131,15 +131,15 @@ WRONG = [
     ),
     (
         {"y_test": np.arange(6) - 1},
-        "y_test has the label -1, and classes are numbered from 0",
+        "y_test has the label -1, but classes are numbered from 0",
     ),
     (
         {"y_test": np.arange(6) % 4},
-        "y_test has labels from 0 to 3 where y_train has classes 0 to 2",
+        "y_test has labels from 0 to 3 but y_train has classes 0 to 2",
     ),
     (
         {"y_train": np.arange(12) % 3 + 1},
-        "y_test has labels from 0 to 2 where y_train has classes 1 to 3; .* alike in both",
+        "y_test has labels from 0 to 2 but y_train has classes 1 to 3; .* in the same way in both",
     ),
     ({"y_train": np.arange(12) * 1000}, "highest label in y_train is 11000 for 12 images"),
     (
@@ -242,6 +242,6 @@ def test_a_header_that_declares_a_huge_array_costs_no_memory(path: Path) -> None
         header, {"descr": "|u1", "fortran_order": False, "shape": (2**40, 8, 10, 3)}
     )
     with pytest.raises(
-        DataError, match=r"x_train declares 263,\d{3},\d{3},\d{3},\d{3} bytes and holds"
+        DataError, match=r"x_train declares 263,\d{3},\d{3},\d{3},\d{3} bytes but has"
     ):
         load(with_member(path, "x_train.npy", header.getvalue() + bytes(100)))

@@ -113,7 +113,7 @@ def test_a_smaller_training_text_is_the_beginning_and_keeps_the_vocabulary(tmp_p
     assert len(data.vocabulary) == 5
     with pytest.raises(
         DataError,
-        match=r"asks for 10 words, and the training text has 9; lower it, or .* null",
+        match=r"asks for 10 words, but the training text has 9; lower it, or .* null",
     ):
         text_in(folder, train_tokens=9)
 
@@ -141,7 +141,7 @@ def test_a_folder_is_looked_for_here_and_where_data_are(
         (
             "train.txt",
             b"a\n" + b"x" * 1_000_001,
-            "train.txt:2: a line of 1,000,001 bytes, and 1,000,000 is the limit",
+            "train.txt:2: the line has 1,000,001 bytes, and the limit is 1,000,000",
         ),
     ],
 )
@@ -288,7 +288,7 @@ def test_a_sentence_that_is_too_long_is_named_even_if_it_would_not_be_trained_on
     for samples in (None, 1):
         with pytest.raises(
             DataError,
-            match=r"train.en:1: a sentence of \d+ subwords, and task.max_length is 2; raise it",
+            match=r"train.en:1: the sentence has \d+ subwords, but task.max_length is 2; raise it",
         ):
             pairs_in(folder, max_length=2, train_samples=samples)
 
@@ -307,7 +307,7 @@ def lines(*words: str) -> str:
         (
             "test.en",
             lines("a", "x " * 60),
-            r"test.en:2: a sentence of \d+ subwords, and task.max_length is 40; raise",
+            r"test.en:2: the sentence has \d+ subwords, but task.max_length is 40; raise",
         ),
     ],
 )

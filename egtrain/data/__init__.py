@@ -1,3 +1,1 @@
-"""Data as plain tensors: what is read from disk, downloaded or made, and how mini-batches are
-augmented.
-"""
+"""Data as plain tensors: read from disk, downloaded or made, and augmented in mini-batches."""

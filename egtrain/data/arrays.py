@@ -1,6 +1,4 @@
-"""What every reader of image data returns, and the fixed order that parts of a data set are taken
-in.
-"""
+"""The result of every reader of images, and the fixed order in which parts of data are taken."""
 
 from typing import NamedTuple
 
@@ -9,9 +7,7 @@ from numpy.typing import NDArray
 
 
 class ImageArrays(NamedTuple):
-    """Images, uint8 `[images, height, width, 3]`, and labels, int64 `[images]`, before anything is
-    held out.
-    """
+    """Images, uint8 `[images, height, width, 3]`, and labels, int64 `[images]`, before a split."""
 
     x_train: NDArray[np.uint8]
     y_train: NDArray[np.int64]
@@ -21,7 +17,6 @@ class ImageArrays(NamedTuple):
 
 
 def fixed_order(count: int, seed: int) -> NDArray[np.intp]:
-    """Return a permutation of `count` samples that is the same for ever."""
-    # Raw bits of PCG64 never change between NumPy versions; Generator.permutation promises no such
-    # thing.
+    """Return a permutation of `count` samples that never changes."""
+    # PCG64's raw bits are the same in all NumPy versions; Generator.permutation may change.
     return np.argsort(np.random.PCG64(seed).random_raw(count), kind="stable")

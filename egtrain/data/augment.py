@@ -1,6 +1,4 @@
-"""Batched image augmentation: random crop and flip of a whole mini-batch, and the step from bytes
-to network input.
-"""
+"""Augmentation of whole mini-batches of images, and the step from bytes to network input."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -10,13 +8,12 @@ from torch import Tensor
 
 
 def random_crop_flip(images: Tensor, generator: torch.Generator, padding: int) -> Tensor:
-    """Shift every image by up to `padding` pixels each way over a black border, and mirror half of
-    them.
+    """Shift each image by up to `padding` pixels each way over a black border; mirror half of them.
 
     `images` is uint8 `[batch, height, width, channels]`; the result is a new tensor of the same
-    shape, type and device. All choices come from `generator`, first the shifts and then the flips,
-    and it may live on another device than the images. The crop that He et al. 2016 (arXiv
-    1512.03385) use for ResNets on CIFAR.
+    shape, type and device. All choices come from `generator`, first the shifts and then the flips;
+    it may be on another device than the images. This is the augmentation of He et al. 2016 (arXiv
+    1512.03385) for ResNets on CIFAR.
     """
     batch, height, width, channels = images.shape
     shifts = torch.randint(
@@ -26,8 +23,7 @@ def random_crop_flip(images: Tensor, generator: torch.Generator, padding: int) -
     top, left = shifts.to(images.device, non_blocking=True)
     mirror = mirror.to(images.device, non_blocking=True)
 
-    # Both versions of each image lie on one canvas, so crop and flip are a single gather of whole
-    # rows.
+    # One canvas holds both versions of each image, so crop and flip are one gather of whole rows.
     canvas = images.new_zeros(batch, 2, height + 2 * padding, width + 2 * padding, channels)
     inside = canvas[:, :, padding : padding + height, padding : padding + width]
     inside[:, 0] = images
@@ -47,13 +43,12 @@ def normalise(
     """Turn bytes into standardised network input: `(pixel / 255 - mean) / std`, channel by channel.
 
     `images` is uint8 `[batch, height, width, channels]`, the result float32 `[batch, channels,
-    height, width]`. With `channels_last` it keeps the order in memory that the images have anyway,
-    otherwise it is copied to channels first.
+    height, width]`. With `channels_last` it keeps the images' memory order; otherwise it is copied
+    to channels first.
     """
     batch, height, width, channels = images.shape
     offset, scale = _per_row(tuple(mean), tuple(std), width, images.device)
-    # Rows of width * channels numbers: broadcasting over three channels alone defeats vector
-    # instructions on a CPU.
+    # In rows of width * channels: three channels alone are too few for a CPU's vector instructions.
     rows = images.reshape(batch * height, width * channels).to(torch.float32)
     scaled = rows.sub_(offset).mul_(scale).view(batch, height, width, channels).permute(0, 3, 1, 2)
     return scaled.contiguous(
@@ -65,8 +60,7 @@ def normalise(
 def _per_row(
     mean: tuple[float, ...], std: tuple[float, ...], width: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    # Kept, because a copy from the host in each step would stall a GPU and cannot be captured in a
-    # CUDA graph.
+    # Cached: a copy from the host in each step would stall a GPU, and no CUDA graph can hold it.
     offset = torch.tensor(mean, dtype=torch.float64).mul(255)
     scale = torch.tensor(std, dtype=torch.float64).mul(255).reciprocal()
     return (

@@ -1,6 +1,4 @@
-"""CIFAR-10 and CIFAR-100, from the binary distribution or from the pickled one that torchvision
-leaves on disk.
-"""
+"""CIFAR-10 and CIFAR-100, from the binary distribution or from torchvision's pickled one."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -17,12 +15,12 @@ PIXELS = 3 * 32 * 32
 
 
 def read_cifar10(found: Found) -> "ImageArrays":
-    """Read CIFAR-10 as it was found."""
+    """Read CIFAR-10, in either distribution."""
     return _read(found, classes=10, label_bytes=1, label_key=b"labels")
 
 
 def read_cifar100(found: Found) -> "ImageArrays":
-    """Read CIFAR-100 as it was found, with its fine labels."""
+    """Read CIFAR-100 with its fine labels, in either distribution."""
     return _read(found, classes=100, label_bytes=2, label_key=b"fine_labels")
 
 
@@ -61,15 +59,17 @@ def _read_binary(
 
     content = found.read(file.name)
     if not content or len(content) % (label_bytes + PIXELS):
-        raise found.not_official(file.name, f"{len(content):,} bytes are no whole images")
+        raise found.not_official(
+            file.name, f"{len(content):,} bytes are not a whole number of images"
+        )
     records = np.frombuffer(content, np.uint8).reshape(-1, label_bytes + PIXELS)
-    # The last label byte is the label; the other one of CIFAR-100 is a coarser class.
+    # The last label byte is the label; CIFAR-100 has a coarser class before it.
     labels = records[:, label_bytes - 1].astype(np.int64)
     counts = np.bincount(labels, minlength=classes)
-    # Of CIFAR-100's binary files nobody publishes a digest, so the classes are counted.
+    # No digest of CIFAR-100's binary files is published, so the classes are counted.
     if file.digest is None and (len(counts) != classes or counts.min() != counts.max()):
         raise found.not_official(
-            file.name, f"it has not as many images of each of {classes} classes"
+            file.name, f"it does not have {classes} classes with equally many images"
         )
     return records[:, label_bytes:], labels
 
@@ -120,7 +120,7 @@ _CIFAR10_PICKLED = {
     "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
     "test_batch": "40351d587109b95175f43aff81a1287e",
 }
-# The binary archives are the ones to download: nothing in them needs unpickling.
+# The binary archives are downloaded, since they need no unpickling.
 CIFAR10 = ImageSet(
     title="CIFAR-10",
     layouts=(

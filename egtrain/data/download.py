@@ -1,4 +1,4 @@
-"""The download of a public data set, which leaves either the checked files or nothing behind."""
+"""The download of a public data set, which leaves either the checked files or nothing."""
 
 import contextlib
 import fcntl
@@ -26,9 +26,9 @@ from egtrain.formatting import size_text
 from egtrain.progress import Progress
 
 TIMEOUT = 20.0
-"""Seconds without a byte after which a server is given up."""
+"""Seconds without a byte before giving up on a server."""
 PATIENCE = 30.0
-"""Seconds after which a server that has been slower than `SLOWEST` is given up for the next one."""
+"""Seconds before a server slower than `SLOWEST` is given up for the next one."""
 SLOWEST = 100_000
 """Bytes per second."""
 CHUNK = 1 << 18
@@ -36,12 +36,13 @@ _TEMPORARY = ".egtrain-download-"
 
 
 def find_or_download(data_set: DataSet, data_dir: Path | None, offline: bool) -> Found:
-    """As `find`, but data that are not there are downloaded into the first folder of the search
-    order.
+    """Return a data set on disk; download it into the first folder of the search if it is missing.
 
-    Several processes may ask at once: one downloads, the others wait for it. Raises `DataError`,
-    with every place that was looked at, where `offline` forbids the download or no server delivers;
-    `EgtrainError` where the disk is full.
+    Several processes may ask at once: one downloads, the others wait for it.
+
+    Raises:
+        DataError: `offline` forbids the download, or no server delivers.
+        EgtrainError: the disk is full.
     """
     if found := find(data_set, data_dir):
         return found
@@ -57,7 +58,7 @@ def find_or_download(data_set: DataSet, data_dir: Path | None, offline: bool) ->
     except OSError as problem:
         if problem.errno in disk.FULL:
             raise EgtrainError(
-                f"{target}: the disk is full, {shutil.disk_usage(target).free:,} bytes are free; "
+                f"{target}: the disk is full ({shutil.disk_usage(target).free:,} bytes are free); "
                 f"make room for {data_set.title}, or name another folder with --data-dir"
             ) from problem
         raise DataError(
@@ -69,9 +70,7 @@ def find_or_download(data_set: DataSet, data_dir: Path | None, offline: bool) ->
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[bool]:
-    """Wait for and hold the folder itself, so that no lock file is left behind; False on file
-    systems without locks.
-    """
+    """Lock the folder itself, which leaves no lock file; yield False if the file system cannot."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -87,15 +86,15 @@ def _lock(folder: Path) -> Iterator[bool]:
 def _download(data_set: DataSet, target: Path, alone: bool) -> None:
     layout = data_set.layouts[0]
     for leftover in target.glob(f"{_TEMPORARY}*") if alone else ():
-        # Of a process that was killed: nobody else is at work.
+        # Left by a process that was killed, since this one holds the lock.
         shutil.rmtree(leftover, ignore_errors=True)
     destination = target / layout.folder
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise DataError(
-            f"{destination}: in the way of the download, and not {data_set.title}; move it, or "
+            f"{destination}: in the way of the download and not {data_set.title}; move it, or "
             "name another folder with --data-dir"
         )
-    # The folder goes away with everything in it, whatever happens: also on Ctrl-C.
+    # The temporary folder is deleted whatever happens, even on Ctrl-C.
     with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=target) as temporary:
         whole = Path(temporary) / layout.folder
         whole.mkdir()
@@ -115,7 +114,7 @@ def _download(data_set: DataSet, target: Path, alone: bool) -> None:
 
 
 def _receive_from_any(archive: Archive, file: Path, target: Path) -> list[str]:
-    """Download an archive from the first server that delivers it; where none does, say why."""
+    """Download an archive from the first server that delivers it, or return each one's problem."""
     problems = []
     for number, address in enumerate(archive.addresses, start=1):
         try:
@@ -127,7 +126,7 @@ def _receive_from_any(archive: Archive, file: Path, target: Path) -> list[str]:
 
 
 class _Refused(Exception):
-    """What a server sent, or did not send, cannot be used; the message says why."""
+    """A server did not send the archive; the message says why."""
 
 
 def _open(address: str) -> contextlib.AbstractContextManager[IO[bytes]]:
@@ -164,7 +163,7 @@ def _receive(address: str, file: Path, archive: Archive, target: Path, hasten: b
                 waited = time.monotonic() - start
                 bar.update(received, beside=f"{size_text(received / max(waited, 1e-9))}/s")
                 if hasten and waited > PATIENCE and received < SLOWEST * waited:
-                    raise _Refused(f"it sends only {received / waited / 1000:.0f} kB a second")
+                    raise _Refused(f"it sends only {received / waited / 1000:.0f} kB per second")
     if received < archive.size:
         raise _Refused(f"it sent {received:,} of {archive.size:,} bytes")
     if digest.hexdigest() != archive.sha256:
@@ -173,7 +172,7 @@ def _receive(address: str, file: Path, archive: Archive, target: Path, hasten: b
 
 @contextlib.contextmanager
 def _network_problems() -> Iterator[None]:
-    """Only around what talks to the server: an OSError of the disk is another matter."""
+    """Turn network errors into `_Refused`; not for writing, since disks raise OSError too."""
     try:
         yield
     except (http.client.HTTPException, OSError) as problem:
@@ -183,10 +182,9 @@ def _network_problems() -> Iterator[None]:
 
 
 def unpack(file: Path, layout: Layout, target: Path) -> None:
-    """Write the files of `layout` that an archive holds, and nothing else, into `target`.
+    """Write the files of `layout` from an archive into `target`, and nothing else.
 
-    Names in the archive only choose among the layout's files, so that nothing can be written
-    anywhere else.
+    Names in the archive only select files of the layout, so nothing can be written elsewhere.
     """
     wanted = {f"{layout.folder}/{each.name}": target / each.name for each in layout.files}
     for name, content in _members(file, layout.folder):
@@ -198,7 +196,7 @@ def unpack(file: Path, layout: Layout, target: Path) -> None:
 
 
 def _members(file: Path, folder: str) -> Iterator[tuple[str, IO[bytes] | gzip.GzipFile]]:
-    """Yield the path in the archive and the content of each plain file."""
+    """Yield each plain file's path in the archive and its content."""
     if file.name.endswith(".tar.gz"):
         with tarfile.open(file, "r:gz") as tar:
             for member in tar:

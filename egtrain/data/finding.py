@@ -1,4 +1,4 @@
-"""Where data lie on disk, and whether they are the published ones."""
+"""Where data are on disk, and whether they are the published ones."""
 
 import gzip
 import hashlib
@@ -25,13 +25,12 @@ class File:
 
     name: str
     digest: str | None = None
-    """Hex digest of what it holds, unpacked: MD5, SHA-1 or SHA-256. None where nobody publishes
-    one."""
+    """Hex digest of its unpacked content: MD5, SHA-1 or SHA-256; None if none is published."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One way in which a data set lies on disk."""
+    """One way in which a data set is stored on disk."""
 
     folder: str
     files: tuple[File, ...]
@@ -39,9 +38,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Archive:
-    """What is to be downloaded: a .tar.gz or .zip of the first layout's folder, or one of its
-    files as .gz.
-    """
+    """A download: a .tar.gz or .zip of the first layout's folder, or one of its files as .gz."""
 
     name: str
     sha256: str
@@ -53,11 +50,11 @@ class Archive:
 
 @dataclass(frozen=True)
 class DataSet:
-    """A public data set: how it may lie on disk, and where it comes from."""
+    """A public data set: how it may be stored on disk, and where it comes from."""
 
     title: str
     layouts: tuple[Layout, ...]
-    """The first is what the archives hold."""
+    """The first is that of the archives."""
     archives: tuple[Archive, ...]
 
     @property
@@ -75,10 +72,10 @@ class ImageSet(DataSet):
 
 @dataclass(frozen=True)
 class PairSet(DataSet):
-    """A public parallel text: files that are named PART.LANGUAGE, a sentence a line."""
+    """A public parallel text: files named PART.LANGUAGE, with one sentence per line."""
 
     parts: tuple[str, str, str]
-    """What the files of training, validation and test are called."""
+    """PART for training, validation and test."""
     languages: tuple[str, ...]
 
 
@@ -91,7 +88,7 @@ class Found:
     layout: Layout
 
     def read(self, name: str) -> bytes:
-        """Return what one of its files holds, unpacked.
+        """Return the unpacked content of one of its files.
 
         Raises:
             DataError: it cannot be read, or is not the published file.
@@ -108,7 +105,7 @@ class Found:
         return content
 
     def not_official(self, name: str, reason: str) -> DataError:
-        """Return the error for a file that is damaged or another than the published one."""
+        """Return the error for a file that is damaged or not the published one."""
         return DataError(
             f"{self.folder / name}: not the official file of {self.data_set.title} ({reason}); "
             "delete the folder to have it downloaded, name another one with --data-dir, or read it "
@@ -117,7 +114,7 @@ class Found:
 
 
 def data_folders(data_dir: Path | None) -> list[Path]:
-    """The search order: `data_dir`, $EGTRAIN_DATA, the user cache; downloads go to the first."""
+    """Return where to search: `data_dir`, $EGTRAIN_DATA, user cache; downloads go to the first."""
     folders = [] if data_dir is None else [data_dir.expanduser()]
     if from_environment := os.environ.get("EGTRAIN_DATA"):
         folders.append(Path(from_environment).expanduser())
@@ -131,10 +128,12 @@ def cache_folder() -> Path:
 
 
 def find(data_set: DataSet, data_dir: Path | None) -> Found | None:
-    """The first complete distribution on disk; None where there is not even a part of one.
+    """Return the first complete distribution on disk; None if there is not even a part of one.
 
-    A folder of the search order may hold the distribution's folder or be it. Raises `DataError`
-    where a folder is incomplete and no other place has a complete one.
+    Each folder of the search may contain the distribution's folder or be that folder.
+
+    Raises:
+        DataError: a distribution is incomplete, and no other place has a complete one.
     """
     incomplete = None
     for folder in data_folders(data_dir):
@@ -143,15 +142,14 @@ def find(data_set: DataSet, data_dir: Path | None) -> Found | None:
                 missing = _missing_files(candidate, layout)
                 if not missing:
                     return Found(data_set, candidate, layout)
-                # The folder itself is only taken for a broken distribution if its name says that it
-                # is one.
+                # A folder counts as a broken distribution only if it has the right name.
                 if candidate.name == layout.folder and len(missing) < len(layout.files):
                     incomplete = incomplete or (candidate, missing)
     if incomplete:
         candidate, missing = incomplete
         raise DataError(
-            f"{candidate}: {data_set.title} is incomplete, {', '.join(missing)} missing; add what "
-            "is missing, or delete the folder to have the data downloaded again"
+            f"{candidate}: {data_set.title} is incomplete, {', '.join(missing)} missing; add the "
+            "files, or delete the folder to have the data downloaded again"
         )
     return None
 
@@ -167,7 +165,7 @@ def _missing_files(folder: Path, layout: Layout) -> list[str]:
 
 
 def not_found(data_set: DataSet, data_dir: Path | None) -> NotDownloaded:
-    """Return the error for a data set that must not be downloaded, with every place looked at."""
+    """Return the error for missing data that must not be downloaded, with every place searched."""
     return NotDownloaded(
         f"{data_set.title} was not found in {', '.join(map(str, data_folders(data_dir)))} and must "
         "not be downloaded (--offline, --dry-run); name the folder that holds "
@@ -176,10 +174,12 @@ def not_found(data_set: DataSet, data_dir: Path | None) -> NotDownloaded:
 
 
 def locate(name: str, data_set: DataSet | None, data_dir: Path | None, offline: bool) -> str:
-    """Say in a few words where data would be taken from; reads no data and downloads nothing.
+    """Say in a few words where data would come from; reads no data and downloads nothing.
 
-    `data_set` is None for what is no public data set. Raises `DataError` where one on disk lacks
-    files.
+    `data_set` is None for data that are not public.
+
+    Raises:
+        DataError: a public data set on disk lacks files.
     """
     if name == "synthetic":
         return "made when needed"
@@ -196,13 +196,11 @@ def locate(name: str, data_set: DataSet | None, data_dir: Path | None, offline: 
 
 
 def find_own(name: str, data_dir: Path | None) -> Path | None:
-    """Return a user's file or folder: as it is named after the colon, or else within the first of
-    the data folders that has it.
-    """
+    """Return a user's file or folder: the path after the colon, here or in the data folders."""
     path = _path_of(name)
     places = [path, *(folder / path for folder in data_folders(data_dir))]
     if data_dir is not None:
-        places.append(data_dir / path.name)  # it has moved there
+        places.append(data_dir / path.name)  # it may have moved there
     return next((place for place in places if place.exists()), None)
 
 
@@ -210,7 +208,7 @@ def require_own(name: str, data_dir: Path | None, form: str) -> Path:
     """Return a user's file or folder; `form` says how it is named and what it holds.
 
     Raises:
-        DataError: it is nowhere.
+        DataError: it was not found.
     """
     if found := find_own(name, data_dir):
         return found
@@ -223,7 +221,7 @@ def _path_of(name: str) -> Path:
 
 
 def read_file(path: Path) -> bytes:
-    """Return what a file holds, unpacked where its name ends with .gz.
+    """Return the content of a file, unpacked if its name ends with .gz.
 
     Raises:
         DataError: it cannot be read.
@@ -234,13 +232,13 @@ def read_file(path: Path) -> bytes:
     except (OSError, EOFError, zlib.error) as problem:
         reason = getattr(problem, "strerror", None) or problem
         raise DataError(
-            f"{path}: cannot be read ({reason}); mend the file, or name other data with --data or "
-            "--data-dir"
+            f"{path}: cannot be read ({reason}); repair the file, or name other data with --data "
+            "or --data-dir"
         ) from problem
 
 
 def note_of_part(name: str, used: int, available: int, what: str) -> tuple[str, ...]:
-    """Return what to tell where a preset leaves out a part of a user's own training data."""
+    """Return a note for the user if a part of their own training data is left out."""
     if ":" not in name or used == available:
         return ()
     return (

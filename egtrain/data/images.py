@@ -1,6 +1,4 @@
-"""Image classification data as plain tensors: one function that finds, checks and splits any of the
-data sets.
-"""
+"""Image classification data as plain tensors: one function finds, checks and splits any set."""
 
 import hashlib
 from dataclasses import dataclass
@@ -19,20 +17,17 @@ from egtrain.data.synthetic_images import make_synthetic_images
 from egtrain.errors import UsageError
 
 _SPLIT_SEED = 20_200_620
-"""Fixed: which images are held out must not depend on the run, or accuracies of two seeds would not
-be comparable."""
+"""Fixed: all runs must hold out the same images, or their accuracies would not be comparable."""
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set on the CPU. Images are uint8 `[images, height, width, 3]`, labels int64
-    `[images]`.
-    """
+    """A data set on the CPU: uint8 images `[images, height, width, 3]`, int64 labels `[images]`."""
 
     x_train: Tensor
     y_train: Tensor
     x_validation: Tensor
-    """May hold no image."""
+    """May be empty."""
     y_validation: Tensor
     x_test: Tensor
     y_test: Tensor
@@ -40,15 +35,13 @@ class ImageData:
     mean: tuple[float, float, float]
     """Mean of each channel of the training pixels, scaled to [0, 1]."""
     std: tuple[float, float, float]
-    """Standard deviation likewise; at least 1/255, so that a constant channel can be
-    standardised."""
+    """Standard deviation likewise; at least 1/255, so that constant channels do no harm."""
     ceiling: float | None
-    """Highest expected test accuracy, as a fraction, where it is known: what the labels' noise
-    leaves."""
+    """Best possible test accuracy with these noisy labels, as a fraction, if it is known."""
     digest: str
     """SHA-256 over all arrays with their shapes: equal digests mean equal data in equal splits."""
     notes: tuple[str, ...] = ()
-    """What the user is told of the data before training."""
+    """Notes for the user about the data, shown before training."""
 
 
 def load_images(
@@ -61,11 +54,13 @@ def load_images(
 ) -> ImageData:
     """Load a public data set, `synthetic` or `npz:FILE`, and hold out `validation` training images.
 
-    The validation images, and `train_samples` of the rest, are the first of one fixed permutation,
-    so that smaller training sets are subsets of larger ones, and the same in every run. Data are
-    looked for in `data_dir`, $EGTRAIN_DATA and the user cache, then downloaded unless `offline`.
-    Raises `DataError` for data that are missing or damaged, `UsageError` for an unknown name or an
-    impossible split.
+    The validation images, then `train_samples` of the rest, are the first of one fixed permutation.
+    So they are the same in every run, and smaller training sets are subsets of larger ones. Data
+    are searched in `data_dir`, $EGTRAIN_DATA and the user cache, then downloaded unless `offline`.
+
+    Raises:
+        DataError: data are missing or damaged.
+        UsageError: the name is unknown, or the split is impossible.
     """
     ceiling: float | None = None
     if name == "synthetic":
@@ -94,7 +89,7 @@ def _split(
     if not 0 <= validation < count:
         raise UsageError(
             f"data.validation: {validation} is not possible, as {name} has {count:,} training "
-            f"images of which one must remain; use 0 to {count - 1}"
+            f"images and one must remain; use 0 to {count - 1}"
         )
     if train_samples is not None and not 1 <= train_samples <= count - validation:
         raise UsageError(
@@ -135,8 +130,7 @@ def _channel_statistics(
 ) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     total = torch.zeros(images[0].numel(), dtype=torch.float64)
     squares = torch.zeros_like(total)
-    # 256 squares of a byte still add up exactly in float32, so the result is the same on any number
-    # of threads.
+    # Sums of 256 squared bytes are exact in float32, so the number of threads does not matter.
     for part in torch.split(images.flatten(1), 256):
         values = part.to(torch.float32)
         total += values.sum(0)

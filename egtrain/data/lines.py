@@ -1,4 +1,4 @@
-"""Lines of a text file, with every complaint naming the file and the line."""
+"""Lines of a text file; every error names the file and the line."""
 
 import codecs
 from pathlib import Path
@@ -11,7 +11,7 @@ LONGEST_LINE = 1_000_000
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return the lines of a user's text file, unpacked where it ends with .gz.
+    """Return the lines of a user's text file, unpacked if its name ends with .gz.
 
     Raises:
         DataError: it cannot be read, or is empty.
@@ -19,7 +19,7 @@ def read_lines(path: Path) -> list[str]:
     lines = lines_of(read_file(path), path)
     if not any(line.strip() for line in lines):
         raise DataError(
-            f"{path}: the file is empty; put text into it, a sentence or paragraph a line"
+            f"{path}: the file is empty; put text into it, one sentence or paragraph per line"
         )
     return lines
 
@@ -28,8 +28,10 @@ def lines_of(content: bytes, path: Path) -> list[str]:
     """Return the lines, without their ends; `path` names the file in messages.
 
     Only a line feed ends a line, with or without a carriage return before it: Unicode's other
-    separators are text. A byte order mark at the beginning is not. Raises `DataError` for a line
-    that is not UTF-8 or is too long to be one.
+    separators are text. A byte order mark at the beginning is skipped.
+
+    Raises:
+        DataError: a line is not UTF-8, or is too long.
     """
     lines = content.removeprefix(codecs.BOM_UTF8).split(b"\n")
     if not lines[-1]:
@@ -38,8 +40,8 @@ def lines_of(content: bytes, path: Path) -> list[str]:
     for number, line in enumerate(lines, start=1):
         if len(line) > LONGEST_LINE:
             raise DataError(
-                f"{path}:{number}: a line of {len(line):,} bytes, and {LONGEST_LINE:,} is the "
-                "limit; break it up"
+                f"{path}:{number}: the line has {len(line):,} bytes, and the limit is "
+                f"{LONGEST_LINE:,}; break it up"
             )
         try:
             decoded.append(line.removesuffix(b"\r").decode())

@@ -15,7 +15,7 @@ from egtrain.errors import DataError
 Bytes = NDArray[np.uint8]
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 SMALLEST = 8
-"""Pixels; a network that halves the size twice needs as much."""
+"""Pixels; a network that halves the size twice needs that many."""
 
 
 def read_npz(path: Path) -> ImageArrays:
@@ -23,8 +23,10 @@ def read_npz(path: Path) -> ImageArrays:
 
     The file's images are uint8 `[images, height, width, 3]`, `[images, 3, height, width]` or grey
     `[images, height, width]` (also with one channel); they come back as uint8 `[images, height,
-    width, 3]`. Labels are integers from 0, `[images]`. Nothing is unpickled. Raises `DataError`
-    that names the file, the array, what was found and what to do.
+    width, 3]`. Labels are integers from 0, `[images]`. Nothing is unpickled.
+
+    Raises:
+        DataError: it names the file, the array, what was found and what to do.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -44,7 +46,7 @@ def read_npz(path: Path) -> ImageArrays:
         RuntimeError,
     ) as problem:
         raise DataError(
-            f"{path}: not a readable .npz file ({problem}); write it anew with numpy.savez or "
+            f"{path}: not a readable .npz file ({problem}); write it again with numpy.savez or "
             "numpy.savez_compressed"
         ) from problem
 
@@ -65,18 +67,18 @@ def read_npz(path: Path) -> ImageArrays:
     for key, labels in (("y_train", y_train), ("y_test", y_test)):
         if int(labels.min()) < 0:
             raise DataError(
-                f"{path}: {key} has the label {labels.min()}, and classes are numbered from 0; "
-                "number them 0, 1, 2 … alike in y_train and y_test"
+                f"{path}: {key} has the label {labels.min()}, but classes are numbered from 0; "
+                "number them 0, 1, 2 … in the same way in y_train and y_test"
             )
         if int(labels.min()) < lowest or int(labels.max()) >= classes:
             raise DataError(
-                f"{path}: {key} has labels from {labels.min()} to {labels.max()} where y_train "
+                f"{path}: {key} has labels from {labels.min()} to {labels.max()} but y_train "
                 f"has classes {lowest} to {classes - 1}; number the classes 0, 1, 2 … "
-                "alike in both"
+                "in the same way in both"
             )
     if lowest > 0:
         raise DataError(
-            f"{path}: the labels begin with {lowest}, and classes are numbered from 0; store "
+            f"{path}: the labels begin with {lowest}, but classes are numbered from 0; store "
             f"y_train - {lowest} and y_test - {lowest}"
         )
     if not 2 <= classes <= len(train):
@@ -88,7 +90,7 @@ def read_npz(path: Path) -> ImageArrays:
 
 
 def _read_array(path: Path, archive: zipfile.ZipFile, key: str) -> NDArray[np.integer]:
-    """Read one array; its header is judged first, so that a wrong or lying one costs no memory."""
+    """Read one array; its header is checked first, so that a wrong or false one costs no memory."""
     name = f"{key}.npy"
     with archive.open(name) as member:
         shape, dtype, header = _read_header(path, key, member)
@@ -97,20 +99,20 @@ def _read_array(path: Path, archive: zipfile.ZipFile, key: str) -> NDArray[np.in
         raise DataError(f"{path}: {wrong}")
     if 0 in shape or not shape:
         raise DataError(
-            f"{path}: {key} has shape {list(shape)} and so holds no image; store at least one"
+            f"{path}: {key} has shape {list(shape)} and so has no images; store at least one"
         )
     declared = math.prod(shape) * dtype.itemsize + header
     if declared != archive.getinfo(name).file_size:
         raise DataError(
-            f"{path}: {key} declares {declared:,} bytes and holds "
-            f"{archive.getinfo(name).file_size:,}; the file is damaged, write it anew"
+            f"{path}: {key} declares {declared:,} bytes but has "
+            f"{archive.getinfo(name).file_size:,}; the file is damaged, so write it again"
         )
     with archive.open(name) as member:
         try:
             array: NDArray[np.integer] = np.lib.format.read_array(member, allow_pickle=False)
         except ValueError as problem:
             raise DataError(
-                f"{path}: {key} cannot be read ({problem}); write the file anew"
+                f"{path}: {key} cannot be read ({problem}); write the file again"
             ) from problem
     return array
 
@@ -129,9 +131,7 @@ def _wrong_images(key: str, dtype: np.dtype[np.generic]) -> str:
 
 
 def _wrong_labels(key: str, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> str:
-    """Say what is wrong with the type or shape of labels, and how to convert them; empty if nothing
-    is.
-    """
+    """Say what is wrong with the labels, and how to convert them; empty if nothing is."""
     if len(shape) == 2 and dtype.kind in "iufb":
         if shape[1] == 1:
             return f"{key} is a column of labels, {list(shape)}; convert with {key}.ravel()"
@@ -157,7 +157,7 @@ def _read_header(
         shape, _, dtype = read(member)
     except ValueError as problem:
         raise DataError(
-            f"{path}: {key} is not an array in NumPy's format ({problem}); write the file anew"
+            f"{path}: {key} is not an array in NumPy's format ({problem}); write the file again"
         ) from problem
     return shape, dtype, member.tell()
 

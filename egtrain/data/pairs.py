@@ -1,6 +1,4 @@
-"""Pairs of sentences in two languages, as text and as subwords: public ones, a user's own files, or
-embedded.
-"""
+"""Pairs of sentences in two languages, as text and as subwords: public, the user's, or embedded."""
 
 import hashlib
 from collections.abc import Sequence
@@ -21,12 +19,12 @@ from egtrain.data.synthetic_pairs import make_synthetic_pairs
 from egtrain.errors import DataError, UsageError
 
 _ORDER_SEED = 20_160_000
-"""Fixed: which pairs a smaller training set keeps must not depend on the run."""
+"""Fixed: smaller training sets must be the same in all runs."""
 
 
 @dataclass(frozen=True)
 class Sentences:
-    """One split; subwords are int64, without a beginning and with `EOS`."""
+    """One split; subwords are int64, without `BOS` and with `EOS`."""
 
     source_text: tuple[str, ...]
     target_text: tuple[str, ...]
@@ -48,7 +46,7 @@ class PairData:
     digest: str
     """SHA-256 over all subwords: equal digests mean equal data."""
     notes: tuple[str, ...] = ()
-    """What the user is told of the data before training."""
+    """Notes for the user about the data, shown before training."""
 
 
 class Side(NamedTuple):
@@ -56,11 +54,11 @@ class Side(NamedTuple):
 
     sentences: list[str]
     place: str
-    """What the file is called in messages."""
+    """The file's name in messages."""
 
 
 Part = tuple[Side, Side]
-"""Source and target of training, validation or test."""
+"""Source and target of one split."""
 
 
 def load_pairs(
@@ -74,28 +72,27 @@ def load_pairs(
     max_length: int,
     train_samples: int | None,
 ) -> PairData:
-    """Load a public text, `synthetic` or `pairs:FOLDER`, and cut the sentences into subwords.
+    """Load a public text, `synthetic` or `pairs:FOLDER`, and split the sentences into subwords.
 
-    FOLDER holds train.LANGUAGE, valid.LANGUAGE (or val.) and test.LANGUAGE for both languages, a
-    sentence a line.
+    FOLDER has train.LANGUAGE, valid.LANGUAGE (or val.) and test.LANGUAGE for both languages, with
+    one sentence per line.
 
     Args:
         name: which text.
-        data_dir: where to look first; a relative FOLDER that does not exist is looked for in the
-            same places.
+        data_dir: where to look first; a relative FOLDER that does not exist is searched there too.
         offline: never download.
         source: language to translate from.
         target: language to translate into.
-        subwords: size of the vocabulary that is learned from the whole training text; less where
-            the text is too small.
-        max_length: most subwords of a sentence.
-        train_samples: train on only so many pairs, the first of one fixed permutation; None: all.
+        subwords: size of the vocabulary, learned from the whole training text; it is smaller if the
+            text is too small.
+        max_length: the largest number of subwords in a sentence.
+        train_samples: number of training pairs, the first of one fixed permutation; None: all.
 
     Raises:
-        DataError: files are missing, damaged, empty or not UTF-8, of different lengths, or a
+        DataError: files are missing, damaged, empty, not UTF-8 or of different lengths, or a
             sentence is too long.
-        UsageError: a language or a number of pairs that there is not.
-        MissingExtra: what translation needs is not installed.
+        UsageError: the text lacks a language, or has fewer pairs than `train_samples`.
+        MissingExtra: the packages for translation are not installed.
     """
     if source == target:
         raise UsageError(
@@ -141,7 +138,7 @@ def load_pairs(
 def _public(
     data_set: PairSet, source: str, target: str, data_dir: Path | None, offline: bool
 ) -> list[Part]:
-    """Return the lines of both languages of training, validation and test."""
+    """Return both languages' sentences of training, validation and test."""
     for language in (source, target):
         if language not in data_set.languages:
             raise UsageError(
@@ -170,19 +167,19 @@ def _own_file(folder: Path, names: Sequence[str], language: str) -> Path:
     found = next((path for path in candidates if path.is_file()), None)
     if found is None:
         raise DataError(
-            f"{candidates[0]}: the file is missing; put it there, a sentence a line, or set "
-            "task.source and task.target to what the files' names end with"
+            f"{candidates[0]}: the file is missing; put it there, one sentence per line, or set "
+            "task.source and task.target to the endings of the files' names"
         )
     return found
 
 
 def _part(source: Side, target: Side) -> Part:
-    """Return two sides, checked to be translations of each other line by line."""
+    """Return two sides, after checking that they have the same lines and none is empty."""
     lengths = len(source.sentences), len(target.sentences)
     if lengths[0] != lengths[1]:
         raise DataError(
-            f"{target.place}:{min(lengths) + 1}: {lengths[1]:,} lines, and {source.place} has "
-            f"{lengths[0]:,}; each line must be the translation of the other file's"
+            f"{target.place}:{min(lengths) + 1}: the file has {lengths[1]:,} lines, but "
+            f"{source.place} has {lengths[0]:,}; each line must translate the same line there"
         )
     for side in (source, target):
         for number, line in enumerate(side.sentences, start=1):
@@ -194,7 +191,7 @@ def _part(source: Side, target: Side) -> Part:
 
 
 def _kept(pairs: int, count: int | None) -> list[int]:
-    """Return which of so many pairs are trained on."""
+    """Return the numbers of the pairs to train on."""
     if count is None:
         return list(range(pairs))
     if not 1 <= count <= pairs:
@@ -207,14 +204,14 @@ def _kept(pairs: int, count: int | None) -> list[int]:
 
 
 def _cut(part: Part, subwords: Subwords, max_length: int, kept: list[int] | None) -> Sentences:
-    """Cut sentences into subwords, all of them or the kept ones; all have to be short enough."""
+    """Split the sentences, all or the kept ones, into subwords; all must be short enough."""
     texts, ids = [], []
     for side in part:
         cut = subwords.encode(side.sentences)
         for number, sentence in enumerate(cut, start=1):
             if len(sentence) + 1 > max_length:
                 raise DataError(
-                    f"{side.place}:{number}: a sentence of {len(sentence) + 1} subwords, and "
+                    f"{side.place}:{number}: the sentence has {len(sentence) + 1} subwords, but "
                     f"task.max_length is {max_length}; raise it, or remove the line from both files"
                 )
         chosen = range(len(cut)) if kept is None else kept

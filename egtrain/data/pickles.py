@@ -1,4 +1,4 @@
-"""Reading the official pickled images without running anything that a pickle names."""
+"""Reading the official pickled images without running code that a pickle names."""
 
 import io
 import pickle
@@ -10,7 +10,7 @@ from egtrain.errors import DataError
 
 
 class _Bytes:
-    """Stands in for numpy.ndarray while unpickling; keeps what the pickle says it holds."""
+    """Stands in for numpy.ndarray while unpickling, and keeps its state."""
 
     state: Any = None
 
@@ -19,7 +19,7 @@ class _Bytes:
 
 
 class _Type:
-    """Stands in for numpy.dtype, which says nothing of single bytes."""
+    """Stands in for numpy.dtype, which is not needed for bytes."""
 
     def __init__(self, *_: object) -> None:
         pass
@@ -28,8 +28,7 @@ class _Type:
         pass
 
 
-# Every name that the files need, each with a harmless stand-in: NumPy itself is never called with
-# what a pickle says.
+# A harmless stand-in for every name in the files, so that a pickle never calls NumPy.
 _ADMITTED: dict[tuple[str, str], object] = {
     ("numpy.core.multiarray", "_reconstruct"): lambda *_: _Bytes(),
     ("numpy", "ndarray"): _Bytes,
@@ -49,11 +48,10 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def load_plain_pickle(content: bytes) -> dict[bytes, Any]:
-    """Unpickle a dict of plain values and uint8 arrays, as NumPy under Python 2 wrote it; its
-    strings come back as bytes.
+    """Unpickle a Python 2 dict of plain values and uint8 arrays; its strings come back as bytes.
 
     Raises:
-        DataError: the pickle names anything else, before that has any effect.
+        DataError: the pickle names anything else; nothing of it has run.
     """
     batch = _PlainUnpickler(io.BytesIO(content), encoding="bytes").load()
     return {

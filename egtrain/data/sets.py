@@ -1,6 +1,4 @@
-"""The public data sets by name, a row each; the configuration reads the names without NumPy or
-torch.
-"""
+"""The public data sets, one row each; reading their names imports neither NumPy nor torch."""
 
 from collections.abc import Mapping
 
@@ -16,7 +14,7 @@ IMAGES: dict[str, ImageSet] = {
 TEXTS: dict[str, DataSet] = {
     "wikitext2": WIKITEXT2,
 }
-"""Each layout has the training, the validation and the test file, in this order."""
+"""Each layout lists the training, the validation and the test file, in this order."""
 PAIRS: dict[str, PairSet] = {
     "multi30k": MULTI30K,
 }
@@ -25,4 +23,4 @@ OF_TASK: dict[str, Mapping[str, DataSet]] = {
     "language": TEXTS,
     "translation": PAIRS,
 }
-"""The data sets that a task reads."""
+"""The data sets for each task."""

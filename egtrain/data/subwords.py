@@ -12,14 +12,14 @@ from egtrain.data.finding import cache_folder
 from egtrain.errors import MissingExtra, UsageError
 
 PAD, UNK, BOS, EOS = range(4)
-"""Subwords that are none: filling, unknown, beginning and end of a sentence."""
+"""Special subwords: padding, unknown, beginning and end of a sentence."""
 
 
 def require_packages() -> None:
-    """Check that what translation needs beyond images is installed.
+    """Check that the packages for translation are installed.
 
     Raises:
-        MissingExtra: it is not.
+        MissingExtra: one is not.
     """
     missing = [name for name in ("sacrebleu", "sentencepiece") if find_spec(name) is None]
     if missing:
@@ -29,11 +29,10 @@ def require_packages() -> None:
 
 
 class Subwords:
-    """Byte-pair subwords that two languages share (Sennrich et al. 2016, arXiv 1508.07909), by
-    SentencePiece.
+    """Byte-pair subwords that two languages share (Sennrich et al. 2016, arXiv 1508.07909).
 
     Args:
-        model: what SentencePiece has learned, serialised.
+        model: a serialised SentencePiece model.
     """
 
     def __init__(self, model: bytes) -> None:
@@ -45,22 +44,21 @@ class Subwords:
         self.size: int = self._processor.vocab_size()
 
     def encode(self, sentences: Sequence[str]) -> list[list[int]]:
-        """Return the subwords of each sentence, without beginning and end."""
+        """Return the subwords of each sentence, without `BOS` and `EOS`."""
         ids: list[list[int]] = self._processor.encode(list(sentences), out_type=int, num_threads=1)
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the sentence of subwords."""
+        """Return the sentence made of these subwords."""
         text: str = self._processor.decode([i for i in ids if i > EOS or i == UNK])
         return text
 
 
 def learn_subwords(sentences: Sequence[str], size: int) -> Subwords:
-    """Learn at most `size` subwords from a text, or take them from the user cache where they have
-    been learned before.
+    """Return at most `size` subwords learned from a text, now or before (from the user cache).
 
     Raises:
-        UsageError: the text has more characters than that.
+        UsageError: the text has too many different characters for `size`.
     """
     require_packages()
     import sentencepiece
@@ -78,10 +76,10 @@ def learn_subwords(sentences: Sequence[str], size: int) -> Subwords:
         kept.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as file:
             file.write(model)
-        # Several processes may do so at once, each with the same model.
+        # Several processes may do this at once; their models are equal.
         Path(file.name).replace(kept)
     except OSError:
-        pass  # it only costs the time to learn it again
+        pass  # it will be learned again
     return Subwords(model)
 
 

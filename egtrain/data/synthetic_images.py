@@ -1,6 +1,4 @@
-"""Ten classes of drawn shapes: image data that need no download and whose best possible accuracy is
-known.
-"""
+"""Ten classes of drawn shapes: images without a download, with a known best possible accuracy."""
 
 from dataclasses import dataclass
 
@@ -26,8 +24,8 @@ CLASSES = (
 SIZE = 16
 """Height and width in pixels."""
 WRONG_LABELS = 0.09
-"""Share of labels, in training and in test, that name one of the nine other classes: what is left
-of one label in ten being drawn anew from all ten classes."""
+"""Fraction of training and test labels that name one of the nine other classes, as if one label in
+ten were drawn again from all ten classes."""
 _DATA_SEED = 0
 
 
@@ -37,19 +35,18 @@ class SyntheticImages:
 
     arrays: ImageArrays
     drawn_train: NDArray[np.int64]
-    """The class that was drawn, whatever the label says."""
+    """The class that was drawn, which the label may contradict."""
     drawn_test: NDArray[np.int64]
     ceiling: float
-    """Test accuracy of a model that recognises every drawing: the share of right labels,
-    exactly."""
+    """Test accuracy of a perfect model: the exact fraction of right labels."""
 
 
 def make_synthetic_images(train: int = 8192, test: int = 2000) -> SyntheticImages:
-    """Draw the data set, in about a second; the same images on every call.
+    """Draw the data set, the same on every call, in about a second.
 
-    A class is told by its shape alone. Position, scale, tilt, both colours, which of them is the
-    lighter, the texture of the background and a stray line are random, so that the mean image of
-    every class is nearly the same grey and a linear model has next to nothing to go by.
+    Only the shape depends on the class. Position, scale, tilt, both colours, which of them is the
+    lighter, the texture of the background and a stray line are random. So all classes have nearly
+    the same grey mean image, and a linear model learns almost nothing.
     """
     bits = np.random.PCG64(_DATA_SEED)
     x_train, drawn_train = _draw(bits, train)
@@ -62,8 +59,7 @@ def make_synthetic_images(train: int = 8192, test: int = 2000) -> SyntheticImage
 
 
 def _uniform(bits: np.random.PCG64, shape: tuple[int, ...], low: float, high: float) -> Floats:
-    # From the raw bits, whose stream is fixed for ever; NumPy may change what its distributions
-    # make of them.
+    # From PCG64's raw bits, which never change, unlike NumPy's distributions.
     fractions = (bits.random_raw(int(np.prod(shape))) >> np.uint64(40)).astype(
         np.float32
     ) * np.float32(2**-24)
@@ -120,9 +116,7 @@ def _draw(bits: np.random.PCG64, count: int) -> tuple[NDArray[np.uint8], NDArray
 
 
 def _distance(label: int, u: Floats, v: Floats) -> Floats:
-    """Signed distance, roughly and negative inside, from the outline of a shape of unit size at the
-    points (u, v).
-    """
+    """Return the rough distance of points (u, v) from a shape of unit size, negative inside it."""
     across, down = np.abs(u), np.abs(v)
     box, diagonal = np.maximum(across, down), np.float32(0.5**0.5)
     distance: Floats

@@ -1,6 +1,4 @@
-"""A small bilingual grammar: sentences that need no download, each with exactly one right
-translation.
-"""
+"""A small bilingual grammar: sentences without a download, each with one right translation."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -14,17 +12,16 @@ Side = tuple[list[str], list[str]]
 _DATA_SEED = 7
 
 DETERMINERS = {"lo": "d", "ka": "m", "ziv": "v"}
-"""Stems of the target's determiners, which take the noun's ending, by source word."""
+"""Source determiners, and the stems of their translations, which take the noun's ending."""
 ENDINGS = {"m": ("o", "oi"), "f": ("a", "ae"), "n": ("u", "ua")}
-"""What determiner, noun and adjective end with in the target, by the noun's gender: one, and
-many."""
+"""Singular and plural endings of target determiners, nouns and adjectives, by gender."""
 VERB_ENDINGS = {
     ("now", False): "it",
     ("now", True): "unt",
     ("then", False): "avit",
     ("then", True): "avunt",
 }
-"""What the target's verb ends with, by time and by whether its subject is many."""
+"""Endings of target verbs, by tense and by whether the subject is plural."""
 NOT, THAT, BECAUSE = "nek", "shu", "oltar"
 TARGET_NOT, TARGET_THAT, TARGET_BECAUSE = "nul", "qu", "perk"
 LINK = "is"
@@ -42,7 +39,7 @@ class Noun:
 
 @dataclass(frozen=True)
 class SyntheticPairs:
-    """Three parts of one parallel text; no source sentence is in two of them."""
+    """The splits of one parallel text; no source sentence is in two of them."""
 
     train: Side
     validation: Side
@@ -50,11 +47,11 @@ class SyntheticPairs:
 
 
 def make_synthetic_pairs(train: int = 8000, held_out: int = 500) -> SyntheticPairs:
-    """Draw the sentences, in about a second; the same ones on every call.
+    """Draw the sentences, the same on every call, in about a second.
 
-    The target puts adjectives behind their nouns, the verb of a subordinate clause at its end and
-    the negation before the verb, joins compounds into one word, and lets determiners, adjectives,
-    relative pronouns and verbs agree with nouns that may stand several words away. So a
+    The target language puts adjectives after their nouns, a subordinate clause's verb at its end
+    and the negation before the verb. It joins compounds into one word, and its determiners,
+    adjectives, relative pronouns and verbs agree with nouns that may be several words away. So a
     word-by-word translation is mostly wrong.
     """
     draw = _Draw(np.random.PCG64(_DATA_SEED))
@@ -70,9 +67,7 @@ def make_synthetic_pairs(train: int = 8000, held_out: int = 500) -> SyntheticPai
 
 
 class _Draw:
-    """Choices from raw bits, whose stream is fixed for ever; NumPy may change what its
-    distributions make of them.
-    """
+    """Choices from PCG64's raw bits, which never change, unlike NumPy's distributions."""
 
     def __init__(self, bits: np.random.PCG64) -> None:
         self._bits = bits
@@ -86,7 +81,7 @@ class _Draw:
 
 @cache
 def nouns() -> tuple[Noun, ...]:
-    """Return the nouns of the lexicon; nothing in a source noun tells its gender."""
+    """Return the nouns of the lexicon; a source noun does not show its gender."""
     sources = [
         first + second + "n"
         for first in ("ba", "de", "fi", "go", "hu", "ja")
@@ -105,7 +100,7 @@ def nouns() -> tuple[Noun, ...]:
 
 @cache
 def adjectives() -> tuple[tuple[str, str], ...]:
-    """Return the adjectives, source and target stem."""
+    """Return the adjectives: source word and target stem."""
     sources = [f"{a}{b}sh" for a, b in product(("pi", "ro", "ta"), ("ke", "lu", "wa", "no"))]
     targets = [f"{a}{b}" for a, b in product(("bel", "grand", "nov"), ("", "iss", "erm", "ul"))]
     return tuple(zip(sources, targets, strict=True))
@@ -113,7 +108,7 @@ def adjectives() -> tuple[tuple[str, str], ...]:
 
 @cache
 def verbs() -> tuple[tuple[str, str], ...]:
-    """Return the verbs, source and target stem."""
+    """Return the verbs: source word and target stem."""
     sources = [f"{a}{b}" for a, b in product(("mak", "sev", "yol", "dup"), ("a", "i", "u"))]
     targets = [f"{a}{b}" for a, b in product(("am", "cant", "port", "vid"), ("", "er", "in"))]
     return tuple(zip(sources, targets, strict=True))
@@ -136,9 +131,7 @@ def _clause(draw: _Draw, subordinate: bool) -> tuple[list[str], list[str]]:
 
 
 def _noun_phrase(draw: _Draw, relative: int) -> tuple[list[str], list[str], bool, str]:
-    """Return a noun phrase in both languages, whether it is many, and its ending; `relative` is in
-    per cent.
-    """
+    """Return source, target, whether it is plural, and ending; `relative` is a percentage."""
     determiner = list(DETERMINERS)[draw.below(len(DETERMINERS))]
     noun = nouns()[draw.below(len(nouns()))]
     many = draw.chance(40)

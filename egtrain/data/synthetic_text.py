@@ -1,6 +1,4 @@
-"""Words from a hidden Markov source: a text that needs no download and whose lowest possible
-perplexity is known.
-"""
+"""Words from a hidden Markov source: a text without a download, with a known best perplexity."""
 
 from dataclasses import dataclass
 
@@ -12,21 +10,19 @@ Words = NDArray[np.int64]
 
 STATES = 10
 SUCCESSORS = 2
-"""States that each state can be followed by."""
+"""States that can follow each state."""
 WORDS_OF_STATE = 4
-"""Words that a state can say; each is said in two states, so that a word does not tell the
-state."""
+"""Words that a state can emit; each belongs to two states, so that it does not reveal the state."""
 WORDS = STATES * WORDS_OF_STATE // 2
-"""Words, `<unk>` and `<eos>` not counted."""
+"""Words, without `<unk>` and `<eos>`."""
 SENTENCE_END = 0.08
-"""Probability that a sentence ends after a word; the source goes on from the state that it was
-in."""
+"""Probability that `<eos>` is emitted, whatever the state."""
 _DATA_SEED = 4
 
 
 @dataclass(frozen=True)
 class Source:
-    """A hidden Markov source: it says a word in its state, then goes to the next state."""
+    """A hidden Markov source: it emits a word in its state, then goes to the next state."""
 
     first: Floats
     """Probability of each state at the beginning [states]."""
@@ -38,7 +34,7 @@ class Source:
 
 @dataclass(frozen=True)
 class SyntheticText:
-    """Three texts of one source, as indices of words, and the truth about them."""
+    """The splits of a text from one source, as indices of words, and the truth about them."""
 
     train: Words
     validation: Words
@@ -46,12 +42,11 @@ class SyntheticText:
     vocabulary: tuple[str, ...]
     source: Source
     floor: float
-    """Perplexity of the test text to whoever knows the source: the lowest that can be expected of
-    any model."""
+    """Perplexity of the test text for a model that knows the source, the best to be expected."""
 
 
 def make_synthetic_text(train: int = 240_000, held_out: int = 10_000) -> SyntheticText:
-    """Draw the texts, in about two seconds; the same ones on every call."""
+    """Draw the texts, the same on every call, in about two seconds."""
     bits = np.random.PCG64(_DATA_SEED)
     source = _drawn_source(bits)
     first, second, third = (
@@ -65,7 +60,7 @@ def make_synthetic_text(train: int = 240_000, held_out: int = 10_000) -> Synthet
 
 
 def entropy_of(source: Source, words: Words) -> float:
-    """Return −log p(words) / length in nats a word, by the forward algorithm (Rabiner 1989)."""
+    """Return −log p(words) in nats per word, by the forward algorithm (Rabiner 1989)."""
     nats = 0.0
     belief = source.first
     for word in words.tolist():
@@ -77,15 +72,12 @@ def entropy_of(source: Source, words: Words) -> float:
 
 
 def _uniform(bits: np.random.PCG64, count: int) -> Floats:
-    # From the raw bits, whose stream is fixed for ever; NumPy may change what its distributions
-    # make of them.
+    # From PCG64's raw bits, which never change, unlike NumPy's distributions.
     return (bits.random_raw(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _weights(bits: np.random.PCG64, chosen: NDArray[np.intp], among: int) -> Floats:
-    """Return random probabilities of the chosen ones out of `among` possibilities, none of them
-    small [among].
-    """
+    """Return probabilities [among], random and not small for the chosen ones, zero for others."""
     weights = np.zeros(among)
     weights[chosen] = 0.3 + _uniform(bits, len(chosen)) ** 2
     scaled: Floats = weights / weights.sum()
@@ -110,7 +102,7 @@ def _drawn_source(bits: np.random.PCG64) -> Source:
 
 def _drawn_text(bits: np.random.PCG64, source: Source, length: int) -> Words:
     places, choices = _uniform(bits, length + 1), _uniform(bits, length)
-    # The last entry is left out, so that rounding cannot lead beyond it.
+    # Without the last entry, so that rounding cannot exceed it.
     next_state = source.transition.cumsum(axis=1)[:, :-1]
     next_word = source.emission.cumsum(axis=1)[:, :-1]
     words = np.empty(length, np.int64)

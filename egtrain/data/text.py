@@ -1,6 +1,4 @@
-"""Text for language modelling as streams of word indices: a public one, a user's own files, or
-embedded.
-"""
+"""Text for language modelling as streams of word indices: public, the user's, or embedded."""
 
 import hashlib
 from collections import Counter
@@ -19,15 +17,12 @@ from egtrain.errors import DataError
 
 UNK, EOS = 0, 1
 SPECIAL = ("<unk>", "<eos>")
-"""The first two words of every vocabulary: any word that the training text lacks, and the end of a
-line."""
+"""The first words of every vocabulary: any word that the training text lacks; a line's end."""
 
 
 @dataclass(frozen=True)
 class TextData:
-    """A text on the CPU, as indices into its vocabulary, int64 [words]; every line ends with
-    `<eos>`.
-    """
+    """A text on the CPU: int64 [words] indices into a vocabulary; every line ends with `<eos>`."""
 
     train: Tensor
     validation: Tensor
@@ -35,11 +30,11 @@ class TextData:
     vocabulary: tuple[str, ...]
     """The word of each index."""
     floor: float | None
-    """Lowest expected perplexity of the test text, where it is known."""
+    """Best expected perplexity on the test text, if it is known."""
     digest: str
     """SHA-256 over the streams and the vocabulary: equal digests mean equal data."""
     notes: tuple[str, ...] = ()
-    """What the user is told of the data before training."""
+    """Notes for the user about the data, shown before training."""
 
 
 def load_text(
@@ -50,20 +45,18 @@ def load_text(
     max_vocabulary: int | None,
     train_tokens: int | None,
 ) -> TextData:
-    """Load a public text, `synthetic` or `text:FOLDER`, which holds train.txt, valid.txt and
-    test.txt.
+    """Load a public text, `synthetic` or `text:FOLDER` with train.txt, valid.txt and test.txt.
 
-    A word is what stands between spaces; an empty line is a line without words. The vocabulary is
-    that of the whole training file: `<unk>`, `<eos>`, then words by falling count, equal ones in
+    Spaces separate words; an empty line is a line without words. The vocabulary is that of the
+    whole training file: `<unk>`, `<eos>`, then the words from most to least frequent, with ties in
     the order of their first appearance.
 
     Args:
         name: which text.
-        data_dir: where to look first; a relative FOLDER that does not exist is looked for in the
-            same places.
+        data_dir: where to look first; a relative FOLDER that does not exist is searched there too.
         offline: never download.
-        max_vocabulary: most words that the vocabulary may have; None: any number.
-        train_tokens: train on only so many words from the beginning; None: all.
+        max_vocabulary: the largest vocabulary allowed; None: any.
+        train_tokens: number of words to train on, from the beginning; None: all.
 
     Raises:
         DataError: files are missing, damaged, empty or not UTF-8, or the vocabulary is larger than
@@ -88,7 +81,7 @@ def load_text(
         paths = [folder / file for file in ("train.txt", "valid.txt", "test.txt")]
         for path in paths:
             if not path.is_file():
-                raise DataError(f"{path}: the file is missing; put it there, a sentence a line")
+                raise DataError(f"{path}: the file is missing; put it there, one sentence per line")
         texts = [read_lines(path) for path in paths]
     words = [[line.split() for line in text] for text in texts]
     vocabulary = _vocabulary(words[0], max_vocabulary, paths[0])
@@ -134,10 +127,10 @@ def _data(
     if train_tokens is not None:
         if whole <= train_tokens:
             raise DataError(
-                f"data.train_samples asks for {train_tokens + 1:,} words, and the training text "
+                f"data.train_samples asks for {train_tokens + 1:,} words, but the training text "
                 f"has {whole:,}; lower it, or set it to null for all"
             )
-        # One more, which the last of them is followed by.
+        # One more, to be predicted from the last of them.
         streams[0] = streams[0][: train_tokens + 1]
     digest = hashlib.sha256("\n".join(vocabulary).encode())
     for stream in streams:

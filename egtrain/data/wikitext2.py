@@ -24,7 +24,7 @@ WIKITEXT2 = DataSet(
             sha256="92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c",
             size=4_475_746,
             addresses=(
-                # The official address; it has not answered for years.
+                # The official address, which has not answered for years.
                 "https://s3.amazonaws.com/research.metamind.io/wikitext/wikitext-2-v1.zip",
                 # The first author's.
                 "https://wikitext.smerity.com/wikitext-2-v1.zip",

@@ -1,4 +1,4 @@
-"""The metrics of `plot-sharpness`, a file each in this folder."""
+"""The metrics of `plot-sharpness`, one file each."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -17,13 +17,13 @@ METRICS = (
     "epsilon",
     "between",
 )
-"""A row for each metric, which is the name of its file, in the order of measuring."""
+"""The metrics, each with the name of its file, in the order of measuring."""
 LEVEL = "level"
-"""What is measured before them in any case: loss and metric of the task."""
+"""Always measured first: loss and metric of the task."""
 
 
 def metric_of(name: str) -> "SharpnessMetric":
     """Return a metric by the name of its file."""
-    # Imported when asked for: it brings torch, which the command line's --help does without.
+    # Imported on demand, so that --help does not import torch.
     metric: SharpnessMetric = import_module(f"{__name__}.{name}").METRIC
     return metric

@@ -1,4 +1,4 @@
-"""The mean rise of the loss under noise, relative to the size of each weight."""
+"""The mean rise of the loss under noise relative to the size of each weight."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -9,7 +9,7 @@ from egtrain.sharpness.metric import Measured, ModelAtCheckpoint, Panel, Values
 from egtrain.sharpness.records import Row
 
 RADII = [0.05, 0.08, 0.14, 0.24, 0.4]
-"""Even on a logarithmic axis, over the range that arXiv 2302.07011 publishes for ResNets."""
+"""Evenly spaced on a logarithmic axis, over the range of arXiv 2302.07011 for ResNets."""
 
 
 def measure(model: ModelAtCheckpoint, radii: list[float], samples: int) -> Measured:

@@ -1,4 +1,4 @@
-"""The loss on the straight line from the first run to each other one."""
+"""The loss on the straight line from the first run to each other run."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from egtrain.sharpness.records import Row
 from egtrain.sharpness.runs import Run
 
 WIDE = 10.0
-"""Losses that differ by a larger factor are drawn on a logarithmic axis."""
+"""If the losses differ by a larger factor, the axis is logarithmic."""
 
 
 def measure(model: ModelAtCheckpoint, points: int) -> Measured:
@@ -31,9 +31,7 @@ def measure(model: ModelAtCheckpoint, points: int) -> Measured:
 
 
 def barrier(positions: Sequence[float], losses: Sequence[float]) -> float:
-    """Return how far the loss between two ends, at positions 0 and 1, rises above the straight line
-    between them.
-    """
+    """Return how far the loss rises above the straight line from position 0 to position 1."""
     at = dict(zip(positions, losses, strict=True))
     start, end = (at[min(at, key=lambda p: abs(p - goal))] for goal in (0.0, 1.0))
     inside = [loss - ((1 - p) * start + p * end) for p, loss in at.items() if 0 <= p <= 1]

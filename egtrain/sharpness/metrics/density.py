@@ -12,11 +12,11 @@ from egtrain.sharpness.metric import Measured, ModelAtCheckpoint, Panel, Paramet
 from egtrain.sharpness.runs import Run
 
 GRID_POINTS = 512
-"""Of the curve that is drawn."""
+"""Of the drawn curve."""
 
 
 def cost(p: Parameters, settings: Settings) -> float:
-    """Return the cost without the products that the eigenvalues have taken."""
+    """Return the cost without the products that the eigenvalues have made already."""
     shared = settings["eigenvalues"]["steps"] if "eigenvalues" in settings else 0
     return float(metric.PRODUCT * max(p["vectors"] * p["steps"] - shared, 0))
 
@@ -42,8 +42,7 @@ def draw(axes: Axes, runs: Sequence[Run]) -> None:
     sigma = max(high - low, 1e-12) / 100
     grid = torch.linspace(low - 5 * sigma, high + 5 * sigma, GRID_POINTS, dtype=torch.float64)
     smooth = [spectrum.density_on(d, grid, sigma) for d in densities]
-    # Far from every node a sum of Gaussians is zero for all purposes, and a logarithm has no room
-    # for that.
+    # Far from every node the sum of Gaussians is practically zero, which a logarithm cannot show.
     outermost = min(float(d.weights.mean(dim=0)[d.nodes.mean(dim=0).argmax()]) for d in densities)
     top = max(float(curve.max()) for curve in smooth)
     floor = max(outermost / (sigma * math.sqrt(2 * math.pi)) / 10, top * 1e-9)

@@ -19,25 +19,23 @@ ERROR = "Ritz residual"
 
 
 def steps_of_both(parameters: Parameters, settings: Settings) -> Parameters:
-    """Return the parameters with as many steps as the density takes, if that is measured too.
+    """Return the parameters with at least the density's steps, if that is measured too.
 
-    They share a basis, so the larger one costs nothing more.
+    They share a basis, so this costs nothing more.
     """
     steps = settings.get("density", parameters)["steps"]
     return {**parameters, "steps": max(parameters["steps"], steps)}
 
 
 def measure(model: ModelAtCheckpoint, count: int, steps: int) -> Measured:
-    """Return eigenvalues with their residuals, and leave the basis to the density."""
+    """Return the eigenvalues with their residuals, and keep the basis for the density."""
     found = spectrum.eigenvalues(model.loss, count=count, steps=steps, seed=metric.SEED)
     model.krylov = found.krylov
     return {name: value for name, value in vars(found).items() if name != "krylov"}, {}
 
 
 def rows(values: metric.Values) -> Iterator[Row]:
-    """Yield the largest eigenvalues and the smallest; a tilde stands before what has not
-    converged.
-    """
+    """Yield the largest eigenvalues and the smallest, with a tilde if not converged."""
     for rank, value in enumerate(values["largest"], 1):
         tag, title = ("lambda_max", "λ_max") if rank == 1 else (f"lambda_{rank}", "")
         text = f"{'' if values['converged'][rank - 1] else '~'}{number(value)}"
@@ -48,7 +46,7 @@ def rows(values: metric.Values) -> Iterator[Row]:
 
 
 def draw_test_over_largest(axes: Axes, runs: Sequence[Run]) -> None:
-    """Draw the test metric over λ_max, a point a run."""
+    """Draw the test metric over λ_max, one point per run."""
     levels = [run.records["level"].values for run in runs]
     split = "test" if all("test" in level for level in levels) else "train"
     held_out, training = runs[0].metrics

@@ -18,14 +18,14 @@ def measure(model: ModelAtCheckpoint, sizes: list[float], iterations: int) -> Me
 
 
 def rows(values: Values) -> Iterator[Row]:
-    """Yield the sharpness at each size; that at the first one is printed."""
+    """Yield the sharpness at each size; the first one is printed."""
     for size, value in zip(values["sizes"], values["sharpness"], strict=True):
         title = f"ε-sharpness ε={size:g}" if size == values["sizes"][0] else ""
         yield Row("sharpness", value, at=size, tag=f"epsilon_{size}", title=title)
 
 
 def draw(axes: Axes, runs: Sequence[Run]) -> None:
-    """Draw the sharpness of each run, a place for each size."""
+    """Draw the sharpness of each run, one panel per size."""
     rows = runs[0].checkpoints[-1].rows("epsilon")
     places = split(axes, len(rows))
     for number, (place, row) in enumerate(zip(places, rows, strict=True)):

@@ -11,7 +11,7 @@ def measure(model: ModelAtCheckpoint) -> Measured:
     loss, score = model.loss.value()
     metric = model.task.training_metric
     if metric.of_mean_loss is not None:
-        score = metric.of_mean_loss(loss)  # which the mean over batches is not
+        score = metric.of_mean_loss(loss)  # not the mean over batches
     train = {"loss": loss, metric.name: score}
     return {"train": train, **({"test": model.test} if model.test else {})}, {}
 

@@ -29,9 +29,9 @@ def measure(model: ModelAtCheckpoint, points: int, span: float) -> Measured:
 
 
 def round_levels(top: float) -> list[float]:
-    """Return zero and the numbers 1, 2 and 5 times powers of ten up to about `top`.
+    """Return zero and 1, 2 and 5 times powers of ten, up to about `top`.
 
-    Contours of a parabola are then nearly equally far apart.
+    The contours of a parabola are then nearly equally spaced.
     """
     top = max(top, 1e-12)
     power = math.floor(math.log10(top))

@@ -1,4 +1,4 @@
-"""The largest rise of the loss in a ball, relative to the size of each weight."""
+"""The largest rise of the loss in a ball relative to the size of each weight."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -9,7 +9,7 @@ from egtrain.sharpness.metric import Measured, ModelAtCheckpoint, Panel, Values
 from egtrain.sharpness.records import Row
 
 RADII = [0.25, 0.42, 0.7, 1.2, 2.0]
-"""Even on a logarithmic axis, over the range that arXiv 2302.07011 publishes for ResNets."""
+"""Evenly spaced on a logarithmic axis, over the range of arXiv 2302.07011 for ResNets."""
 
 
 def measure(model: ModelAtCheckpoint, radii: list[float], steps: int, restarts: int) -> Measured:
