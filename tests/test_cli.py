@@ -347,7 +347,7 @@ def test_changes_that_do_not_fit_the_checkpoint_leave_the_run_as_it_was(
     result = egtrain_command("train", "--resume", "run", *change, *further)
     assert result.code == 2
     if not further:  # ranks write to the process's own stderr
-        assert "the checkpoint is of another architecture" in result.stderr
+        assert "the checkpoint has another architecture" in result.stderr
     assert (tmp_path / "run/config.yaml").read_bytes() == config
 
 

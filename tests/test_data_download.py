@@ -252,7 +252,7 @@ def test_a_disk_that_fills_up_while_writing_leaves_nothing(
 
     monkeypatch.setattr(download.os, "fsync", full)
     with pytest.raises(
-        EgtrainError, match=f"{home}: the disk is full \([0-9,]+ bytes are free\); .* --data-dir"
+        EgtrainError, match=rf"{home}: the disk is full \([0-9,]+ bytes are free\); .* --data-dir"
     ) as caught:
         find_or_download(described(content), home, offline=False)
     assert caught.value.exit_code == 1

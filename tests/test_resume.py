@@ -451,7 +451,7 @@ def test_extrapolation_does_not_begin_in_the_middle_of_a_run(images: Path) -> No
     [
         ("workers=2", "it is of 4 workers, and the run has 2"),
         ("workers=8", "it is of 4 workers, and the run has 8"),
-        ("model.depth=14", "the checkpoint is of another architecture"),
+        ("model.depth=14", "the checkpoint has another architecture"),
         ("extrapolation.name=optimistic", "the extrapolation state belongs to"),
         ("extrapolation.name=none", "it was trained with extrapolation"),
         ("optimizer.name=lars", "the optimizer is another one: it has no dampening"),

@@ -1,6 +1,4 @@
-"""Beam search over whatever says how likely the next subword is (Sutskever et al. 2014, arXiv
-1409.3215).
-"""
+"""Beam search with any model of the next subword (Sutskever et al. 2014, arXiv 1409.3215)."""
 
 import math
 from typing import Any, Protocol
@@ -10,17 +8,13 @@ from torch import Tensor
 
 
 class Decodable(Protocol):
-    """What beam search asks of a model; a state belongs to rows, one a hypothesis."""
+    """A model that beam search can use; a state has one row per hypothesis."""
 
     def begin(self, source: Tensor) -> Any:
-        """Return the state before the first subword of each sentence's translation, with a method
-        `select(rows)`.
-        """
+        """Return the state before the first subwords; it has a method `select(rows)`."""
 
     def step(self, subwords: Tensor, state: Any) -> Tensor:
-        """Add a subword to each row [rows], and return the logits of the next ones [rows,
-        vocabulary].
-        """
+        """Add a subword to each row [rows]; return the next logits [rows, vocabulary]."""
 
 
 def beam_search(
@@ -33,30 +27,28 @@ def beam_search(
     begin: int,
     end: int,
 ) -> list[list[int]]:
-    """Return the most likely translation of each sentence that the search finds, without `begin`
-    and `end`.
+    """Return the most likely translation found for each sentence, without `begin` and `end`.
 
-    The score of a hypothesis is log p / length^penalty, its end counted. A finished one keeps its
-    place among the `beam` best continuations. The search for a sentence ends when no place is left,
-    or when what is unfinished cannot beat the best finished one any more, whatever follows. With
-    `beam` 1 it takes the likeliest subword each time.
+    The score of a hypothesis is log p / length^penalty; its end counts as a subword. A finished
+    hypothesis keeps its place in the beam. The search for a sentence ends when no place is left, or
+    when no unfinished hypothesis can still beat the best finished one. With `beam` 1 it always
+    takes the most likely subword.
 
     Args:
         model: in evaluation mode.
         source: sentences [sentences, length].
-        beam: hypotheses kept for a sentence.
-        limits: most subwords of each translation [sentences], at least 1, its end counted; the last
-            one is the end.
+        beam: number of hypotheses kept for each sentence.
+        limits: the largest number of subwords in each translation [sentences], at least 1; the end
+            counts, and is the last one.
         length_penalty: at least 0; 0 prefers short translations.
-        begin: subword that every translation starts from.
-        end: subword that ends it.
+        begin: the subword that starts every translation.
+        end: the subword that ends it.
     """
     sentences, device = len(source), source.device
     state = model.begin(source)
     best: list[list[int]] = [[] for _ in range(sentences)]
     best_score = torch.full((sentences,), -math.inf, device=device)
-    # Of the sentences that are not finished: which they are, their hypotheses, and how many have
-    # ended.
+    # The unfinished sentences: their numbers, hypotheses, and counts of finished hypotheses.
     which = torch.arange(sentences, device=device)
     scores = torch.zeros(sentences, 1, device=device)
     words = torch.full((sentences, 1, 1), begin, device=device)
@@ -92,7 +84,7 @@ def beam_search(
             best[int(which[row])] = words[row, ended_row[row], 1:-1].tolist()
 
         scores = torch.where(live, scores, -math.inf)
-        # Log-probabilities only fall, and at most the longest translation divides them.
+        # Log-probabilities only fall, and are divided by at most the longest length.
         reachable = scores.max(dim=1).values / limits[which].to(scores.dtype) ** length_penalty
         going_on = (live.any(dim=1) & (reachable > best_score[which])).nonzero().flatten()
         state.select((going_on[:, None] * width + parents[going_on]).flatten())

@@ -1,4 +1,4 @@
-"""Loading saved weights into a model, with the mismatch named where they do not fit."""
+"""Loading saved weights into a model; an error names the mismatch."""
 
 from collections.abc import Mapping
 
@@ -9,8 +9,7 @@ from egtrain.errors import UsageError
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy parameters and buffers by name; BatchNorm's counters of batches may be missing on either
-    side, as they are in training.
+    """Copy parameters and buffers by name; either side may lack BatchNorm's batch counters.
 
     Raises:
         UsageError: a name is missing or unknown, or a shape differs.
@@ -22,13 +21,12 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                 continue
             where = "checkpoint" if name in weights else "model"
             raise UsageError(
-                f"the checkpoint is of another architecture: the {where} has no '{name}'"
+                f"the checkpoint has another architecture: the {where} has no '{name}'"
             )
         if weights[name].shape != tensors[name].shape:
             raise UsageError(
-                f"the checkpoint is of another architecture: '{name}' has shape "
-                f"{list(tensors[name].shape)}, "
-                f"and the model's {list(weights[name].shape)}"
+                f"the checkpoint has another architecture: its '{name}' has shape "
+                f"{list(tensors[name].shape)}, the model's {list(weights[name].shape)}"
             )
     with torch.no_grad():
         for name in weights.keys() & tensors.keys():

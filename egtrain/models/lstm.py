@@ -1,41 +1,35 @@
-"""An LSTM language model (Zaremba et al. 2014, arXiv 1409.2329) with tied embeddings (arXiv
-1608.05859).
-"""
+"""An LSTM language model (Zaremba et al. 2014, arXiv 1409.2329)."""
 
 import warnings
 
 import torch
 from torch import Tensor, nn
 
-# On a GPU: the weights of all layers lie in one flat tensor, and cuDNN copies them into an order of
-# its own.
+# On a GPU cuDNN warns, since it must copy the weights from our flat tensor into its order.
 warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous")
 
 INITIAL_RANGE = 0.05
-"""Half the width of the uniform distribution of all weights, that of Zaremba et al.'s medium
-model."""
+"""Half the width of the uniform distribution of weights, as in Zaremba et al.'s medium model."""
 
 
 class LSTMLanguageModel(nn.Module):
-    """Embedding, LSTM layers of the same width, and an output that shares its weights with the
-    embedding.
+    """Embedding, LSTM layers, and an output with the embedding's weights (arXiv 1608.05859).
 
-    Dropout stands before, between and after the layers. It is ours: one `nn.LSTM` a layer, since
-    the dropout inside a deeper one keeps a random state of its own on CUDA. With 650 units and 3
-    layers on WikiText-2's 33,278 words it has 31,819,578 parameters.
+    All have the same width. Dropout is before, between and after the layers. Each layer is one
+    `nn.LSTM`, since the dropout inside a deeper `nn.LSTM` has its own random state on CUDA. With
+    650 units and 3 layers on WikiText-2's 33,278 words it has 31,819,578 parameters.
 
     Args:
         vocabulary: number of words.
         width: units of each layer, and of the embeddings.
         layers: number of LSTM layers.
         dropout: probability of dropping a unit.
-        columns: sequences of a worker's mini-batch, whose state is carried from one to the next in
-            `hidden`.
+        columns: sequences in a worker's mini-batch; `hidden` carries their state to the next one.
     """
 
     hidden: Tensor
-    """State that the worker goes on from, hidden and cell: [layers, 2, columns, width]. The loss
-    function writes it."""
+    """The state from which the worker continues, hidden and cell: [layers, 2, columns, width]. The
+    loss function writes it."""
 
     def __init__(
         self, vocabulary: int, *, width: int, layers: int, dropout: float, columns: int
@@ -51,10 +45,10 @@ class LSTMLanguageModel(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(self, words: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Map words [length, columns] to logits of the next ones [length, columns, vocabulary], and
-        to the new state.
+        """Map words [length, columns] to next words' logits, and to the new state.
 
-        `state` is [layers, 2, columns, width]; None is a state of zeros.
+        Logits are [length, columns, vocabulary], `state` is [layers, 2, columns, width]; None is a
+        state of zeros.
         """
         if state is None:
             state = self.hidden.new_zeros(
@@ -62,8 +56,8 @@ class LSTMLanguageModel(nn.Module):
             )
         outputs = self.dropout(self.embedding(words))
         states = []
-        # In bf16, autocast would run cuDNN's LSTM in fp16, without a loss scale, and oneDNN has
-        # none on a CPU without native bf16. Most of the time goes into the output anyway.
+        # In fp32: under bf16 autocast cuDNN's LSTM would run in fp16, without a loss scale, and
+        # oneDNN has no LSTM for CPUs without native bf16. Most time goes into the output anyway.
         with torch.autocast(words.device.type, enabled=False):
             for layer, (hidden, cell) in zip(self.layers, state, strict=True):
                 outputs, (hidden, cell) = layer(outputs, (hidden[None], cell[None]))

@@ -9,19 +9,18 @@ Shortcut = Literal["identity", "projection"]
 
 
 class ResNet(nn.Module):
-    """The 6n+2 layer network: a 3×3 stem and three stages of n blocks at 1, 2 and 4 times `width`
-    filters.
+    """A 3×3 stem and three stages of n blocks with 1, 2 and 4 times `width` filters.
 
-    ResNet-20 at width 16 with identity shortcuts has 269,722 parameters for 10 classes, the
-    published network's.
+    ResNet-20 with width 16 and identity shortcuts has 269,722 parameters for 10 classes, as
+    published.
 
     Args:
         depth: 6n + 2 (8, 14, 20, 32, 44, 56, 110 …).
         width: filters of the first stage.
         classes: number of outputs.
-        shortcut: how a block's input meets an output of another shape. `identity` (option A of the
-            paper, what it used on CIFAR-10) subsamples and pads with zero channels, without
-            parameters; `projection` (option B) is a 1×1 convolution with BatchNorm.
+        shortcut: how a block's input is added to an output of another shape. `identity` (the
+            paper's option A, used there on CIFAR-10) subsamples and pads with zero channels,
+            without parameters; `projection` (option B) is a 1×1 convolution with BatchNorm.
 
     Raises:
         ValueError: depth is not 6n + 2.
@@ -49,10 +48,10 @@ class ResNet(nn.Module):
         self.head = nn.Linear(channels, classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                # Of variance 2 / fan-in.
+                # With variance 2 / fan-in.
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        # The last layer keeps PyTorch's default: with weights of std 0.01 (arXiv 1706.02677,
-        # section 5.1) short runs lingered at the start, by chance of the seed; see docs/results.md.
+        # The last layer keeps PyTorch's default: with a std of 0.01 (arXiv 1706.02677, section 5.1)
+        # short runs with some seeds stalled at the start; see docs/results.md.
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images [batch, 3, height, width] to logits [batch, classes]."""
@@ -88,7 +87,7 @@ class BasicBlock(nn.Module):
 
 
 class ZeroPaddedShortcut(nn.Module):
-    """Every stride-th pixel, with zero channels behind: a change of shape without parameters."""
+    """Subsampled pixels and additional zero channels: a change of shape without parameters."""
 
     def __init__(self, stride: int, extra_channels: int) -> None:
         super().__init__()
@@ -96,10 +95,8 @@ class ZeroPaddedShortcut(nn.Module):
         self.extra_channels = extra_channels
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [batch, channels, height, width] to [batch, channels + extra, height/stride,
-        width/stride].
-        """
-        # Pooling single pixels is slicing whose gradient stays channels-last.
+        """Map [batch, channels, height, width] to a smaller image with more channels."""
+        # Pooling over single pixels is slicing with a gradient that stays channels-last.
         return F.pad(F.avg_pool2d(x, 1, self.stride), (0, 0, 0, 0, 0, self.extra_channels))
 
 
@@ -111,7 +108,7 @@ def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
 def mean_over_pixels(x: Tensor) -> Tensor:
     """Return the mean [batch, channels] of features [batch, channels, height, width].
 
-    Unlike that of `Tensor.mean`, its gradient stays channels-last: the layers below would pay for a
+    Unlike that of `Tensor.mean`, its gradient stays channels-last, so the layers below need no
     change of layout.
     """
     return F.avg_pool2d(x, x.shape[2:]).flatten(1)

@@ -1,6 +1,4 @@
-"""A Transformer encoder-decoder (Vaswani et al. 2017, arXiv 1706.03762), pre-norm (arXiv
-2002.04745).
-"""
+"""A pre-norm Transformer (Vaswani et al. 2017, arXiv 1706.03762; pre-norm: arXiv 2002.04745)."""
 
 import math
 from dataclasses import dataclass
@@ -13,9 +11,7 @@ PAD = 0
 
 
 class Attention(nn.Module):
-    """Multi-head attention; queries come from one sequence, keys and values from the same or
-    another.
-    """
+    """Multi-head attention from one sequence (queries) to the same or another (keys, values)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -25,9 +21,7 @@ class Attention(nn.Module):
         self.output = nn.Linear(width, width)
 
     def keys_and_values(self, sequence: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values [batch, heads, length, width of a head] of a sequence [batch,
-        length, width].
-        """
+        """Map [batch, length, width] to keys and values [batch, heads, length, head width]."""
         keys, values = self.key_value(sequence).chunk(2, dim=-1)
         return self._split(keys), self._split(values)
 
@@ -39,9 +33,7 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         causal: bool = False,
     ) -> Tensor:
-        """Map queries [batch, length, width] to what they attend to; `mask` is added to the
-        scores.
-        """
+        """Map queries [batch, length, width] to the same shape; `mask` is added to the scores."""
         mixed = F.scaled_dot_product_attention(
             self._split(self.query(queries)), keys, values, attn_mask=mask, is_causal=causal
         )
@@ -54,9 +46,7 @@ class Attention(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Self-attention, then two linear layers with a ReLU between; each on normalised input, beside
-    an identity.
-    """
+    """Self-attention, then a feed-forward part, each with normalised input and a shortcut."""
 
     def __init__(self, width: int, heads: int, feedforward: int, dropout: float) -> None:
         super().__init__()
@@ -76,7 +66,7 @@ class EncoderLayer(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Normalisation and two linear layers with a ReLU between."""
+    """Normalisation, then two linear layers with a ReLU between them."""
 
     def __init__(self, width: int, feedforward: int) -> None:
         super().__init__()
@@ -103,18 +93,14 @@ class DecoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, sequence: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
-        """Map the target [batch, length, width] to the same shape, each place seeing those before
-        it only.
-        """
+        """Map the target [batch, length, width] to the same shape; attention is causal."""
         normed = self.attention_norm(sequence)
         keys_and_values = self.attention.keys_and_values(normed)
         sequence = sequence + self.dropout(self.attention(normed, *keys_and_values, causal=True))
         return self._rest(sequence, self.source_attention.keys_and_values(memory), mask)
 
     def step(self, place: Tensor, state: "LayerState", mask: Tensor | None) -> Tensor:
-        """Map one further place [batch, 1, width] of the target, and add its key and value to the
-        state.
-        """
+        """Map the target's next position [batch, 1, width]; add its key and value to the state."""
         normed = self.attention_norm(place)
         keys, values = self.attention.keys_and_values(normed)
         if state.keys is not None and state.values is not None:
@@ -135,9 +121,7 @@ class DecoderLayer(nn.Module):
 
 @dataclass
 class LayerState:
-    """What a decoder layer remembers of the places before: keys and values [batch, heads, length,
-    width of a head].
-    """
+    """A decoder layer's keys and values so far, [batch, heads, length, head width]."""
 
     source_keys: Tensor
     source_values: Tensor
@@ -147,7 +131,7 @@ class LayerState:
 
 @dataclass
 class DecoderState:
-    """What is remembered of sentences in the middle of their translation."""
+    """The state of sentences in the middle of their translation."""
 
     layers: list[LayerState]
     mask: Tensor | None
@@ -167,16 +151,16 @@ class DecoderState:
 
 
 class Transformer(nn.Module):
-    """Maps sentences of subwords to logits of their translations'.
+    """Maps sentences of subwords to the logits of their translations' subwords.
 
-    Source, target and output share one embedding, scaled by the root of the width where it is an
-    input. Positions are sines and cosines. Dropout is on embeddings and on what each part of a
-    layer adds, not on attention weights. Matrices are drawn as by Glorot & Bengio (2010),
-    embeddings with variance 1/width, biases are zero.
+    Source, target and output share one embedding, which is scaled by √width for inputs. Positions
+    are sines and cosines. Dropout is on the embeddings and on the output of each part of a layer,
+    not on attention weights. Matrices are initialised as by Glorot & Bengio (2010), embeddings with
+    variance 1/width, biases with zero.
 
     Args:
-        vocabulary: number of subwords; `PAD` fills sentences up.
-        width: units of a place between layers; a multiple of twice the heads.
+        vocabulary: number of subwords, `PAD` included.
+        width: units per position; a multiple of twice the heads.
         heads: of each attention.
         layers: of the encoder, and of the decoder.
         feedforward: units inside a feed-forward part.
@@ -212,11 +196,10 @@ class Transformer(nn.Module):
         nn.init.normal_(self.embedding.weight, std=width**-0.5)
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
-        """Map source [batch, source length] and target [batch, length] to the next subwords'
-        logits.
+        """Map source [batch, source length], target [batch, length] to the next subwords' logits.
 
         The logits are [batch, length, vocabulary]; the target begins with a subword for the
-        beginning.
+        beginning of a sentence.
         """
         memory, mask = self._encode(source)
         sequence = self._embedded(target, 0)
@@ -225,9 +208,7 @@ class Transformer(nn.Module):
         return F.linear(self.decoder_norm(sequence), self.embedding.weight)
 
     def begin(self, source: Tensor) -> DecoderState:
-        """Return the state in which nothing of the translation of source [batch, source length] is
-        there.
-        """
+        """Return the state before the translation's first subword; source is [batch, length]."""
         memory, mask = self._encode(source)
         states = [
             LayerState(*layer.source_attention.keys_and_values(memory))  # type: ignore[union-attr, operator]
@@ -236,9 +217,7 @@ class Transformer(nn.Module):
         return DecoderState(states, mask)
 
     def step(self, subwords: Tensor, state: DecoderState) -> Tensor:
-        """Add a subword to each translation [batch], and return the logits of the next ones [batch,
-        vocabulary].
-        """
+        """Add a subword to each translation [batch]; return the next logits [batch, vocabulary]."""
         place = self._embedded(subwords[:, None], state.length)
         for layer, remembered in zip(self.decoder, state.layers, strict=True):
             place = layer.step(place, remembered, state.mask)  # type: ignore[operator]
@@ -247,7 +226,7 @@ class Transformer(nn.Module):
 
     def _encode(self, source: Tensor) -> tuple[Tensor, Tensor | None]:
         sequence = self._embedded(source, 0)
-        # Zero, and minus infinity for filling; added to the scores.
+        # Added to the scores: minus infinity for padding, else zero.
         mask = torch.zeros_like(source, dtype=sequence.dtype).masked_fill_(
             source == PAD, -math.inf
         )[:, None, None]
@@ -267,10 +246,8 @@ class Transformer(nn.Module):
 
 
 def sinusoids(first: int, length: int, width: int, device: torch.device) -> Tensor:
-    """Return the encodings of `length` positions from `first` on, float32 [length, width]: sines,
-    then cosines.
-    """
-    # Not a buffer: a model's floating-point buffers are each worker's own.
+    """Return the sines, then cosines, of positions from `first` on, float32 [length, width]."""
+    # Not a buffer, since every worker has its own floating-point buffers.
     position = torch.arange(first, first + length, device=device, dtype=torch.float32)
     rate = torch.exp(
         torch.arange(width // 2, device=device, dtype=torch.float32)

@@ -8,14 +8,14 @@ from egtrain.models.resnet import conv3x3, mean_over_pixels
 
 
 class VGG(nn.Module):
-    """Five stages of 3×3 convolutions at 1, 2, 4, 8 and 8 times `width` filters, each with a
-    max-pooling behind it.
+    """Five stages of 3×3 convolutions with 1, 2, 4, 8 and 8 times `width` filters.
 
-    It is the usual form for CIFAR: BatchNorm after each convolution, and one linear layer at the
-    end instead of the published three. VGG-11 at width 64 has 9,228,362 parameters for 10 classes.
+    Each stage ends with max-pooling. As usual for CIFAR there is BatchNorm after each convolution,
+    and one linear layer at the end instead of the published three. VGG-11 with width 64 has
+    9,228,362 parameters for 10 classes.
 
     Args:
-        depth: 11, the weighted layers of the published network, which has two linear layers more.
+        depth: 11, the number of weight layers as published, with three linear layers.
         width: filters of the first stage.
         classes: number of outputs.
 
@@ -41,8 +41,7 @@ class VGG(nn.Module):
                     nn.ReLU(inplace=True),
                 ]
                 channels = outputs
-            # Rounding up lets images of fewer than 32x32 pixels through; larger ones are pooled as
-            # in the paper.
+            # Rounding up allows images smaller than 32x32; the pooling of larger ones is unchanged.
             layers.append(nn.MaxPool2d(2, ceil_mode=True))
         self.features = nn.Sequential(*layers)
         self.head = nn.Linear(channels, classes)

@@ -1,4 +1,4 @@
-"""A task binds data, loss and metric; the training loop knows no more of it than this protocol."""
+"""A task combines data, loss and metric; the training loop only knows this protocol."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ Split = Literal["validation", "test"]
 
 @dataclass(frozen=True)
 class Metric:
-    """What a task measures; values stand in files in `unit`."""
+    """A number that a task measures."""
 
     name: str
     """In files, for example `token_accuracy`."""
     unit: str
-    """`FRACTION` is shown in percent."""
+    """In files; people see `FRACTION` in percent."""
     higher_is_better: bool
     of_mean_loss: Callable[[float], float] | None = None
-    """Returns it from the mean loss, where it is a function of that and no mean itself."""
+    """Computes the metric from the mean loss, if it depends on that and is not itself a mean."""
 
     @property
     def label(self) -> str:
@@ -34,17 +34,16 @@ ACCURACY = Metric("accuracy", FRACTION, higher_is_better=True)
 
 
 class Task(Protocol):
-    """What training and evaluation ask of a task; a batch is a function of (seed, worker, step)."""
+    """The interface of tasks; a batch is a function of (seed, worker, step)."""
 
     metric: Metric
     """Of held-out data."""
     training_metric: Metric
-    """Of mini-batches; another one where `metric` is too dear to take in every step."""
+    """Of mini-batches; not `metric` if that is too slow for every step."""
     best_possible: float | None
-    """The best value of `metric` to be expected of any model on the test split, where it is
-    known."""
+    """The best `metric` that any model can be expected to reach on the test split, if known."""
     sums: tuple[str, ...]
-    """Names of what `evaluate_batch` adds up."""
+    """Names of the sums of `evaluate_batch`."""
     samples: int
     """N, the number of training samples."""
     batch_size: int
@@ -54,25 +53,25 @@ class Task(Protocol):
     steps_per_epoch: int
 
     def batch(self, worker: int, step: int) -> Any:
-        """Return the worker's mini-batch of a step."""
+        """Return the worker's mini-batch for a step."""
 
     def extra_batch(self, worker: int, step: int) -> Any:
-        """Return an independent mini-batch for a second gradient in the step."""
+        """Return an independent mini-batch for the step's second gradient."""
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-        """Return the mean loss, with its graph, and the mean of the training metric, without."""
+        """Return the mean loss with its graph, and the mean training metric without one."""
 
     def frozen_batches(self, indices: Tensor) -> list[tuple[Any, int]]:
-        """Return these training samples [samples], not augmented, in batches with sizes."""
+        """Return these training samples [samples], not augmented, in batches with their sizes."""
 
     def evaluation_size(self, split: Split) -> int:
         """Return the number of samples of a split."""
 
     def evaluation_batches(self, split: Split) -> int:
-        """Return the number of batches that a split is evaluated in, on any ranks."""
+        """Return the number of evaluation batches of a split, whatever the ranks."""
 
     def evaluate_batch(self, model: nn.Module, split: Split, index: int) -> Tensor:
-        """Return `sums` over one evaluation batch, in float64, whatever the other batches."""
+        """Return `sums` over one evaluation batch, float64, independent of other batches."""
 
     def metrics_of(self, sums: list[float], split: Split) -> dict[str, float]:
         """Return the mean `loss` in nats, and the metric, from the sums over a split."""
@@ -84,13 +83,13 @@ def metrics_text(
     best_possible: float | None = None,
     between: str = ", ",
 ) -> str:
-    """Return those of the values that are metrics, in words: `accuracy 71.20 %, loss 0.8912`.
+    """Return metrics as text, such as `accuracy 71.20 %, loss 0.8912`.
 
     Args:
         values: by the name of the metric.
-        metrics: in the order in which they are told.
-        best_possible: of the first of them.
-        between: what stands between two metrics.
+        metrics: those to show, if they have values, in this order.
+        best_possible: of the first metric.
+        between: the text between two metrics.
     """
     parts = []
     for metric in metrics:

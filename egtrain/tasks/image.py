@@ -1,4 +1,4 @@
-"""Image classification: cross-entropy and top-1 accuracy on data that live on the device."""
+"""Image classification: cross-entropy and top-1 accuracy, with the data on the device."""
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ Batch = tuple[Tensor, Tensor]
 
 EVALUATION_BATCH = 500
 FROZEN_BATCH = 256
-"""Smaller, because second derivatives keep the graphs of two passes."""
+"""Smaller, since second derivatives keep the graphs of two passes."""
 
 
 def steps_in_epoch(samples: int, workers: int, worker_batch_size: int) -> int:
@@ -37,12 +37,12 @@ class ImageTask:
 
     Args:
         data: the images; they are moved to the device once.
-        workers: K. An epoch is a fresh permutation of the training images, cut into ⌊N/(K·b)⌋
+        workers: K. An epoch is a new permutation of the training images, split into ⌊N/(K·b)⌋
             batches; worker k takes slots [k·b, (k+1)·b) of each, and the rest is dropped.
         worker_batch_size: b.
         seed: the run's.
-        augment: random crop (padding of an eighth of the height, 4 pixels at 32) and horizontal
-            flip.
+        augment: random crops (padded by an eighth of the height: 4 pixels at 32) and horizontal
+            flips.
 
     Raises:
         UsageError: a batch is larger than the training data.
@@ -80,7 +80,7 @@ class ImageTask:
         self._order: tuple[int, Tensor] | None = None
 
     def batch(self, worker: int, step: int) -> Batch:
-        """Return the worker's mini-batch of a step: images [b, 3, height, width] and labels [b]."""
+        """Return the worker's mini-batch: images [b, 3, height, width] and labels [b]."""
         epoch, slot = divmod(step, self.steps_per_epoch)
         start = slot * self.batch_size + worker * self.worker_batch_size
         return self._augmented(
@@ -91,7 +91,7 @@ class ImageTask:
         )
 
     def extra_batch(self, worker: int, step: int) -> Batch:
-        """Return b images drawn independently, for a second gradient in the step."""
+        """Return b independently drawn images for the step's second gradient."""
         generator = generator_for(self.seed, "extra samples", worker, step, device=self.device)
         chosen = torch.randint(
             self.samples, (self.worker_batch_size,), generator=generator, device=self.device
@@ -105,7 +105,7 @@ class ImageTask:
         return F.cross_entropy(logits, labels), (logits.detach().argmax(1) == labels).float().mean()
 
     def frozen_batches(self, indices: Tensor) -> list[tuple[Batch, int]]:
-        """Return these training images [images], not augmented, in batches with sizes."""
+        """Return these training images [images], not augmented, in batches with their sizes."""
         chosen = torch.split(indices.to(self.device), FROZEN_BATCH)
         return [
             ((self._normalised(self._train[0][part]), self._train[1][part]), len(part))
@@ -117,11 +117,11 @@ class ImageTask:
         return len(self._held_out[split][1])
 
     def evaluation_batches(self, split: Split) -> int:
-        """Return the number of batches that a split is evaluated in."""
+        """Return the number of evaluation batches of a split."""
         return -(-self.evaluation_size(split) // EVALUATION_BATCH)
 
     def evaluate_batch(self, model: nn.Module, split: Split, index: int) -> Tensor:
-        """Return [cross-entropy in nats, right answers] of one batch, in float64."""
+        """Return [cross-entropy in nats, right answers] of one batch, float64."""
         images, labels = (
             t[index * EVALUATION_BATCH : (index + 1) * EVALUATION_BATCH]
             for t in self._held_out[split]

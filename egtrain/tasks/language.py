@@ -1,4 +1,4 @@
-"""Language modelling: perplexity over words, by truncated back-propagation through time."""
+"""Language modelling: perplexity of words, by truncated back-propagation through time."""
 
 import math
 from typing import NamedTuple
@@ -15,29 +15,29 @@ from egtrain.tasks import Metric, Split
 
 EVALUATION_COLUMNS = 32
 EVALUATION_BATCHES = 4
-"""Groups of those columns; each is evaluated from its beginning to its end."""
+"""Groups of those columns; each group is evaluated from beginning to end."""
 EVALUATION_WINDOW = 100
 """Words at a time."""
 FROZEN_WINDOWS = 64
 NOTHING = -100
-"""Target of a place that does not count."""
+"""Target of a padded position, which does not count."""
 
 
 class Window(NamedTuple):
-    """A mini-batch: words [length, columns] and those that follow them."""
+    """A mini-batch: words [length, columns] and the words that follow them."""
 
     words: Tensor
     targets: Tensor
     carried: Tensor | None = None
-    """Whether the state is that which the worker's last window ended with (a scalar bool); else it
-    is zero. None: it is zero, and where this window ends nothing goes on."""
+    """A scalar bool: whether the state continues from the worker's last window or is zero. None: it
+    is zero and not kept."""
 
 
 def columns_of(tokens: int, workers: int, worker_batch_size: int, bptt: int) -> tuple[int, int]:
-    """Return the length of each of K·b columns of a stream, and the whole windows in it.
+    """Return the length of each of the K·b columns of a stream, and its number of whole windows.
 
     Raises:
-        UsageError: there is not one.
+        UsageError: there is not one whole window.
     """
     columns = workers * worker_batch_size
     length = (tokens - 1) // columns
@@ -51,17 +51,17 @@ def columns_of(tokens: int, workers: int, worker_batch_size: int, bptt: int) -> 
 
 
 def perplexity(loss: float) -> float:
-    """Return the exponential of a mean cross-entropy in nats a word."""
+    """Return the exponential of a mean cross-entropy in nats per word."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
 class LanguageTask:
     """Windows of a text, loss and metric; every batch is a function of (seed, worker, step).
 
-    The training text is cut into B = K·b columns of equal length, the rest is dropped. Worker k
-    owns columns [k·b, (k+1)·b) and goes through them window by window, carrying the LSTM's state
-    along, which lives in the model's buffer `hidden` and is therefore the worker's own. At the
-    start of an epoch the state is zero. A sample is a window of `bptt` words in one column.
+    The training text is cut into B = K·b columns of equal length; the rest is dropped. Worker k
+    goes through columns [k·b, (k+1)·b) window by window, and carries the LSTM's state along. The
+    state is in the model's buffer `hidden`, of which each worker has its own, and is zero at the
+    start of an epoch. A sample is a window of `bptt` words in one column.
 
     Args:
         data: the text; it is moved to the device once.
@@ -107,14 +107,14 @@ class LanguageTask:
         }
 
     def batch(self, worker: int, step: int) -> Window:
-        """Return the worker's window of a step: words and targets [bptt, b]."""
+        """Return the worker's window for a step: words and targets [bptt, b]."""
         slot = step % self.steps_per_epoch
         rows = slice(slot * self.bptt, (slot + 1) * self.bptt)
         own = slice(worker * self.worker_batch_size, (worker + 1) * self.worker_batch_size)
         return Window(self._words[rows, own], self._targets[rows, own], self._carried[slot > 0])
 
     def extra_batch(self, worker: int, step: int) -> Window:
-        """Return b windows from anywhere, with a state of zero, for a second gradient."""
+        """Return b windows from anywhere, with a state of zero, for the step's second gradient."""
         device = self._train.device
         generator = generator_for(self.seed, "extra samples", worker, step, device=device)
         starts = torch.randint(
@@ -126,9 +126,9 @@ class LanguageTask:
         return self._windows(starts)
 
     def loss(self, model: nn.Module, batch: Window) -> tuple[Tensor, Tensor]:
-        """Return the mean cross-entropy in nats a word, and its exponential, the perplexity.
+        """Return the mean cross-entropy in nats per word, and its exponential, the perplexity.
 
-        A carried state is taken from the model's buffer `hidden`, and the new one is put there.
+        A carried state is read from the model's buffer `hidden`, and the new one is written there.
         """
         language_model: LSTMLanguageModel = model  # type: ignore[assignment]
         state = None
@@ -141,7 +141,7 @@ class LanguageTask:
         return loss, loss.detach().exp()
 
     def frozen_batches(self, indices: Tensor) -> list[tuple[Window, int]]:
-        """Return these windows [samples], each from a state of zero, in batches with sizes.
+        """Return these windows [samples], each from a state of zero, in batches with their sizes.
 
         Window i starts at word i·bptt.
         """
@@ -153,14 +153,14 @@ class LanguageTask:
         return len(self._held_out[split])
 
     def evaluation_batches(self, split: Split) -> int:
-        """Return the number of batches that a split is evaluated in."""
+        """Return the number of evaluation batches of a split."""
         return min(EVALUATION_BATCHES, self.evaluation_size(split))
 
     def evaluate_batch(self, model: nn.Module, split: Split, index: int) -> Tensor:
-        """Return the sums over one group of columns, [cross-entropy in nats, words], in float64.
+        """Return [cross-entropy in nats, words] of one group of columns, float64.
 
-        Each word of the split is predicted once, the first one from the end of a sentence. The
-        state of each column is zero at its beginning.
+        Each word of the split is predicted once, the first one from `<eos>`. Each column begins
+        with a state of zero.
         """
         words, targets = (
             t.tensor_split(self.evaluation_batches(split), dim=1)[index]
@@ -182,7 +182,7 @@ class LanguageTask:
         return torch.stack([nats, (targets != NOTHING).sum().double()])
 
     def metrics_of(self, sums: list[float], split: Split) -> dict[str, float]:
-        """Return the mean cross-entropy in nats a word and its exponential, the perplexity."""
+        """Return the mean cross-entropy in nats per word and its exponential, the perplexity."""
         nats, words = sums
         loss = nats / words
         return {"loss": loss, self.metric.name: perplexity(loss)}

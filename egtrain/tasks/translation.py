@@ -1,4 +1,4 @@
-"""Translation: cross-entropy over subwords, and BLEU of what a model translates."""
+"""Translation: cross-entropy over subwords, and BLEU of a model's translations."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from egtrain.tasks.image import steps_in_epoch
 EVALUATION_BATCH = 100
 FROZEN_BATCH = 32
 POOL = 100
-"""Mini-batches of a worker within which sentences are sorted by length."""
+"""A worker's mini-batches in a pool of sentences, which are sorted by length."""
 BLEU_SUMS = (
     *("hypothesis length", "reference length"),
     *(f"{what} {n}-grams" for what in ("right", "all") for n in (1, 2, 3, 4)),
@@ -27,8 +27,9 @@ BLEU_SUMS = (
 
 
 class Pairs(NamedTuple):
-    """A mini-batch, filled up with `PAD`: source [b, source length], target [b, length] from its
-    beginning on, and the subwords that follow.
+    """A mini-batch with `PAD`: source [b, source length], target and what follows [b, length].
+
+    The target starts with `BOS`, and `following` has each position's next subword.
     """
 
     source: Tensor
@@ -39,17 +40,17 @@ class Pairs(NamedTuple):
 class TranslationTask:
     """Pairs of sentences, loss and metric; every batch is a function of (seed, worker, step).
 
-    An epoch is a fresh permutation of the training pairs, cut into ⌊N/(K·b)⌋ batches of which
-    worker k has slots [k·b, (k+1)·b); the rest is dropped. Within its share of the epoch a worker
-    sorts pools of sentences by length, cuts them into mini-batches of similar ones and goes through
-    these in an order drawn anew: a function of (seed, epoch, worker).
+    An epoch is a new permutation of the training pairs, split into ⌊N/(K·b)⌋ batches; worker k
+    takes slots [k·b, (k+1)·b) of each, and the rest is dropped. A worker sorts pools of its
+    sentences by length, splits them into mini-batches of similar lengths, and goes through these in
+    a random order, which is a function of (seed, epoch, worker).
 
     Args:
         data: the sentences; they are moved to the device once.
         workers: K.
         worker_batch_size: b, in pairs.
         seed: the run's.
-        label_smoothing: part of the probability that the training loss spreads over all subwords.
+        label_smoothing: the probability that the training loss spreads over all subwords.
 
     Raises:
         UsageError: a batch is larger than the training data.
@@ -81,7 +82,7 @@ class TranslationTask:
         self._data = data
         self._source = _padded(data.train.source, device).int()
         self._target = _padded(data.train.target, device).int()
-        # On the host, which decides with them how long a batch is.
+        # On the host, which needs them for the shape of a batch.
         self._lengths = torch.tensor(
             [
                 [len(source), len(target)]
@@ -92,14 +93,14 @@ class TranslationTask:
         self._permutation: tuple[int, Tensor] | None = None
 
     def batch(self, worker: int, step: int) -> Pairs:
-        """Return the worker's mini-batch of a step."""
+        """Return the worker's mini-batch for a step."""
         epoch, slot = divmod(step, self.steps_per_epoch)
         if self._orders.get(worker, (None,))[0] != epoch:
             self._orders[worker] = (epoch, self._order(epoch, worker))
         return self._pairs(self._orders[worker][1][slot])
 
     def extra_batch(self, worker: int, step: int) -> Pairs:
-        """Return b pairs drawn independently, for a second gradient in the step."""
+        """Return b independently drawn pairs for the step's second gradient."""
         generator = generator_for(self.seed, "extra samples", worker, step)
         return self._pairs(
             torch.randint(self.samples, (self.worker_batch_size,), generator=generator)
@@ -118,7 +119,7 @@ class TranslationTask:
     def frozen_batches(self, indices: Tensor) -> list[tuple[Pairs, int]]:
         """Return these training pairs [pairs] in batches, each with its number of target subwords.
 
-        The loss is a mean over subwords, so that is what a batch weighs.
+        That is the weight of a batch, since the loss is a mean over subwords.
         """
         return [
             (self._pairs(part), int(self._lengths[part, 1].sum()))
@@ -134,11 +135,11 @@ class TranslationTask:
         return len(self.sentences(split))
 
     def evaluation_batches(self, split: Split) -> int:
-        """Return the number of batches that a split is evaluated in."""
+        """Return the number of evaluation batches of a split."""
         return -(-self.evaluation_size(split) // EVALUATION_BATCH)
 
     def evaluate_batch(self, model: nn.Module, split: Split, index: int) -> Tensor:
-        """Return `sums` over one evaluation batch, in float64, of greedy translations."""
+        """Return `sums` over one evaluation batch, float64; it is translated greedily."""
         chosen = self._by_length(split)[index]
         sentences = self.sentences(split)
         pairs = _with_beginning(
@@ -173,7 +174,7 @@ class TranslationTask:
         length_penalty: float,
         progress: Callable[[int, int], object] = lambda done, total: None,
     ) -> list[str]:
-        """Return a split's translations; `progress` is told of (done, total) sentences."""
+        """Return a split's translations; `progress` is called with (done, total) sentences."""
         translations = [""] * self.evaluation_size(split)
         training = model.training
         model.eval()
@@ -201,7 +202,7 @@ class TranslationTask:
         self, model: nn.Module, source: Tensor, beam: int, length_penalty: float
     ) -> list[str]:
         decodable: Decodable = model  # type: ignore[assignment]
-        # Room for a translation of twice the length.
+        # A translation may be about twice as long as its source.
         limits = 2 * (source != PAD).sum(dim=1) + 10
         found = beam_search(
             decodable,
@@ -233,7 +234,7 @@ class TranslationTask:
         batches = []
         for pool in torch.split(own.flatten(), POOL * self.worker_batch_size):
             lengths = self._lengths[pool]
-            # By the target's length, equal ones by the source's.
+            # By the target's length, then by the source's.
             key = lengths[:, 1] * (int(self._lengths.max()) + 1) + lengths[:, 0]
             batches.append(pool[torch.argsort(key, stable=True)].view(-1, self.worker_batch_size))
         generator = generator_for(self.seed, "order of mini-batches", worker, epoch)
@@ -241,7 +242,7 @@ class TranslationTask:
 
     def _pairs(self, chosen: Tensor) -> Pairs:
         source, target = self._lengths[chosen].max(dim=0).values.tolist()
-        # From pinned memory, so that the host need not wait for the device.
+        # From pinned memory, so that the host does not wait for the device.
         rows = (chosen.pin_memory() if self.device.type == "cuda" else chosen).to(
             self.device, non_blocking=True
         )
@@ -251,7 +252,7 @@ class TranslationTask:
 
 
 def _padded(sentences: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Return sentences as one tensor [sentences, longest], filled up with `PAD`."""
+    """Return sentences as one tensor [sentences, longest], padded with `PAD`."""
     return pad_sequence(list(sentences), batch_first=True, padding_value=PAD).to(device)
 
 
