@@ -489,7 +489,7 @@ def test_along_the_mean_gradient_there_is_no_closure() -> None:
     used = torch.optim.SGD([weights], lr=0.1)
     extrapolation = Extrapolation(used, OptimisticGradient(ratio=0.5))
     for arguments, named in (((closure,), {}), ((), {"closure": closure})):
-        with pytest.raises(RuntimeError, match="has to see it before the update: call step"):
+        with pytest.raises(RuntimeError, match="must see the mean gradient before the update: call step"):
             used.step(*arguments, **named)
     used.step(closure=None)
 
@@ -566,16 +566,16 @@ def test_the_shift_along_the_momentum_has_the_length_of_the_radius(name: str) ->
 @pytest.mark.parametrize(
     ("optimizer", "message"),
     [
-        (lambda p: torch.optim.SGD(p, 0.1), "group 0 a momentum above 0"),
-        (lambda p: LARS(p, 0.1, momentum=0.0), "group 0 a momentum above 0"),
-        (lambda p: torch.optim.RMSprop(p, 0.1), "group 0 a momentum above 0"),
-        (lambda p: torch.optim.Adam(p, 0.1, (0.0, 0.9)), "group 0 a momentum above 0"),
+        (lambda p: torch.optim.SGD(p, 0.1), "set it above 0 in group 0"),
+        (lambda p: LARS(p, 0.1, momentum=0.0), "set it above 0 in group 0"),
+        (lambda p: torch.optim.RMSprop(p, 0.1), "set it above 0 in group 0"),
+        (lambda p: torch.optim.Adam(p, 0.1, (0.0, 0.9)), "set it above 0 in group 0"),
         (lambda p: torch.optim.SGD(p, 0.1, 0.9, nesterov=True), r"set nesterov=False in group 0"),
         (
             lambda p: torch.optim.SGD(
                 [{"params": p}, {"params": [nn.Parameter(torch.ones(1))], "momentum": 0}], 0.1, 0.9
             ),
-            "group 1 a momentum above 0",
+            "set it above 0 in group 1",
         ),
     ],
     ids=["sgd", "lars", "rmsprop", "adam", "nesterov", "second group"],
@@ -590,10 +590,10 @@ def test_a_base_without_heavy_ball_momentum_is_refused(
 @pytest.mark.parametrize(
     ("optimizer", "message"),
     [
-        (lambda p: torch.optim.SGD(p, 0.1), "group 0 a momentum above 0"),
+        (lambda p: torch.optim.SGD(p, 0.1), "set it above 0 in group 0"),
         (lambda p: torch.optim.SGD(p, 0.1, 0.9, nesterov=True), r"set nesterov=False in group 0"),
-        (lambda p: LARS(p, 0.1), "make it the base instead of LARS"),
-        (lambda p: torch.optim.Adam(p, 0.1), "make it the base instead of Adam"),
+        (lambda p: LARS(p, 0.1), "as the base optimizer, not LARS"),
+        (lambda p: torch.optim.Adam(p, 0.1), "as the base optimizer, not Adam"),
     ],
     ids=["no momentum", "nesterov", "lars", "adam"],
 )
