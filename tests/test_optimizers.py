@@ -489,7 +489,9 @@ def test_along_the_mean_gradient_there_is_no_closure() -> None:
     used = torch.optim.SGD([weights], lr=0.1)
     extrapolation = Extrapolation(used, OptimisticGradient(ratio=0.5))
     for arguments, named in (((closure,), {}), ((), {"closure": closure})):
-        with pytest.raises(RuntimeError, match="must see the mean gradient before the update: call step"):
+        with pytest.raises(
+            RuntimeError, match="must see the mean gradient before the update: call step"
+        ):
             used.step(*arguments, **named)
     used.step(closure=None)
 

@@ -302,7 +302,11 @@ def lines(*words: str) -> str:
     [
         ("train.de", "", "train.de: the file is empty"),
         ("valid.en", b"a\n\xc3\n", "valid.en:2: the line is not UTF-8"),
-        ("valid.de", lines("a", "b"), r"valid.de:3: the file has 2 lines, but .*valid.en has 3; each line"),
+        (
+            "valid.de",
+            lines("a", "b"),
+            r"valid.de:3: the file has 2 lines, but .*valid.en has 3; each line",
+        ),
         ("test.de", lines("a", " "), "test.de:2: the line is empty; remove it from both files"),
         (
             "test.en",
