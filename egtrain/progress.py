@@ -172,20 +172,20 @@ class Bar:
             parts = [status or f"{self._name} {self._part()}".rstrip(), beside, left]
             self._progress.message("  ".join(part for part in parts if part))
 
-    def watch(self, look: Callable[[], tuple[float, str]]) -> None:
+    def watch(self, progress: Callable[[], tuple[float, str]]) -> None:
         """On a terminal, ask for the amount done and a text before each redraw."""
         if self._live is not None:
 
             def update() -> None:
-                done, text = look()
+                done, text = progress()
                 self.update(done, beside=text)
 
-            self._live.looks[self._task] = update
+            self._live.watched[self._task] = update
 
     def remove(self) -> None:
         """Take the bar off the terminal."""
         if self._live is not None:
-            self._live.looks.pop(self._task, None)
+            self._live.watched.pop(self._task, None)
             self._live.remove_task(self._task)
 
     def _part(self) -> str:
@@ -209,13 +209,13 @@ class _LiveBars(rich_progress.Progress):
     """Rich's bars, with the status of each on a line below."""
 
     def __init__(self, *columns: Any, **options: Any) -> None:
-        self.looks: dict[rich_progress.TaskID, Callable[[], None]] = {}
+        self.watched: dict[rich_progress.TaskID, Callable[[], None]] = {}
         super().__init__(*columns, **options)
 
     def get_renderables(self) -> Iterable[RenderableType]:
         """Return the table of bars and the lines below it."""
-        for look in list(self.looks.values()):
-            look()
+        for update in list(self.watched.values()):
+            update()
         yield self.make_tasks_table(self.tasks)
         for task in self.tasks:
             if status := task.fields["status"]:

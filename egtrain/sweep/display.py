@@ -28,7 +28,9 @@ class Display:
         self._ended = len(plan.cells) - len(left)
         self._gradients = {cell.name: cell.gradient_evaluations for cell in plan.cells}
         """Gradient evaluations done of each cell."""
-        self._gradients |= {cell.name: cell.gradients_until(self._look(cell)[0]) for cell in left}
+        self._gradients |= {
+            cell.name: cell.gradients_until(self._standing(cell)[0]) for cell in left
+        }
         self._running: dict[str, tuple[Bar, float]] = {}
         """By the cell's name: its bar, and when it was started."""
 
@@ -47,8 +49,8 @@ class Display:
     def started(self, cell: Cell) -> None:
         """Take a cell that has started."""
         name = cell.name if len(cell.name) <= NAME_WIDTH else f"…{cell.name[1 - NAME_WIDTH :]}"
-        bar = self._progress.bar(name, cell.steps, self._look(cell)[0])
-        bar.watch(partial(self._look, cell))
+        bar = self._progress.bar(name, cell.steps, self._standing(cell)[0])
+        bar.watch(partial(self._standing, cell))
         self._running[cell.name] = bar, time.monotonic()
 
     def ended(self, cell: Cell, status: Status) -> None:
@@ -57,7 +59,7 @@ class Display:
         bar.remove()
         outcome = str(status)
         if status is Status.done:
-            outcome = self._look(cell)[1]
+            outcome = self._standing(cell)[1]
         elif status is Status.waiting:
             outcome = "interrupted"
         if status is not Status.waiting:
@@ -77,7 +79,7 @@ class Display:
     def _count(self) -> str:
         return f"{self._ended}/{len(self._plan.cells)}"
 
-    def _look(self, cell: Cell) -> tuple[int, str]:
+    def _standing(self, cell: Cell) -> tuple[int, str]:
         step, text = last_metric(self._folder.run(cell), self._plan)
         self._gradients[cell.name] = cell.gradients_until(step)
         return step, text
