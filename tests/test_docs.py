@@ -132,6 +132,8 @@ def made_small(arguments: str) -> str:
         arguments += " --batch-size 2 --workers 2 --set task.bptt=5 --set model.width=16"
     if "pairs:FOLDER" in arguments:
         arguments += " --batch-size 16 --workers 2 --set task.subwords=40 --set model.width=16"
+    if "--data synthetic" in arguments:
+        arguments += " --set model.depth=8 --set worker_batch_size=8"
     arguments = re.sub(" --dry-run", "", arguments) + " --dry-run"
     return f"{arguments} --device cpu" + ("" if "--offline" in arguments else " --offline")
 
