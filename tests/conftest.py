@@ -16,6 +16,8 @@ TRAINING_OR_STARTING_PROCESSES = {
     "test_eval",
     "test_every_preset",
     "test_figures",
+    "test_method_facts",
+    "test_own_direction",
     "test_own_loop",
     "test_plot_sharpness",
     "test_post_local",
