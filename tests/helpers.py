@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from egtrain import build, session
@@ -421,6 +422,29 @@ def run_on_ranks(arguments: list[str], folder: Path, count: int) -> list[Forked]
         codes = [rank.wait() for rank in ranks]
     assert codes == [0] * count, "\n".join(rank.stderr for rank in ranks)
     return ranks
+
+
+def on_two_ranks(function: Callable[[], Any], folder: Path) -> list[Any]:
+    """Call a function in two processes with torchrun's variables and return both results."""
+    with forked_ranks(
+        [], folder, 2, before=functools.partial(save_result, function, folder)
+    ) as ranks:
+        codes = [rank.wait(120) for rank in ranks]
+    assert codes == [0, 0], "\n".join(rank.stderr for rank in ranks)
+    return [torch.load(folder / f"result-{rank}.pt") for rank in range(2)]
+
+
+def save_result(function: Callable[[], Any], folder: Path) -> None:
+    torch.set_num_threads(1)
+    torch.save(function(), folder / f"result-{os.environ['RANK']}.pt")
+    raise SystemExit(0)
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    dist.init_process_group("gloo")
+    yield
+    dist.destroy_process_group()
 
 
 def heed_signals() -> None:

@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import config_of, torch_as_it_was
+from helpers import config_of, on_two_ranks, process_group, torch_as_it_was
 from own_directions import AverageOfGradients, AverageOfUpdates
 from reference import Base
-from test_own_loop import on_two_ranks, process_group
 from tiny_run import tiny_run, train_watched
 from torch import Tensor, nn
 

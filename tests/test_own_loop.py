@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import forked_ranks, torch_as_it_was
+from helpers import on_two_ranks, process_group, torch_as_it_was
 from own_directions import AverageOfGradients, AverageOfUpdates
 from test_docs import DDP, SECOND_GRADIENT
 from tiny_run import train_watched
@@ -51,29 +51,6 @@ DIRECTIONS: dict[str, Direction] = {
     "average of updates": AverageOfUpdates(factor=0.5, decay=0.7, peak_rate=0.5),
     "average of gradients": AverageOfGradients(ratio=0.5, decay=0.6),
 }
-
-
-def on_two_ranks(function: Callable[[], Any], folder: Path) -> list[Any]:
-    """Call a function in two processes with torchrun's variables and return both results."""
-    with forked_ranks(
-        [], folder, 2, before=functools.partial(save_result, function, folder)
-    ) as ranks:
-        codes = [rank.wait(120) for rank in ranks]
-    assert codes == [0, 0], "\n".join(rank.stderr for rank in ranks)
-    return [torch.load(folder / f"result-{rank}.pt") for rank in range(2)]
-
-
-def save_result(function: Callable[[], Any], folder: Path) -> None:
-    torch.set_num_threads(1)
-    torch.save(function(), folder / f"result-{os.environ['RANK']}.pt")
-    raise SystemExit(0)
-
-
-@contextlib.contextmanager
-def process_group() -> Iterator[None]:
-    dist.init_process_group("gloo")
-    yield
-    dist.destroy_process_group()
 
 
 def small_network() -> nn.Module:
