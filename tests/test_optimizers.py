@@ -298,9 +298,9 @@ def test_torchs_schedulers_set_the_rate(optimizer: Optimizers) -> None:
 
 WRONG: list[tuple[Optimizers, dict[str, Any], str]] = [
     *(
-        (kind, {"lr": lr}, "lr must be above 0")
+        (kind, {"lr": lr}, "lr must be at least 0")
         for kind in (LARS, LAMB)
-        for lr in (0, 0.0, -0.1, math.nan)
+        for lr in (-0.1, math.nan)
     ),
     *((kind, {"weight_decay": -1e-4}, "weight_decay must be at least 0") for kind in (LARS, LAMB)),
     *(
@@ -337,18 +337,6 @@ def test_sparse_gradients_are_refused(optimizer: Optimizers) -> None:
         used.step()
 
 
-@every_optimizer
-def test_a_group_without_a_gradient_is_refused(optimizer: Optimizers) -> None:
-    weights, other = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
-    used = optimizer([{"params": [weights]}, {"params": [other]}], lr=0.1)
-    weights.grad = torch.ones(2)
-    with pytest.raises(
-        RuntimeError,
-        match=r"^parameter group 1 has no gradient: call backward\(\) before step\(\)$",
-    ):
-        used.step()
-
-
 # ---------------------------------------------------------------------------------------------
 # As the base of an extrapolation
 
@@ -363,10 +351,7 @@ def base(name: str, params: Any) -> torch.optim.Optimizer:
         "adamw": lambda p: torch.optim.AdamW(p, 0.1),
         "amsgrad": lambda p: torch.optim.Adam(p, 0.1, (0.5, 0.6), amsgrad=True),
         "nadam": lambda p: torch.optim.NAdam(p, 0.1),
-        "radam": lambda p: torch.optim.RAdam(p, 0.1),
         "fused": lambda p: torch.optim.Adam(p, 0.1, fused=True),
-        "adamax": lambda p: torch.optim.Adamax(p, 0.1),
-        "rmsprop": lambda p: torch.optim.RMSprop(p, 0.1),
     }
     return makers[name](params)
 
@@ -390,10 +375,7 @@ BASES = [
     "adamw",
     "amsgrad",
     "nadam",
-    "radam",
     "fused",
-    "adamax",
-    "rmsprop",
 ]
 
 
@@ -425,55 +407,6 @@ def test_the_shift_has_the_scale_of_the_bases_own_step(name: str) -> None:
         used.step()
 
 
-class ForeignAdam(torch.optim.Optimizer):
-    """Adam as some packages have it, with the number of updates as a Python integer; plain steps
-    suffice here.
-    """
-
-    def __init__(self, weights: nn.Parameter, counted: str) -> None:
-        super().__init__([weights], {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8})
-        self.counted = counted
-
-    @torch.no_grad()
-    def step(self, closure: object = None) -> None:
-        (group,) = self.param_groups
-        (weights,) = group["params"]
-        state = self.state[weights]
-        state["exp_avg_sq"] = 0.99 * state.get("exp_avg_sq", 0) + 0.01 * weights.grad**2
-        if self.counted != "nowhere":
-            counter = group if self.counted == "in the group" else state
-            counter["step"] = counter.get("step", 0) + 1
-
-
-@pytest.mark.parametrize("counted", ["in the group", "in the state"])
-def test_optimizers_from_elsewhere_scale_the_shift_too(counted: str) -> None:
-    weights = nn.Parameter(torch.ones(3))
-    used = ForeignAdam(weights, counted)
-    extrapolation = Extrapolation(used, LocalGradient(rate=0.25))
-    for step in range(3):
-        with extrapolation.shifted():
-            # All gradients are the same, so they are their own second moment.
-            torch.testing.assert_close(weights.detach(), torch.full((3,), 0.75 if step else 1.0))
-            weights.grad = torch.full((3,), 5.0)
-        used.step()
-
-
-def test_an_optimizer_that_does_not_count_its_updates_is_no_base() -> None:
-    weights = nn.Parameter(torch.ones(3))
-    used = ForeignAdam(weights, "nowhere")
-    with Extrapolation(used, LocalGradient(rate=0.25, precondition="none")).shifted():
-        weights.grad = torch.full((3,), 5.0)
-    used.step()
-    extrapolation = Extrapolation(used, LocalGradient(rate=0.25))
-    with (
-        pytest.raises(
-            ValueError, match="how many updates it made: give the direction precondition='none'"
-        ),
-        extrapolation.shifted(),
-    ):
-        pass
-
-
 def test_along_the_mean_gradient_there_is_no_closure() -> None:
     weights = nn.Parameter(torch.ones(3))
     used = torch.optim.SGD([weights], lr=0.1)
@@ -496,7 +429,7 @@ def test_along_the_mean_gradient_there_is_no_closure() -> None:
     used.step(closure=None)
 
 
-@pytest.mark.parametrize("name", ["adam", "amsgrad", "lamb", "nadam", "radam"])
+@pytest.mark.parametrize("name", ["adam", "amsgrad", "lamb", "nadam"])
 def test_before_there_is_a_second_moment_there_is_no_shift(name: str) -> None:
     weights = nn.Parameter(torch.ones(3, 2))
     used = base(name, [weights])

@@ -1,119 +1,111 @@
-"""The base optimizer's state that directions use: momentum, second moments, trust ratios."""
+"""The base optimizer's state that directions use: its momentum, and how it scales a gradient."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from egtrain.optim.base_scales import Lot, scale_of
+from egtrain.optim.real_views import complex_view, real_view
+
 
 class BaseState:
-    """An optimizer's state, under the names that torch's optimizers use.
+    """An optimizer's state, for the parameters that are shifted.
 
     Args:
         optimizer: the base optimizer.
-        parameters: the shifted parameters; each list of tensors below has one for each.
+        parameters: the shifted parameters; each list below has one entry for each.
         groups: the number of each parameter's group.
     """
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], groups: Sequence[int]
     ) -> None:
-        self._optimizer = optimizer
+        self.optimizer = optimizer
         self._parameters = parameters
         self._groups = groups
+        self.updates = 0
+        """Updates made so far."""
+        self.updated = [True] * len(parameters)
+        """Whether each parameter had a gradient in the last update."""
 
     def momentum(self) -> list[Tensor]:
-        """Return v_t: `momentum_buffer` (SGD, LARS), `exp_avg` (Adam, LAMB), or zero at first."""
-        buffers = [state.get("momentum_buffer", state.get("exp_avg")) for state in self._states()]
-        return [
-            torch.zeros_like(p) if b is None else b
-            for b, p in zip(buffers, self._parameters, strict=True)
-        ]
+        """Return v_t: `momentum_buffer` (SGD, LARS), `exp_avg` (Adam, LAMB), or zero at first.
+
+        Raises:
+            RuntimeError: the optimizer keeps no momentum of a parameter that it has updated.
+        """
+        buffers = []
+        for i, (p, state) in enumerate(zip(self._parameters, self._states(), strict=True)):
+            buffer = state.get("momentum_buffer", state.get("exp_avg"))
+            if buffer is None and self._must_have_state(i):
+                raise self._no_state("momentum", "use another direction")
+            buffers.append(torch.zeros_like(p) if buffer is None else buffer)
+        return buffers
 
     def momentum_factors(self) -> list[float]:
         """Return the momentum factor u of each parameter's group (SGD, LARS)."""
-        return [self._optimizer.param_groups[i]["momentum"] for i in self._groups]
+        return [self.optimizer.param_groups[i]["momentum"] for i in self._groups]
 
-    def preconditioned(self, gradients: list[Tensor], *, trust_ratio: bool = True) -> list[Tensor]:
-        """Return λ·g/(√v̂ + ε), leaving out a factor that the optimizer does not have.
+    def preconditioned(self, gradients: list[Tensor], *, of_layers: bool = True) -> list[Tensor]:
+        """Return gradients as the optimizer scales them, by the formulas in base_scales.py.
 
-        λ is the `trust_ratio` of the last update (LARS, LAMB), and 1 before the first. v̂ is the
-        bias-corrected `exp_avg_sq` (LAMB, Adam and its variants), or its maximum under amsgrad;
-        before the first update there is none, and the result is zero.
+        Before the first update of a parameter, the result is zero if the scale is made of
+        gradients (Adam), and the gradient itself if it is a factor of the rate (LARS).
+
+        Args:
+            gradients: of what is minimised.
+            of_layers: whether factors of whole layers are wanted, such as trust ratios.
+
+        Raises:
+            ValueError: how the optimizer scales gradients is not known.
+            RuntimeError: it keeps no state of a parameter that it has updated.
         """
+        scale = scale_of(self.optimizer)
         states = self._states()
-        gradients = list(gradients)
-        if roots := self._second_moment_roots(states):
-            divided = torch._foreach_div([gradients[i] for i in roots], list(roots.values()))
-            for i, g in zip(roots, divided, strict=True):
-                gradients[i] = g
-        if trust_ratio and any("trust_ratio" in state for state in states):
-            ratios = [
-                s.get("trust_ratio", p.new_ones(()))
-                for s, p in zip(states, self._parameters, strict=True)
-            ]
-            # Slow where shapes differ, but the ratios stay on the device.
-            gradients = list(torch._foreach_mul(gradients, ratios))
-        return gradients
-
-    def _second_moment_roots(self, states: list[dict[str, Any]]) -> dict[int, Tensor]:
-        """Return √v̂ + ε, by position, for the parameters with second moments."""
-        roots: dict[int, Tensor] = {}
-        for number, group in enumerate(self._optimizer.param_groups):
-            if not {"betas", "eps"} <= group.keys():
-                continue
-            members = [i for i, g in enumerate(self._groups) if g == number]
-            if known := [i for i in members if "exp_avg_sq" in states[i]]:
-                moments = [states[i].get("max_exp_avg_sq", states[i]["exp_avg_sq"]) for i in known]
-                steps = [_step_of(states[i], group) for i in known]
-                found = second_moment_roots(
-                    moments, steps, beta2=group["betas"][1], eps=group["eps"]
-                )
-                roots.update(zip(known, found, strict=True))
-            # Dividing by infinity gives zero.
-            roots.update(
-                {i: self._parameters[i].new_full((), math.inf) for i in members if not states[i]}
+        found = list(gradients)
+        lots: dict[tuple[int, torch.device], list[int]] = {}
+        for i, state in enumerate(states):
+            if state or scale.at_first == "no state":
+                lots.setdefault((self._groups[i], gradients[i].device), []).append(i)
+            elif self._must_have_state(i):
+                raise self._no_state("state", "give the direction precondition='none'")
+            elif scale.at_first == "zero":
+                found[i] = torch.zeros_like(gradients[i])
+        for (group, _), members in lots.items():
+            lot = Lot(
+                [real_view(self._parameters[i]) for i in members],
+                [real_view(gradients[i]) for i in members],
+                [states[i] for i in members],
+                self.optimizer.param_groups[group],
+                of_layers,
             )
-        return roots
+            for i, scaled in zip(members, scale.scaled(lot), strict=True):
+                found[i] = complex_view(scaled, gradients[i])
+        return found
+
+    def _must_have_state(self, i: int) -> bool:
+        return self.updates > 0 and self.updated[i]
+
+    def _no_state(self, what: str, otherwise: str) -> RuntimeError:
+        name = type(self.optimizer).__name__
+        return RuntimeError(
+            f"{name} keeps no {what} of a parameter that it has updated: load its state, or if it "
+            f"keeps that elsewhere, {otherwise}"
+        )
 
     def _states(self) -> list[dict[str, Any]]:
         # Not by [], which would add entries.
-        return [self._optimizer.state.get(p, {}) for p in self._parameters]
-
-
-def _step_of(state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-    """Return the number of a parameter's updates, from its state or (in some optimizers) its group.
-
-    Raises:
-        ValueError: the optimizer does not say.
-    """
-    step = state.get("step", group.get("step"))
-    if step is None:
-        raise ValueError(
-            "the optimizer does not store how many updates it made: give the direction "
-            "precondition='none'"
-        )
-    return torch.as_tensor(step)
-
-
-def second_moment_roots(
-    moments: list[Tensor], steps: list[Tensor], *, beta2: float, eps: float
-) -> list[Tensor]:
-    """Return √v̂ + ε for each second moment v and its number of steps t: v̂ = v/(1 − β₂^t)."""
-    corrections = (1 - beta2 ** torch.stack(steps).double()).sqrt()
-    roots = list(torch._foreach_sqrt(moments))
-    # Steps are on the CPU; if the optimizer is fused or capturable, on the device: do not wait.
-    torch._foreach_div_(
-        roots, corrections.tolist() if corrections.is_cpu else list(corrections.unbind())
-    )
-    torch._foreach_add_(roots, eps)
-    return roots
+        return [self.optimizer.state.get(p, {}) for p in self._parameters]
 
 
 def require_momentum(optimizer: torch.optim.Optimizer) -> None:
     """Raise ValueError unless every parameter group has heavy-ball momentum without look-ahead."""
+    if isinstance(optimizer, torch.optim.NAdam):
+        raise ValueError(
+            "a shift along the momentum replaces NAdam's look-ahead: use torch.optim.Adam"
+        )
     for number, group in enumerate(optimizer.param_groups):
         if group.get("nesterov"):
             raise ValueError(

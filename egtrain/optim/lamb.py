@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
-from egtrain.optim.base_state import second_moment_roots
 from egtrain.optim.layers import Layers, check_setting, norms, update_layers
+from egtrain.optim.real_views import real_view
+from egtrain.optim.second_moments import second_moment_roots
 
 
 class LAMB(torch.optim.Optimizer):
@@ -59,7 +60,7 @@ class LAMB(torch.optim.Optimizer):
         """Add a group of parameters, which may have its own settings."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        check_setting(group["lr"] > 0, "lr must be above 0", group["lr"])
+        check_setting(group["lr"] >= 0, "lr must be at least 0", group["lr"])
         check_setting(
             all(0 <= beta < 1 for beta in group["betas"]),
             "betas must be at least 0 and below 1",
@@ -75,24 +76,24 @@ class LAMB(torch.optim.Optimizer):
         """Make one update; `closure`, if given, computes the gradients and returns the loss.
 
         Raises:
-            RuntimeError: a gradient is sparse, or a group has none.
+            RuntimeError: a gradient is sparse, or there is none at all.
         """
         return update_layers(self, closure, self._update)
 
     def _update(self, layers: Layers, group: dict[str, Any]) -> None:
         w, g = layers.weights, layers.gradients
         beta1, beta2 = group["betas"]
-        states = [self.state[x] for x in w]
-        for state, x in zip(states, w, strict=True):
+        states = [self.state[p] for p in layers.parameters]
+        for state, p in zip(states, layers.parameters, strict=True):
             if not state:
                 state.update(
                     step=torch.zeros(()),
-                    exp_avg=torch.zeros_like(x),
-                    exp_avg_sq=torch.zeros_like(x),
+                    exp_avg=torch.zeros_like(p),
+                    exp_avg_sq=torch.zeros_like(p),
                 )
             state["step"] += 1
-        m, v = [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
-        steps = [state["step"] for state in states]
+        m, v = ([real_view(state[name]) for state in states] for name in ("exp_avg", "exp_avg_sq"))
+        steps = torch.stack([state["step"] for state in states]).double()
 
         torch._foreach_lerp_(m, g, 1 - beta1)
         torch._foreach_mul_(v, beta2)
@@ -100,7 +101,7 @@ class LAMB(torch.optim.Optimizer):
         r = list(
             torch._foreach_div(m, second_moment_roots(v, steps, beta2=beta2, eps=group["eps"]))
         )
-        torch._foreach_div_(r, [1 - beta1 ** float(step) for step in steps])
+        torch._foreach_div_(r, [1 - beta1 ** float(state["step"]) for state in states])
         if layers.weight_decay > 0:
             torch._foreach_add_(r, w, alpha=layers.weight_decay)
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from egtrain.optim.layers import Layers, check_setting, norms, update_layers
+from egtrain.optim.real_views import real_view
 
 
 class LARS(torch.optim.Optimizer):
@@ -55,7 +56,7 @@ class LARS(torch.optim.Optimizer):
         """Add a group of parameters, which may have its own settings."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        check_setting(group["lr"] > 0, "lr must be above 0", group["lr"])
+        check_setting(group["lr"] >= 0, "lr must be at least 0", group["lr"])
         check_setting(
             0 <= group["momentum"] < 1, "momentum must be at least 0 and below 1", group["momentum"]
         )
@@ -73,17 +74,17 @@ class LARS(torch.optim.Optimizer):
         """Make one update; `closure`, if given, computes the gradients and returns the loss.
 
         Raises:
-            RuntimeError: a gradient is sparse, or a group has none.
+            RuntimeError: a gradient is sparse, or there is none at all.
         """
         return update_layers(self, closure, self._update)
 
     def _update(self, layers: Layers, group: dict[str, Any]) -> None:
         w, g, decay = layers.weights, layers.gradients, layers.weight_decay
-        states = [self.state[x] for x in w]
-        for state, x in zip(states, w, strict=True):
+        states = [self.state[p] for p in layers.parameters]
+        for state, p in zip(states, layers.parameters, strict=True):
             if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(x)
-        v = [state["momentum_buffer"] for state in states]
+                state["momentum_buffer"] = torch.zeros_like(p)
+        v = [real_view(state["momentum_buffer"]) for state in states]
 
         if layers.adapted:
             w_norms, g_norms = norms(w), norms(g)

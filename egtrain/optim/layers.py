@@ -7,23 +7,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from egtrain.optim.real_views import real_view
+
 
 @dataclass(frozen=True)
 class Layers:
     """Layers of one group that are treated alike, with their gradients."""
 
+    parameters: list[Tensor]
     weights: list[Tensor]
+    """The parameters, or views of complex ones as pairs of real numbers."""
     gradients: list[Tensor]
+    """Likewise."""
     adapted: bool
     """Whether they have trust ratios."""
     weight_decay: float
 
 
-def layers_treated_alike(name: str, number: int, group: dict[str, Any]) -> Iterator[Layers]:
+def layers_treated_alike(name: str, group: dict[str, Any]) -> Iterator[Layers]:
     """Yield the layers of a group that have a gradient, in lots that are treated alike.
 
     Raises:
-        RuntimeError: a gradient is sparse, or a group with trainable parameters has none.
+        RuntimeError: a gradient is sparse.
     """
     lists: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = {}
     for p in group["params"]:
@@ -32,14 +37,11 @@ def layers_treated_alike(name: str, number: int, group: dict[str, Any]) -> Itera
         if p.grad.layout != torch.strided:
             raise RuntimeError(f"{name} needs dense gradients: use sparse=False in embeddings")
         lists.setdefault((p.device, p.dtype, p.ndim > 1), []).append(p)
-    if not lists and any(p.requires_grad for p in group["params"]):
-        raise RuntimeError(
-            f"parameter group {number} has no gradient: call backward() before step()"
-        )
-    for (_, _, matrices), weights in lists.items():
+    for (_, _, matrices), parameters in lists.items():
         yield Layers(
-            weights,
-            [w.grad for w in weights if w.grad is not None],
+            parameters,
+            [real_view(p) for p in parameters],
+            [real_view(p.grad) for p in parameters if p.grad is not None],
             adapted=matrices or group["adapt_norm_and_bias"],
             weight_decay=group["weight_decay"] if matrices or group["decay_norm_and_bias"] else 0.0,
         )
@@ -53,15 +55,22 @@ def update_layers(
     """Update the layers of all groups, and return the closure's loss.
 
     Raises:
-        RuntimeError: a gradient is sparse, or a group has none.
+        RuntimeError: a gradient is sparse, or there is none at all.
     """
     loss = None
     if closure is not None:
         with torch.enable_grad():
             loss = closure()
-    for number, group in enumerate(optimizer.param_groups):
-        for layers in layers_treated_alike(type(optimizer).__name__, number, group):
-            update(layers, group)
+    lots = [
+        (layers, group)
+        for group in optimizer.param_groups
+        for layers in layers_treated_alike(type(optimizer).__name__, group)
+    ]
+    # A group without a gradient is legal: a head of another task, a layer that was dropped.
+    if not lots and any(p.requires_grad for g in optimizer.param_groups for p in g["params"]):
+        raise RuntimeError("no parameter has a gradient: call backward() before step()")
+    for layers, group in lots:
+        update(layers, group)
     return loss
 
 

@@ -18,8 +18,9 @@ class MSAM(Direction):
     the momentum. All workers share the shift. It is zero before the first update, where v_t is
     zero. v_t is the base optimizer's buffer: `momentum_buffer` of SGD and LARS (which contains
     LARS's rates), or `exp_avg` of Adam and LAMB, not preconditioned, as in the authors' variant of
-    AdamW. Our choices: one norm over all parameter groups, and weight decay at x_t. The base must
-    not look ahead as well: no `nesterov`.
+    AdamW. A parameter that had no gradient in the last update is not shifted. Our choices: one norm
+    over all parameter groups, and weight decay at x_t. The base must not look ahead as well: no
+    `nesterov`, no NAdam.
     """
 
     radius: float
@@ -33,7 +34,10 @@ class MSAM(Direction):
 
     def zeta(self, at: Point) -> list[Tensor]:
         """Return ζ along the momentum."""
-        momentum = at.base.momentum()
+        momentum = [
+            v if updated else torch.zeros_like(v)
+            for v, updated in zip(at.base.momentum(), at.base.updated, strict=True)
+        ]
         norm = torch.nn.utils.get_total_norm(momentum)
         factor = torch.where(norm > 0, self.radius / norm, torch.zeros_like(norm))
         return list(torch._foreach_mul(momentum, factor))
