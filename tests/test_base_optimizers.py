@@ -213,14 +213,27 @@ def test_with_muon_the_shift_is_the_gradient_as_long_as_the_step(
 
 
 @pytest.mark.parametrize("name", ["Adam", "Adam amsgrad", "RAdam", "Adagrad", "ASGD", "LAMB"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_counts_that_are_on_a_device_give_the_same_scale(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, expected, _ = step_and_shift(STEADY[name], some_gradients(), weights=0.8)
+    gradients = some_gradients(dtype)
+    _, expected, _ = step_and_shift(STEADY[name], gradients, weights=0.8)
     for module in (second_moments, base_scales):
         monkeypatch.setattr(module, "factors", lambda values: list(values.unbind()))
-    _, shift, _ = step_and_shift(STEADY[name], some_gradients(), weights=0.8)
-    torch.testing.assert_close(shift, expected, rtol=1e-14, atol=0)
+    _, shift, _ = step_and_shift(STEADY[name], gradients, weights=0.8)
+    torch.testing.assert_close(shift, expected, rtol=4 * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", STEADY)
+def test_shifts_keep_the_type_of_the_weights(name: str, dtype: torch.dtype) -> None:
+    gradients = some_gradients(torch.float32)
+    exact = step_and_shift(STEADY[name], gradients, weights=0.8)[1]
+    shift = step_and_shift(STEADY[name], [g.to(dtype) for g in gradients], weights=0.8)[1]
+    for zeta, right in zip(shift, exact, strict=True):
+        assert zeta.dtype == dtype
+        torch.testing.assert_close(zeta.float(), right, rtol=0.1, atol=0.01)
 
 
 @pytest.mark.parametrize("name", STEADY)
