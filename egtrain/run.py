@@ -164,8 +164,6 @@ class Run:
                 for name, tensors in extrapolation["worker_state"].items()
             }
             extrapolation["workers"] = list(self.workers.carried)
-            if self.clip_norm is None:
-                extrapolation["clip_factor"] = None
             self.extrapolation.load_state_dict(extrapolation)
         if self.post_local is not None and local and state["post_local"] is not None:
             self.post_local.load_state_dict(

@@ -100,10 +100,10 @@ def take_step(
         take_local_gradient(run, worker)
         run.workers.add_gradient(worker)
     statistics = run.workers.average_gradients(stop_requested())
+    if run.extrapolation is not None:
+        run.extrapolation.averaged()
     if run.clip_norm is not None:
-        factor = run.workers.clip(run.clip_norm)
-        if run.extrapolation is not None:
-            run.extrapolation.note_clipping(factor)
+        run.workers.clip(run.clip_norm)
     run.optimizer.step()
     run.workers.undo_unless_finite()
     run.count_update()

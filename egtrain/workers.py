@@ -196,11 +196,10 @@ class Workers:
         assert self._worker_parameters is not None
         self._worker_parameters.copy_(self._mean_over_workers(self._worker_parameters))
 
-    def clip(self, maximum: float) -> Tensor:
-        """Scale the mean gradient to a norm of at most `maximum`; return the factor (scalar)."""
+    def clip(self, maximum: float) -> None:
+        """Scale the mean gradient to a norm of at most `maximum`."""
         factor = torch.clamp(maximum / (torch.linalg.vector_norm(self.gradients) + 1e-6), max=1.0)
         self.gradients.mul_(factor)
-        return factor
 
     def undo_unless_finite(self) -> None:
         """Put the weights back if a loss or gradient of this or an earlier step was not finite.

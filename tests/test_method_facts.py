@@ -627,6 +627,8 @@ def shifted_weights(
             p.grad = factor * g
 
     for _ in range(2):
+        with extrapolation.shifted(0, gradient=lambda: backward(0.0)):
+            backward(0.0)
         with extrapolation.shifted(1, gradient=backward):
             inside = [p.detach().clone() for p in parameters]
             backward()

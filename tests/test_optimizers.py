@@ -23,7 +23,7 @@ from egtrain.optim import (
     Nesterov,
     OptimisticGradient,
 )
-from egtrain.optim.extrapolation import Direction
+from egtrain.optim.direction import Direction
 
 Array = NDArray[np.float64]
 Optimizers = type[LARS] | type[LAMB]
@@ -407,8 +407,9 @@ def test_the_shift_has_the_scale_of_the_bases_own_step(name: str) -> None:
         used.step()
 
 
-def test_along_the_mean_gradient_there_is_no_closure() -> None:
-    weights = nn.Parameter(torch.ones(3))
+@pytest.mark.parametrize("direction", [LocalGradient(ratio=0.5), OptimisticGradient(ratio=0.5)])
+def test_a_closure_may_hold_the_block(direction: Direction) -> None:
+    weights = nn.Parameter(torch.ones(3, dtype=torch.float64))
     used = torch.optim.SGD([weights], lr=0.1)
 
     def closure() -> float:
@@ -416,17 +417,12 @@ def test_along_the_mean_gradient_there_is_no_closure() -> None:
             weights.grad = weights.detach().clone()
         return 0.0
 
-    extrapolation = Extrapolation(used, LocalGradient(ratio=0.5))
+    extrapolation = Extrapolation(used, direction)
     used.step(closure)
-    assert extrapolation.steps == 1
-    used = torch.optim.SGD([weights], lr=0.1)
-    extrapolation = Extrapolation(used, OptimisticGradient(ratio=0.5))
-    for arguments, named in (((closure,), {}), ((), {"closure": closure})):
-        with pytest.raises(
-            RuntimeError, match="must see the mean gradient before the update: call step"
-        ):
-            used.step(*arguments, **named)
-    used.step(closure=None)
+    used.step(closure=closure)
+    assert extrapolation.steps == 2
+    expected = 0.9 - 0.1 * (0.9 - 0.05)
+    torch.testing.assert_close(weights.detach(), torch.full((3,), expected, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("name", ["adam", "amsgrad", "lamb", "nadam"])

@@ -17,6 +17,7 @@ from egtrain.config.extrapolations import SECTIONS
 from egtrain.config.schema import Config
 from egtrain.optim import Direction, Extrapolation, Point, State
 from egtrain.run import Run
+from egtrain.train import take_step
 from egtrain.workers import Ranks
 
 OWN = {
@@ -191,6 +192,7 @@ def test_a_row_of_the_configuration_builds_the_direction_of_its_name(name: str) 
 def test_a_run_keeps_the_weights_before_a_step_once(images: Path) -> None:
     with torch_as_it_was():
         run = build_run(config_of(images), Ranks())
+        take_step(run, 0.1)
     assert run.extrapolation is not None
-    kept = {t.untyped_storage().data_ptr() for t in run.extrapolation._unshifted}
+    kept = {t.untyped_storage().data_ptr() for t in run.extrapolation._weights._kept}
     assert kept == {run.workers._parameters_before.untyped_storage().data_ptr()}

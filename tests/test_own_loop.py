@@ -32,7 +32,6 @@ from egtrain.optim import (
     LocalGradient,
     OptimisticGradient,
     ddp,
-    remember_local_gradients,
 )
 from egtrain.workers import Ranks
 
@@ -116,16 +115,11 @@ def train_alone(
             gradients.append([p.grad for p in network.parameters() if p.grad is not None])
         for p, *own in zip(network.parameters(), *gradients, strict=True):
             p.grad = torch.stack(own).mean(dim=0)
-        clip_gradients(network, extrapolation, clip)
+        if clip is not None:
+            nn.utils.clip_grad_norm_(network.parameters(), clip)
         optimizer.step()
         found.append(flat(network))
     return found
-
-
-def clip_gradients(network: nn.Module, extrapolation: Extrapolation, clip: float | None) -> None:
-    if clip is not None:
-        norm = nn.utils.clip_grad_norm_(network.parameters(), clip)
-        extrapolation.note_clipping(torch.clamp(clip / (norm + 1e-6), max=1.0))
 
 
 def train_with_ddp(
@@ -139,8 +133,7 @@ def train_with_ddp(
     """Train the small network on this rank and the others."""
     model = DistributedDataParallel(small_network(), **options)
     optimizer = make_optimizer(model)
-    extrapolation = Extrapolation(optimizer, direction)
-    remember_local_gradients(model, extrapolation)
+    extrapolation = Extrapolation(optimizer, direction, model=model)
     found = []
 
     def second_gradient() -> None:
@@ -156,7 +149,8 @@ def train_with_ddp(
             for i, (inputs, targets) in enumerate(batches):
                 with model.no_sync() if i + 1 < parts else contextlib.nullcontext():
                     torch.autograd.backward(loss_function(model(inputs), targets) / parts)
-        clip_gradients(model, extrapolation, clip)
+        if clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         found.append(flat(model))
     return found
@@ -288,21 +282,11 @@ def steps_of_the_page(name: str) -> tuple[Trajectory, list[float]]:
     return weights, losses
 
 
-def page_with_every_zeta() -> dict[str, tuple[Trajectory, list[float]]]:
-    return {name: steps_of_the_page(name) for name in ZETAS}
-
-
-@pytest.fixture(scope="module")
-def readmes_steps(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> list[dict[str, tuple[Trajectory, list[float]]]]:
-    return on_two_ranks(page_with_every_zeta, tmp_path_factory.mktemp("readme"))
-
-
 @pytest.mark.parametrize("name", ZETAS)
-def test_egtrain_a_plain_loop_and_the_readme_with_ddp_make_the_same_steps(
-    name: str, readmes_steps: Any
+def test_egtrain_a_plain_loop_and_the_page_with_ddp_make_the_same_steps(
+    name: str, tmp_path: Path
 ) -> None:
+    pages_steps = on_two_ranks(functools.partial(steps_of_the_page, name), tmp_path)
     with torch_as_it_was():
         weights, losses = egtrains_steps(name)
         plain_weights, plain_losses = steps_of_a_plain_loop(name)
@@ -313,8 +297,8 @@ def test_egtrain_a_plain_loop_and_the_readme_with_ddp_make_the_same_steps(
     assert_equal_steps(plain_weights, weights, tolerance=1e-6)
     assert plain_losses == pytest.approx(losses, abs=1e-6)
     for rank in range(2):
-        assert_equal_steps(readmes_steps[rank][name][0], weights, tolerance=1e-6)
-    pairs = zip(readmes_steps[0][name][1], readmes_steps[1][name][1], strict=True)
+        assert_equal_steps(pages_steps[rank][0], weights, tolerance=1e-6)
+    pairs = zip(pages_steps[0][1], pages_steps[1][1], strict=True)
     assert [(a + b) / 2 for a, b in pairs] == pytest.approx(losses, abs=1e-6)
 
 
@@ -446,7 +430,7 @@ def test_a_loop_saved_as_in_the_readme_goes_on_bit_for_bit(tmp_path: Path) -> No
                 optimizer.zero_grad()
                 ((inputs, targets),) = micro_batches(0, step, 1)
                 torch.autograd.backward(loss_function(network(inputs), targets))
-            clip_gradients(network, extrapolation, 0.3)
+            nn.utils.clip_grad_norm_(network.parameters(), 0.3)
             optimizer.step()
 
     file = tmp_path / "training.pt"
@@ -513,17 +497,17 @@ def wrong_loops() -> dict[str, Any]:
     ) -> tuple[DistributedDataParallel, torch.optim.Optimizer, Extrapolation]:
         model = DistributedDataParallel(small_network())
         optimizer = make_optimizer(model)
-        extrapolation = Extrapolation(optimizer, direction)
-        remember_local_gradients(model, extrapolation)
+        extrapolation = Extrapolation(optimizer, direction, model=model)
         return model, optimizer, extrapolation
 
     def backward(model: nn.Module) -> None:
         torch.autograd.backward(loss_function(model(inputs), targets))
 
     def never_averaged() -> None:
-        model, _, extrapolation = loop(LocalGradient(ratio=1))
+        model, optimizer, extrapolation = loop(LocalGradient(ratio=1))
         with extrapolation.shifted(), model.no_sync():
             backward(model)
+        optimizer.step()
 
     def averaged_twice() -> None:
         model, _, extrapolation = loop(LocalGradient(ratio=1))
@@ -553,20 +537,17 @@ def wrong_loops() -> dict[str, Any]:
     def sparse() -> None:
         network = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Linear(3, 2))
         model = DistributedDataParallel(network)
-        extrapolation = Extrapolation(make_optimizer(model), LocalGradient(ratio=1))
-        remember_local_gradients(model, extrapolation)
+        extrapolation = Extrapolation(make_optimizer(model), LocalGradient(ratio=1), model=model)
         with extrapolation.shifted():
             torch.autograd.backward(model(torch.tensor([1, 2])).sum())
 
     def other_parameters() -> None:
-        extrapolation = Extrapolation(make_optimizer(small_network()), LocalGradient(ratio=1))
-        remember_local_gradients(DistributedDataParallel(small_network()), extrapolation)
+        optimizer, model = make_optimizer(small_network()), small_network()
+        Extrapolation(optimizer, LocalGradient(ratio=1), model=DistributedDataParallel(model))
 
     def several_workers() -> None:
         model = DistributedDataParallel(small_network())
-        remember_local_gradients(
-            model, Extrapolation(make_optimizer(model), LocalGradient(ratio=1), workers=2)
-        )
+        Extrapolation(make_optimizer(model), LocalGradient(ratio=1), workers=2, model=model)
 
     def rank_for_all() -> None:
         _, _, extrapolation = loop(LocalGradient(ratio=1))
@@ -602,9 +583,7 @@ def gradients_of_two_models() -> dict[str, Tensor]:
     """Return what a rank remembers of the gradients of two models after a block."""
     models = [DistributedDataParallel(nn.Linear(1, 1, bias=False)) for _ in range(2)]
     optimizer = torch.optim.SGD([p for model in models for p in model.parameters()], lr=0.5)
-    extrapolation = Extrapolation(optimizer, LocalGradient(ratio=1))
-    for model in models:
-        remember_local_gradients(model, extrapolation)
+    extrapolation = Extrapolation(optimizer, LocalGradient(ratio=1), model=models)
     inputs = torch.full((1, 1), 1.0 + dist.get_rank())
     with extrapolation.shifted():
         torch.autograd.backward(sum(model(inputs).sum() for model in models))
@@ -617,22 +596,20 @@ def gradients_of_two_models() -> dict[str, Tensor]:
     [
         (
             "never_averaged",
-            "RuntimeError: no gradient was averaged in the block: forward and backward belong in "
-            "it",
+            "RuntimeError: no gradient was averaged before the update: take the last micro-batch",
         ),
         (
             "averaged_twice",
-            "RuntimeError: gradients were averaged more than once in the block: take all "
+            "RuntimeError: gradients were averaged more than once in an update: take all "
             "micro-batches",
         ),
         (
             "backward_outside",
-            "RuntimeError: no gradient was averaged in the block: forward and backward belong in "
-            "it",
+            "RuntimeError: no gradient came in the block: forward and backward belong in it",
         ),
         (
             "backward_outside_at_first",
-            "RuntimeError: parameter group 0 has no gradient: backward() belongs inside",
+            "RuntimeError: no parameter has a gradient: backward() belongs inside the block",
         ),
         (
             "second_gradient_averaged",
@@ -669,15 +646,6 @@ def test_a_rank_is_a_worker_and_a_step_without_a_block_is_a_plain_one(ddp_steps:
 def test_of_two_models_a_rank_remembers_the_gradients_before_the_average(ddp_steps: Any) -> None:
     for rank in range(2):
         assert ddp_steps[rank]["two models"].tolist() == [1 + rank, 1 + rank]
-
-
-def test_the_hook_is_for_ddp_alone() -> None:
-    network = small_network()
-    extrapolation = Extrapolation(make_optimizer(network), LocalGradient(ratio=1))
-    with pytest.raises(
-        ValueError, match="takes a DistributedDataParallel, not a Sequential: wrap the model first"
-    ):
-        remember_local_gradients(network, extrapolation)
 
 
 def test_one_of_several_workers_has_to_be_named() -> None:

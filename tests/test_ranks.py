@@ -123,7 +123,7 @@ class NotesStates:
 
         def noted(self_: Any, run: Any, state: dict[str, Any], validation: Any) -> None:
             parts = {
-                "extrapolation": state["extrapolation"],
+                "extrapolation": state["extrapolation"]["worker_state"],
                 "buffers": state["workers"]["buffers"],
                 "weights": state["workers"]["parameters"],
                 "post_local": state["post_local"],

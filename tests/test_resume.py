@@ -416,11 +416,6 @@ def test_settings_that_are_changed_on_purpose_are_those_of_the_run(images: Path)
     (group,) = run.optimizer.param_groups
     assert (group["weight_decay"], group["momentum"]) == (0.1, 0.5)
     assert torch.equal(run.workers.parameters, before.workers.parameters)
-    # ζ no longer takes a clipping factor where gradients are not clipped.
-    assert before.extrapolation is not None
-    assert run.extrapolation is not None
-    assert before.extrapolation.state_dict()["clip_factor"] < 1
-    assert run.extrapolation.state_dict()["clip_factor"] is None
 
 
 def test_gradients_are_counted_by_the_settings_that_they_were_taken_with(images: Path) -> None:

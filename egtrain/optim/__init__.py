@@ -9,7 +9,6 @@
 """
 
 from egtrain.optim.along_gradient import AlongGradient
-from egtrain.optim.ddp import remember_local_gradients
 from egtrain.optim.direction import Direction, Point, State
 from egtrain.optim.directions.extragradient import Extragradient
 from egtrain.optim.directions.gaussian import GaussianNoise
@@ -46,6 +45,5 @@ __all__ = [
     "Point",
     "SmoothOut",
     "State",
-    "remember_local_gradients",
     "scaled_to_weights",
 ]

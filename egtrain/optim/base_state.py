@@ -17,18 +17,23 @@ class BaseState:
         optimizer: the base optimizer.
         parameters: the shifted parameters; each list below has one entry for each.
         groups: the number of each parameter's group.
+        updates: how many updates were made.
+        updated: whether each parameter had a gradient in the last update; by default all.
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], groups: Sequence[int]
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: Sequence[Tensor],
+        groups: Sequence[int],
+        updates: int = 0,
+        updated: Sequence[bool] | None = None,
     ) -> None:
         self.optimizer = optimizer
         self._parameters = parameters
         self._groups = groups
-        self.updates = 0
-        """Updates made so far."""
-        self.updated = [True] * len(parameters)
-        """Whether each parameter had a gradient in the last update."""
+        self.updates = updates
+        self.updated = [True] * len(parameters) if updated is None else updated
 
     def momentum(self) -> list[Tensor]:
         """Return v_t: `momentum_buffer` (SGD, LARS), `exp_avg` (Adam, LAMB), or zero at first.

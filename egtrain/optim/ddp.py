@@ -1,102 +1,256 @@
 """Extrapolation in a loop with `DistributedDataParallel`: every process is one worker."""
 
+import weakref
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from egtrain.optim.extrapolation import Extrapolation
+from egtrain.optim.remembering import Remember, shrinkage
+from egtrain.optim.trained import Trained
 
 
-def remember_local_gradients(model: nn.Module, extrapolation: Extrapolation) -> None:
-    """Make this process one worker, which observes its gradient before the average.
+def models_in(model: nn.Module | Sequence[nn.Module]) -> list[DistributedDataParallel]:
+    """Return the wrapped models, also where torch.compile has wrapped them once more.
 
-    The worker's number is the rank. After backward(), `.grad` holds the mean over the processes. So
-    a communication hook observes each bucket of gradients before its all-reduce, which still
-    overlaps with backward(). A direction that uses neither past gradients nor noise is unaffected.
-
-    Args:
-        model: the wrapped model; it allows one communication hook. With
-            `forward_sync_buffers=False` (`broadcast_buffers=False` in older versions of torch) each
-            worker keeps its own BatchNorm statistics, as in `egtrain train`.
-        extrapolation: with one worker, over an optimizer of the model's parameters. Call this once
-            for each model.
+    In a loop of one process the models need not be wrapped: there the list is empty.
 
     Raises:
-        ValueError: the model is not a DistributedDataParallel or the optimizer's, or there are
-            several workers.
-        RuntimeError: the model has a communication hook already.
+        ValueError: a model is not a DistributedDataParallel, in a loop of several processes.
     """
-    if not isinstance(model, DistributedDataParallel):
+    models = [model] if isinstance(model, nn.Module) else list(model)
+    models = [getattr(m, "_orig_mod", m) for m in models]
+    wrapped = [m for m in models if isinstance(m, DistributedDataParallel)]
+    if process_count() > 1 and len(wrapped) < len(models):
+        other = next(m for m in models if not isinstance(m, DistributedDataParallel))
         raise ValueError(
-            "remember_local_gradients() takes a DistributedDataParallel, not a "
-            f"{type(model).__name__}: "
-            "wrap the model first, or leave the line out in a loop of one process"
+            f"model= takes a DistributedDataParallel, not a {type(other).__name__}: wrap the model "
+            "first"
         )
+    return wrapped
+
+
+def process_count() -> int:
+    """Return the number of processes of the default process group, 1 if there is none."""
     # Imported here, since torch may be built without torch.distributed.
-    from torch.distributed import GradBucket, get_rank  # type: ignore[attr-defined]
-    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-
-    averaging = extrapolation.averaging
-    if not isinstance(averaging, Averaged):  # a second model's gradients belong to the same block
-        averaging = Averaged(extrapolation)
-    if averaging.numbers.keys().isdisjoint(model.parameters()):
-        raise ValueError(
-            "the optimizer has none of the model's parameters: make it from model.parameters()"
-        )
-    extrapolation.average_with(averaging, get_rank(model.process_group))
-
-    def hook(group: Any, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-        # `.grad` of these parameters is still the local one. It is not read from
-        # bucket.gradients(), which gives channels_last gradients in the wrong order (torch 2.13).
-        averaging.arrive(bucket.parameters())
-        return allreduce_hook(group, bucket)
-
-    model.register_comm_hook(model.process_group, hook)
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return 1
+    return torch.distributed.get_world_size()
 
 
-class Averaged:
-    """The gradients of one worker that a hook has observed in a block, before the average."""
+def rank_in(model: DistributedDataParallel) -> int:
+    """Return the rank of this process among those that share the model."""
+    return torch.distributed.get_rank(model.process_group)
 
-    def __init__(self, extrapolation: Extrapolation) -> None:
-        self.extrapolation = extrapolation
-        self.numbers = {p: number for number, p in enumerate(extrapolation.parameters)}
-        self.arrivals: Counter[int] = Counter()
 
-    def arrive(self, parameters: Iterable[Tensor]) -> None:
-        """Observe the gradients of those parameters that the optimizer trains."""
-        numbers = [self.numbers[p] for p in parameters if p in self.numbers]
-        self.arrivals.update(numbers)
-        self.extrapolation.observe_before_average(numbers)
+class AveragedByDDP:
+    """The worker of this process: its gradient before DDP averages it, at the backward pass.
 
-    def begin_block(self) -> None:
-        """Begin a block: no gradient has arrived yet."""
-        self.arrivals.clear()
+    The backward pass calls a hook after it has added a parameter's gradient to `.grad`, and before
+    DDP puts `.grad` into a bucket to be reduced. So any communication hook may be in use.
+
+    Args:
+        trained: the parameters.
+        remember: lets the worker remember gradients; None if the direction needs none.
+        forget_past: resets what the worker remembers.
+        models: the wrapped models.
+
+    Raises:
+        ValueError: the optimizer has none of a model's parameters.
+    """
+
+    def __init__(
+        self,
+        trained: Trained,
+        remember: Remember | None,
+        forget_past: Callable[[], None],
+        models: Sequence[DistributedDataParallel],
+    ) -> None:
+        self.worker = rank_in(models[0])
+        self._trained = trained
+        self._remember = remember
+        self._forget_past = forget_past
+        # Weak, so that a model and its processes' connections go when the caller lets them go.
+        self._models = [weakref.ref(model) for model in models]
+        self._inside = False
+        self._averaged = False
+        self._arrivals: Counter[int] = Counter()
+        """How often the gradients with these places were averaged in the block."""
+        self._waiting: set[int] = set()
+        """Those with a gradient since the last update that was not averaged yet."""
+        self._stale: list[Tensor | None] = []
+        self._twice = False
+        self._norm: Tensor | None = None
+        self._watched: dict[int, tuple[int, weakref.ref[DistributedDataParallel]]] = {}
+        """For each watched parameter, by its id, its place and its model."""
+        self.watch()
+        for reference in self._models:
+            if all(of is not reference for _, of in self._watched.values()):
+                raise ValueError(
+                    "the optimizer has none of the model's parameters: make it from "
+                    "model.parameters()"
+                )
+
+    def watch(self) -> None:
+        """Watch the gradients of all parameters that are trained now."""
+        hook = arrival_hook(weakref.ref(self))
+        places = {id(p): i for i, p in enumerate(self._trained.parameters)}
+        watched = {}
+        for reference in self._models:
+            model = reference()
+            for p in model.parameters() if model is not None else ():
+                if id(p) in places:
+                    watched[id(p)] = places[id(p)], reference
+                    if id(p) not in self._watched:
+                        p.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+        self._watched = watched
+
+    def begin_block(self, worker: int) -> None:
+        """Begin a block.
+
+        After a gradient was averaged, it begins the update anew: the one before was left out, as
+        `torch.amp.GradScaler` does after an overflow, and its gradient is forgotten.
+        """
+        self._arrivals.clear()
+        self._stale = []
+        if self._averaged:
+            self.skip()
+            self._stale = [p.grad for p in self._trained.parameters]
+        self._inside = True
+
+    def arrive(self, p: Tensor) -> None:
+        """Remember the gradient of a parameter, if this backward pass is to average it."""
+        if not self._inside or id(p) not in self._watched:
+            return
+        place, reference = self._watched[id(p)]
+        model = reference()
+        # Set by the last forward pass, outside of no_sync().
+        if model is None or not model.require_forward_param_sync:
+            self._waiting.add(place)
+            return
+        self._twice |= bool(self._stale) and p.grad is self._stale[place]
+        self._arrivals[place] += 1
+        self._waiting.discard(place)
+        if self._remember is not None:
+            self._remember(self.worker, [place], self._trained.gradients([place]))
 
     def end_second_gradient(self) -> None:
         """Raise RuntimeError if the second gradient was averaged."""
-        if self.arrivals:
+        if self._arrivals:
             raise RuntimeError(
                 "the second gradient was averaged: take it, forward too, within model.no_sync()"
             )
+        self._waiting.clear()
 
-    def end_block(self) -> Collection[int]:
-        """Return the numbers of the parameters whose gradients have arrived.
+    def end_block(self, worker: int) -> None:
+        """Note the norm of the mean gradient, if there is one.
 
         Raises:
-            RuntimeError: the gradients were not averaged exactly once in the block.
+            RuntimeError: gradients were averaged twice in this update, or no backward pass was in
+                the block.
         """
-        if not self.arrivals:
+        self._inside = False
+        if self._twice or max(self._arrivals.values(), default=0) > 1:
+            self.skip()
             raise RuntimeError(
-                "no gradient was averaged in the block: forward and backward belong in it, the "
-                "last micro-batch's outside of model.no_sync()"
-            )
-        if max(self.arrivals.values()) > 1:
-            raise RuntimeError(
-                "gradients were averaged more than once in the block: take all micro-batches but "
+                "gradients were averaged more than once in an update: take all micro-batches but "
                 "the last within model.no_sync(), forward too"
             )
-        return self.arrivals
+        if not self._arrivals and not self._waiting:
+            raise RuntimeError("no gradient came in the block: forward and backward belong in it")
+        if not self._arrivals:
+            return
+        self._averaged = True
+        if self._remember is not None:
+            self._norm = self._trained.norm()
+            self._remember_the_rest(self._remember)
+
+    def leave_block(self) -> None:
+        """Leave a block that an exception has ended."""
+        self._inside = False
+
+    def averaged(self) -> None:
+        """Accept it: DDP has averaged already."""
+
+    def clip_factor(self) -> Tensor | None:
+        """Return the factor by which the mean gradient was clipped.
+
+        Raises:
+            RuntimeError: the gradients of this update's blocks were not averaged.
+        """
+        if self._waiting and not self._averaged:
+            raise RuntimeError(
+                "no gradient was averaged before the update: take the last micro-batch outside of "
+                "model.no_sync(), forward too"
+            )
+        return None if self._norm is None else shrinkage(self._norm, self._trained)
+
+    def remember(self, gradients: list[Tensor]) -> None:
+        """Begin the next update: the gradients have been remembered at the backward pass."""
+        self._begin_update()
+
+    def skip(self) -> None:
+        """Drop the blocks since the last update, and the past if it was overwritten in them."""
+        if self._averaged:
+            self._forget_past()
+        self._begin_update()
+
+    def _begin_update(self) -> None:
+        self._averaged = self._twice = False
+        self._norm = None
+        self._waiting.clear()
+
+    def _remember_the_rest(self, remember: Remember) -> None:
+        """Remember gradients that did not arrive.
+
+        Raises:
+            RuntimeError: one is unknown.
+        """
+        late = {place for place, _ in self._watched.values()} - self._arrivals.keys()
+        if late & self._waiting:
+            raise RuntimeError(
+                f"parameter {min(late & self._waiting)} got a gradient in an earlier micro-batch "
+                "of the update and none in the last, so this process's own can no longer be told: "
+                "use the same parameters in all of them"
+            )
+        for place in sorted(late):  # no gradient here, whatever other processes had
+            zero = torch.zeros_like(self._trained.parameters[place])
+            remember(self.worker, [place], [zero])
+        known = {place for place, _ in self._watched.values()}
+        if others := [i for i in range(len(self._trained.parameters)) if i not in known]:
+            remember(self.worker, others, self._trained.gradients(others))
+
+
+def arrival_hook(reference: "weakref.ref[AveragedByDDP]") -> Callable[[Tensor], None]:
+    """Return a hook that does nothing once its extrapolation is gone."""
+
+    def arrive(p: Tensor) -> None:
+        gradients = reference()
+        if gradients is not None:
+            gradients.arrive(p)
+
+    return arrive
+
+
+def refuse_unwatched(parameters: Sequence[Tensor]) -> Any:
+    """Return a handle, to be removed, that refuses DDP around these parameters at its forward pass.
+
+    A process that does not watch its gradients would take the mean for its own.
+    """
+    ours = set(map(id, parameters))
+
+    def refuse(module: nn.Module, _: Any) -> None:
+        if (
+            isinstance(module, DistributedDataParallel)
+            and torch.distributed.get_world_size(module.process_group) > 1
+            and not ours.isdisjoint(map(id, module.parameters()))
+        ):
+            raise RuntimeError(
+                "this direction needs the process's gradient before DistributedDataParallel "
+                "averages it: pass Extrapolation(..., model=model)"
+            )
+
+    return nn.modules.module.register_module_forward_pre_hook(refuse)

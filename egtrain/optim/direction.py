@@ -20,8 +20,8 @@ State = dict[str, list[Tensor]]
 class Point:
     """What a direction sees for worker k at step t; each list has one entry per parameter."""
 
-    worker: int
-    """k."""
+    worker: int | None
+    """k; None in one of several processes that was not told which worker it is."""
     step: int
     """t, the number of updates made so far."""
     parameters: list[Tensor]
@@ -36,13 +36,23 @@ class Point:
     """∇f^k(x_t), the gradient at the unshifted weights; empty for a direction of one gradient."""
     clip_factor: Tensor | None
     """The factor (a scalar tensor) that clipped ḡ_{t−1}, to be applied to g^k_{t−1} as well; None
-    if nothing was clipped."""
+    if the gradients of the state are clipped already."""
     base: BaseState
     """The base optimizer's state: its momentum, and how it scales a gradient."""
     seed: int
 
     def generator(self) -> torch.Generator:
-        """Return a generator seeded by (seed, worker, step)."""
+        """Return a generator seeded by (seed, worker, step).
+
+        Raises:
+            RuntimeError: the worker is not known.
+        """
+        if self.worker is None:
+            raise RuntimeError(
+                "this direction draws noise for each worker, and this process is one of several: "
+                "pass Extrapolation(..., model=model) with your DistributedDataParallel, or "
+                "workers=range(rank, rank + 1)"
+            )
         return generator_for(
             self.seed, "extrapolation", self.worker, self.step, device=self.parameters[0].device
         )
@@ -78,6 +88,11 @@ class Direction(ABC):
     gradients: ClassVar[int] = 1
     """Gradients per step: 2 for a direction that uses `Point.second_gradient`."""
 
+    @property
+    def observes_updates(self) -> bool:
+        """Whether it overrides `observe_update`."""
+        return type(self).observe_update is not Direction.observe_update
+
     @abstractmethod
     def zeta(self, at: Point) -> list[Tensor]:
         """Return ζ: one newly allocated tensor per parameter."""
@@ -94,10 +109,11 @@ class Direction(ABC):
         return {}
 
     def observe_gradient(self, state: State, gradients: list[Tensor]) -> None:
-        """Update the worker's state with g^k_t, not clipped, at the end of its block.
+        """Update the worker's state with g^k_t, its gradient of the whole update.
 
         Both have one tensor per parameter, but not always for all parameters:
-        DistributedDataParallel delivers a few at a time.
+        DistributedDataParallel delivers one at a time. Gradients here and below are those of what
+        is minimised: the negative of `.grad` in a group with `maximize=True`.
         """
 
     def observe_mean_gradient(self, state: State, gradients: list[Tensor]) -> None:

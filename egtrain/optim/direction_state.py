@@ -1,6 +1,7 @@
 """A direction's state from step to step: made, reset, saved and loaded, whatever it holds."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,8 +26,10 @@ class DirectionState:
     def __init__(self, direction: Direction, parameters: list[Tensor], workers: range) -> None:
         self._direction = direction
         self._parameters = parameters
+        self._types = [(p.dtype, p.device) for p in parameters]
         self.by_worker: dict[int, State] = {k: direction.worker_state(parameters) for k in workers}
         self.shared = direction.shared_state(parameters)
+        self.has_worker_state = bool(self._first)
         for state in (self._first, self.shared):
             for name, tensors in state.items():
                 if len(tensors) != len(parameters):
@@ -39,19 +42,72 @@ class DirectionState:
     def _first(self) -> State:
         return next(iter(self.by_worker.values()))
 
-    def belong_to(self, worker: int) -> None:
-        """Give the only worker here another number."""
-        (state,) = self.by_worker.values()
-        self.by_worker = {worker: state}
+    @property
+    def _states(self) -> list[State]:
+        return [*self.by_worker.values(), self.shared]
 
-    def of_parameters(self, worker: int, numbers: Sequence[int]) -> State:
-        """Return a worker's state for some parameters, given by their numbers."""
-        return {name: [ts[i] for i in numbers] for name, ts in self.by_worker[worker].items()}
+    def of_parameters(self, worker: int, numbers: Sequence[int] | None) -> State:
+        """Return a worker's state for some parameters, given by their numbers, or for all."""
+        state = self.by_worker[worker]
+        if numbers is None:
+            return state
+        return {name: [ts[i] for i in numbers] for name, ts in state.items()}
 
     @torch.no_grad()
-    def forget(self, worker: int) -> None:
-        """Reset a worker's state to its initial value."""
-        copy_state(self.by_worker[worker], self._direction.worker_state(self._parameters))
+    def forget(self) -> None:
+        """Reset the state of all workers here to its initial value."""
+        for state in self.by_worker.values():
+            copy_state(state, self._direction.worker_state(self._parameters))
+
+    @torch.no_grad()
+    def follow(self, parameters: list[Tensor], places: Sequence[int | None]) -> None:
+        """Take up a change of parameters; new ones have fresh state.
+
+        Args:
+            parameters: those after the change.
+            places: for each, its place before the change, or None.
+        """
+        self._parameters = parameters
+        self._types = [
+            (p.dtype, p.device) if i is None else self._types[i]
+            for p, i in zip(parameters, places, strict=True)
+        ]
+        fresh = [self._direction.worker_state(parameters) for _ in self.by_worker]
+        for state, new in zip(
+            self._states, [*fresh, self._direction.shared_state(parameters)], strict=True
+        ):
+            for name, tensors in state.items():
+                state[name] = [
+                    new[name][place] if i is None else tensors[i] for place, i in enumerate(places)
+                ]
+
+    @torch.no_grad()
+    def follow_types(self) -> None:
+        """Convert the state of parameters whose type or device has changed."""
+        for i, (p, (dtype, device)) in enumerate(zip(self._parameters, self._types, strict=True)):
+            if (p.dtype, p.device) == (dtype, device):
+                continue
+            self._types[i] = p.dtype, p.device
+            for state in self._states:
+                for tensors in state.values():
+                    t = tensors[i]
+                    tensors[i] = t.to(p.device, p.dtype if t.dtype == dtype else t.dtype)
+
+    @contextmanager
+    def unchanged_where(self, condition: Tensor | None) -> Iterator[None]:
+        """Undo what the block does to the state if the condition (a scalar) is above zero.
+
+        The device decides; None stands for no condition.
+        """
+        if condition is None:
+            yield
+            return
+        kept = [{n: [t.clone() for t in ts] for n, ts in state.items()} for state in self._states]
+        yield
+        for state, before in zip(self._states, kept, strict=True):
+            for name, tensors in state.items():
+                for t, old in zip(tensors, before[name], strict=True):
+                    torch.where(condition.to(t.device) > 0, old, t, out=t)
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy; tensors of `worker_state` are [workers, ...], in `workers`' order."""
@@ -66,8 +122,12 @@ class DirectionState:
         }
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned, for the same parameters and workers.
+    def load_state_dict(self, state: dict[str, Any], places: Sequence[int]) -> None:
+        """Restore what `state_dict` returned, for the same workers.
+
+        Args:
+            state: its value.
+            places: the place of each parameter in it.
 
         Raises:
             ValueError: the state belongs to other parameters, workers or another direction.
@@ -80,6 +140,10 @@ class DirectionState:
                 f"the extrapolation state is that of workers {workers}, but this process has "
                 f"{list(self.by_worker)}: let each process load the state that it saved"
             )
+        by_worker, shared = (
+            {name: [tensors[i] for i in places] for name, tensors in part.items()}
+            for part in (by_worker, shared)
+        )
         expected = shapes(self._first, len(self.by_worker)), shapes(self.shared)
         if (shapes(by_worker), shapes(shared)) != expected:
             raise ValueError(

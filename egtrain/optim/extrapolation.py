@@ -4,104 +4,101 @@ Lin, Kong, Stich, Jaggi: Extrapolation for Large-batch Training in Deep Learning
 (arXiv 2006.05720).
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from egtrain.optim.base_state import BaseState
+from egtrain.optim.ddp import AveragedByDDP, models_in, process_count, rank_in, refuse_unwatched
 from egtrain.optim.direction import Direction, Point
 from egtrain.optim.direction_state import DirectionState
-
-
-class Averaging(Protocol):
-    """Observes a worker's gradients during a block, at whose end `.grad` is already a mean."""
-
-    def begin_block(self) -> None:
-        """Begin a block: nothing has been observed yet."""
-
-    def end_second_gradient(self) -> None:
-        """Raise RuntimeError if the second gradient was averaged."""
-
-    def end_block(self) -> Collection[int]:
-        """Return the numbers of the parameters whose gradients were observed in the block.
-
-        Raises:
-            RuntimeError: the gradients were not averaged exactly once in it.
-        """
+from egtrain.optim.remembering import OneBlockEach, OneWorker, Remembering, SeveralWorkers
+from egtrain.optim.shifting import Weights
+from egtrain.optim.trained import Trained
+from egtrain.optim.updates import Updates
+from egtrain.optim.wrappers import unwrapped
 
 
 class Extrapolation:
     """Shifts any optimizer's weights by −ζ for a worker's gradient, and restores them bit for bit.
 
     Inside `with extrapolation.shifted(worker):` the parameters are x_t − ζ^k_t; outside they are
-    x_t. The gradient in `.grad` at the end of the block is taken as that worker's. With
-    DistributedDataParallel it is a mean: call `remember_local_gradients` before training. Forward
-    and backward both belong in the block: a backward pass after it takes the gradient at neither
-    point, unless autograd notices and raises. `torch.amp.GradScaler` does not work, since the
-    observed gradients would be scaled.
+    x_t. Forward and backward both belong in the block: a backward pass after it takes the gradient
+    at neither point, unless autograd notices and raises. All blocks before one `step()` of the
+    optimizer belong to one update: a worker has the same ζ in each of its blocks, and remembers the
+    gradient of the whole update. An update that is left out is as if it had not begun.
+
+    Clip, scale and unscale gradients as you like: what a worker remembers is clipped with them.
 
     The optimizer and its extrapolation may be copied together (`copy.deepcopy`, pickle).
 
     Args:
         optimizer: any `torch.optim.Optimizer` with dense gradients; its learning rates are read at
-            every shift.
+            every shift. Parameters that are added or unfrozen later are taken up with fresh state.
         direction: the choice of ζ, for example `LocalGradient(ratio=1 / 16)`.
-        workers: how many logical workers this process carries, or their numbers.
+        workers: how many logical workers there are, all in this process. Or the numbers of those
+            in this process, in a loop of several processes that averages gradients itself; it calls
+            `averaged()`. By default one.
         seed: for directions that draw noise; the noise is a function of (seed, worker, step).
         unshifted: for each parameter, a tensor in which the caller keeps x_t from before the first
-            block of a step until after the update; without it, each block makes that copy.
+            block of a step until after the update. Such a caller sets `.grad` to zero before each
+            block, takes one block a worker and update, and calls `averaged()`. Without it, each
+            block copies the weights.
+        model: the model, or several, in a loop with `DistributedDataParallel`. Each process is then
+            the worker with the number of its rank, and remembers its own gradient, not the mean.
+
+    Raises:
+        ValueError: there is no worker, the direction is not defined for this optimizer, or `model`
+            is not the optimizer's or not wrapped.
     """
 
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
         direction: Direction,
-        workers: int | range = 1,
+        workers: int | range | None = None,
         seed: int = 0,
         unshifted: Mapping[Tensor, Tensor] | None = None,
+        *,
+        model: nn.Module | Sequence[nn.Module] | None = None,
     ) -> None:
-        self.optimizer = optimizer
+        self.optimizer = unwrapped(optimizer)
         self.direction = direction
-        self.workers = range(workers) if isinstance(workers, int) else workers
+        self.seed = seed
+        direction.check_base(self.optimizer)
+        wrapped = [] if model is None else models_in(model)
+        if wrapped and workers is not None:
+            raise ValueError(
+                f"a process of DistributedDataParallel is one worker: leave out workers={workers}"
+            )
+        self._several_processes = process_count() > 1
+        self._worker_is_known = workers is not None or bool(wrapped) or not self._several_processes
+        if wrapped:
+            workers = range(rank_in(wrapped[0]), rank_in(wrapped[0]) + 1)
+        self.workers = range(1) if workers is None else as_range(workers)
         if len(self.workers) < 1:
             raise ValueError("extrapolation needs at least one worker")
-        direction.check_base(optimizer)
-        self.seed = seed
-        self.steps = 0
-        self.parameters: list[Tensor] = [
-            p for group in optimizer.param_groups for p in group["params"] if p.requires_grad
-        ]
-        # By number, since load_state_dict replaces the groups.
-        self._groups = [
-            i
-            for i, group in enumerate(optimizer.param_groups)
-            for p in group["params"]
-            if p.requires_grad
-        ]
-        self._base = BaseState(optimizer, self.parameters, self._groups)
-        self._unshifted = [
-            torch.empty_like(p, requires_grad=False) if unshifted is None else unshifted[p]
-            for p in self.parameters
-        ]
-        self._copies_weights = unshifted is None
-        self._weights_are_copied = False
+        self._trained = Trained(self.optimizer)
         self._kept = DirectionState(direction, self.parameters, self.workers)
-        self._clip_factor: Tensor | None = None
-        self._next_clip_factor: Tensor | None = None
-        self._inside = False
-        self.averaging: Averaging | None = None
-        """What `average_with` was given."""
-        self._watch_updates()
+        others = isinstance(workers, range) and self._several_processes
+        self._remembering = self._of_this_loop(unshifted is not None, others, wrapped)
+        self._weights = Weights(self._trained, unshifted)
+        self._updates = Updates(
+            self.optimizer, direction, self._trained, self._kept, self._remembering, self._weights
+        )
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        # Whoever kept the weights for the original keeps none for the copy.
-        self._copies_weights = True
-        # The copy of an optimizer has no hooks.
-        self._watch_updates()
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The shifted parameters: those of the optimizer that require a gradient."""
+        return self._trained.parameters
+
+    @property
+    def steps(self) -> int:
+        """The number of updates made so far."""
+        return self._updates.steps
 
     @contextmanager
     def shifted(
@@ -117,222 +114,259 @@ class Extrapolation:
 
         Raises:
             ValueError: the worker is not one of `workers`, or `gradient` is missing.
-            RuntimeError: the blocks are nested, a gradient is sparse, a whole group had no gradient
-                in the block, or parameters were added to the optimizer; or, with
-                `remember_local_gradients`, the gradients were not averaged exactly once in the
-                block.
+            RuntimeError: the blocks are nested, a gradient is sparse, there is no gradient at the
+                end of the block, or the weights were changed in it; or, with several processes, the
+                worker's own gradient cannot be told.
         """
-        if worker is None:
-            if len(self.workers) > 1:
-                raise ValueError(
-                    f"say whose gradient it is: shifted(worker), with one of {self.workers}"
-                )
-            worker = self.workers[0]
-        if worker not in self.workers:
-            raise ValueError(f"worker {worker} is not carried here; carried are {self.workers}")
-        if self._inside:
+        worker = self._known(worker)
+        if self._updates.inside_block:
             raise RuntimeError(
                 "shifted() blocks cannot be nested: leave the first before entering the next"
             )
-        self._require_known_parameters()
-        if self.averaging is not None:
-            self.averaging.begin_block()
-        zeta = self._zeta(worker, gradient)
-        self._note_unshifted()
-        # From here on the weights are put back whatever happens, even on Ctrl-C.
+        self._follow_parameters()
+        unwatched = self._require_own_gradient()
+        self._remembering.begin_block(worker)
         try:
-            self._inside = True
-            with torch.no_grad():
-                torch._foreach_sub_(self.parameters, zeta)
-            del zeta
-            torch.clear_autocast_cache()
-            yield
+            with self._weights.shifted_by(self._zeta(worker, gradient)):
+                self._updates.inside_block = True
+                yield
+                if all(p.grad is None for p in self.parameters):
+                    raise RuntimeError(
+                        "no parameter has a gradient: backward() belongs inside the block"
+                    )
+        except BaseException:
+            self._remembering.leave_block()
+            raise
         finally:
-            with torch.no_grad():
-                torch._foreach_copy_(self.parameters, self._unshifted)
-            torch.clear_autocast_cache()
-            self._inside = False
-        self._require_gradients()
-        if self._kept.by_worker[worker]:
-            observed = self.averaging.end_block() if self.averaging is not None else ()
-            self._observe(worker, [i for i in range(len(self.parameters)) if i not in observed])
+            self._updates.inside_block = False
+            if unwatched is not None:
+                unwatched.remove()
+        self._remembering.end_block(worker)
+        self._updates.blocks += 1
 
-    def average_with(self, averaging: Averaging, worker: int) -> None:
-        """Make this process one worker of several processes that average within a block.
+    def step(self, closure: Callable[[], Any]) -> Any:
+        """Make the optimizer's step with a closure, as L-BFGS needs, each call of it in a block.
 
-        `averaging` calls `observe_before_average` before each average.
+        The weights move within such a step, and ζ stays. What is remembered is the gradient of the
+        closure's last call.
 
-        Raises:
-            ValueError: there are several workers.
+        Args:
+            closure: computes the gradient and returns the loss.
+
+        Returns:
+            What the optimizer's step returns.
         """
-        if len(self.workers) > 1:
-            raise ValueError(
-                "a process of DistributedDataParallel is one worker: leave out "
-                f"workers={self.workers}"
-            )
-        self.averaging, self.workers = averaging, range(worker, worker + 1)
-        self._kept.belong_to(worker)
 
-    def observe_before_average(self, numbers: Sequence[int]) -> None:
-        """Observe `.grad` of some parameters, given by their numbers, before it is averaged.
+        def shifted_closure() -> Any:
+            with self.shifted(gradient=closure):
+                return closure()
 
-        Outside a `shifted()` block nothing is observed.
+        return self.optimizer.step(shifted_closure)
+
+    def averaged(self) -> None:
+        """Say that `.grad` now is the mean over all workers, in a loop that averages by itself.
+
+        Call it before gradients are clipped. Loops with `model=`, and those with all workers in
+        one process, need no call.
         """
-        (worker,) = self.workers
-        if self._inside and self._kept.by_worker[worker]:
-            self._observe(worker, numbers)
+        if self._kept.has_worker_state:
+            self._remembering.averaged()
 
-    def note_clipping(self, factor: Tensor | float) -> None:
-        """Note the factor (a scalar) by which the mean gradient of this step was clipped.
+    def skip_update(self) -> None:
+        """Say that the update is left out for which blocks were made.
 
-        Workers' gradients are observed unclipped; the next ζ applies the factor. Call this before
-        the optimizer's step wherever gradients are clipped; a step without a call counts as not
-        clipped.
+        Only a loop of several workers needs it. Others just begin the next block.
         """
-        device = self.parameters[0].device
-        self._next_clip_factor = torch.as_tensor(factor, device=device).detach().reshape(()).clone()
-
-    def forget(self, worker: int | None = None) -> None:
-        """Reset a worker's state, or that of all workers here, to its initial value.
-
-        For a loop that skips updates with a loss or gradient that is not finite: after a shift
-        along such a gradient no loss would be finite.
-        """
-        for k in self.workers if worker is None else [worker]:
-            self._kept.forget(k)
+        self._updates.skip()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state; tensors of `worker_state` are [workers, ...], in `workers`' order."""
+        """Return the state between two updates; blocks since the last one are not in it.
+
+        Tensors of `worker_state` are [workers, ...], in `workers`' order.
+        """
+        if not self._updates.blocks:
+            self._follow_parameters()
+        names = self._trained.names()
         return {
             "steps": self.steps,
-            "clip_factor": self._clip_factor,
+            "clip_factor": self._updates.clip_factor,
+            "updated": list(self._updates.updated),
+            **({} if names is None else {"parameter_names": names}),
             **self._kept.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned, for the same parameters and workers.
 
+        Parameters are matched by name if the optimizer knows their names, and else by their place.
+
         Raises:
             ValueError: the state belongs to other parameters, workers or another direction.
         """
-        self._kept.load_state_dict(state)
-        self.steps = state["steps"]
+        self._follow_parameters()
+        places = self._places_in(state)
+        self._updates.skip()
+        self._kept.load_state_dict(state, places)
+        self._updates.steps = state["steps"]
+        self._updates.updated = [state["updated"][i] for i in places]
         factor = state["clip_factor"]
-        self._clip_factor = None if factor is None else factor.to(self.parameters[0].device)
+        self._updates.clip_factor = None if factor is None else factor.to(self.parameters[0].device)
 
-    def _watch_updates(self) -> None:
-        self.optimizer.register_step_pre_hook(self._begin_update)
-        self.optimizer.register_step_post_hook(self._end_update)
+    def _of_this_loop(
+        self,
+        one_block_each: bool,
+        others: bool,
+        wrapped: Sequence[nn.parallel.DistributedDataParallel],
+    ) -> Remembering:
+        """Return how the workers' gradients come out of this kind of loop."""
+        remember = self._remember if self._kept.has_worker_state else None
+        if wrapped and (remember is not None or self.direction.gradients == 2):
+            return AveragedByDDP(self._trained, remember, self._kept.forget, wrapped)
+        if remember is None:
+            return OneWorker(self.workers[0], self._remember)
+        if one_block_each:
+            return OneBlockEach(self._trained, remember, self._kept.forget)
+        if len(self.workers) > 1 or others:
+            return SeveralWorkers(self._trained, remember, others)
+        return OneWorker(self.workers[0], remember)
+
+    def _known(self, worker: int | None) -> int:
+        if worker is None and len(self.workers) > 1:
+            raise ValueError(
+                f"say whose gradient it is: shifted(worker), with one of {self.workers}"
+            )
+        worker = self.workers[0] if worker is None else worker
+        if worker not in self.workers:
+            raise ValueError(f"worker {worker} is not carried here; carried are {self.workers}")
+        return worker
+
+    def _follow_parameters(self) -> None:
+        """Take up added, frozen and unfrozen parameters, and other types or devices.
+
+        Raises:
+            RuntimeError: they have changed between the blocks of one update.
+        """
+        places = self._trained.refresh()
+        if places is not None:
+            if self._updates.blocks:
+                raise RuntimeError(
+                    "parameters were added, frozen or unfrozen between the blocks of one update: "
+                    "do that after the optimizer's step"
+                )
+            self._kept.follow(self.parameters, places)
+            updated = self._updates.updated
+            self._updates.updated = [i is not None and updated[i] for i in places]
+            if isinstance(self._remembering, AveragedByDDP):
+                self._remembering.watch()
+        self._kept.follow_types()
+
+    def _require_own_gradient(self) -> Any:
+        """Raise RuntimeError if this process would take the mean over the processes for its own.
+
+        Returns:
+            None, or a handle to be removed at the end of the first block.
+        """
+        if not self._kept.has_worker_state or not self._several_processes:
+            return None
+        if not self._worker_is_known:
+            raise RuntimeError(
+                "this direction needs the gradient of each process before the average: pass "
+                "Extrapolation(..., model=model) with your DistributedDataParallel, or "
+                "workers=range(rank, rank + 1) in a loop that averages by itself"
+            )
+        if (
+            self._updates.inside_step
+            and self._updates.blocks
+            and isinstance(self._remembering, AveragedByDDP)
+        ):
+            raise RuntimeError(
+                "an optimizer that calls its closure again within a step cannot remember gradients "
+                "with DistributedDataParallel: take a direction that does not, such as "
+                "OptimisticGradient"
+            )
+        if self.steps or isinstance(self._remembering, AveragedByDDP):
+            return None
+        return refuse_unwatched(self.parameters)
 
     def _zeta(self, worker: int, gradient: Callable[[], object] | None) -> list[Tensor]:
         second = self._second_gradient(gradient) if self.direction.gradients == 2 else []
         with torch.no_grad():
             return self.direction.zeta(
                 Point(
-                    worker=worker,
+                    worker=worker if self._worker_is_known else None,
                     step=self.steps,
                     parameters=list(self.parameters),
-                    learning_rates=[
-                        float(self.optimizer.param_groups[i]["lr"]) for i in self._groups
-                    ],
+                    learning_rates=self._trained.learning_rates(),
                     state=self._kept.by_worker[worker],
                     shared=self._kept.shared,
                     second_gradient=second,
-                    clip_factor=self._clip_factor,
-                    base=self._base,
+                    clip_factor=self._updates.clip_factor,
+                    base=BaseState(
+                        self.optimizer,
+                        self.parameters,
+                        self._trained.groups,
+                        updates=self.steps,
+                        updated=self._updates.updated,
+                    ),
                     seed=self.seed,
                 )
             )
 
     def _second_gradient(self, gradient: Callable[[], object] | None) -> list[Tensor]:
-        """Return a copy of the gradient that the function computes at x_t, and set `.grad` to 0."""
+        """Return a copy of the gradient that the function computes at x_t.
+
+        In the first block of an update, `.grad` is zero afterwards; in others, it is what it was.
+        """
         if gradient is None:
             raise ValueError(
                 "this direction takes a second gradient: pass shifted(..., gradient=function)"
             )
-        gradient()
-        if self.averaging is not None:
-            self.averaging.end_second_gradient()
-        second = [torch.empty_like(p, requires_grad=False) for p in self.parameters]
-        with torch.no_grad():
-            torch._foreach_copy_(second, self._gradients(range(len(self.parameters))))
-            if gradients := [p.grad for p in self.parameters if p.grad is not None]:
-                torch._foreach_zero_(gradients)
+        before = [p.grad for p in self.parameters] if self._updates.blocks else None
+        if before is not None:
+            for p in self.parameters:
+                p.grad = None
+        try:
+            gradient()
+            self._remembering.end_second_gradient()
+            second = [torch.empty_like(p, requires_grad=False) for p in self.parameters]
+            with torch.no_grad():
+                torch._foreach_copy_(second, self._trained.gradients())
+                if gradients := [p.grad for p in self.parameters if p.grad is not None]:
+                    torch._foreach_zero_(gradients)
+        finally:
+            if before is not None:
+                for p, grad in zip(self.parameters, before, strict=True):
+                    p.grad = grad
         return second
 
     @torch.no_grad()
-    def _note_unshifted(self) -> None:
-        if self._copies_weights:
-            torch._foreach_copy_(self._unshifted, self.parameters)
-            self._weights_are_copied = True
+    def _remember(
+        self, worker: int, numbers: Sequence[int] | None, gradients: list[Tensor]
+    ) -> None:
+        if state := self._kept.of_parameters(worker, numbers):
+            self.direction.observe_gradient(state, gradients)
 
-    def _require_known_parameters(self) -> None:
-        """Raise RuntimeError if the optimizer trains parameters that would not be shifted."""
-        known = set(map(id, self.parameters))
-        for number, group in enumerate(self.optimizer.param_groups):
-            if any(p.requires_grad and id(p) not in known for p in group["params"]):
-                raise RuntimeError(
-                    f"parameter group {number} has parameters that were added or unfrozen since: "
-                    "make a new optimizer and a new Extrapolation"
-                )
-
-    def _require_gradients(self) -> None:
-        """Raise RuntimeError if a group with trainable parameters has no gradient at all."""
-        members = list(zip(self._groups, self.parameters, strict=True))
-        empty = {i for i, p in members if p.requires_grad}
-        empty -= {i for i, p in members if p.grad is not None}
-        if empty:
-            raise RuntimeError(
-                f"parameter group {min(empty)} has no gradient: backward() belongs inside the block"
-            )
-
-    def _gradients(self, numbers: Sequence[int]) -> list[Tensor]:
-        """Return `.grad` of the parameters with these numbers, or zero where there is none.
+    def _places_in(self, state: dict[str, Any]) -> list[int]:
+        """Return the place that each parameter has in a saved state.
 
         Raises:
-            RuntimeError: one is sparse.
+            ValueError: the state is that of other parameters.
         """
-        gradients = [self.parameters[i].grad for i in numbers]
-        if any(g is not None and g.layout != torch.strided for g in gradients):
-            raise RuntimeError(
-                "extrapolation needs dense gradients: use sparse=False in embeddings"
-            )
-        return [
-            # Zeros that take no memory.
-            p.new_zeros(()).expand_as(p) if g is None else g
-            for g, p in zip(gradients, (self.parameters[i] for i in numbers), strict=True)
-        ]
-
-    @torch.no_grad()
-    def _observe(self, worker: int, numbers: Sequence[int]) -> None:
-        gradients = self._gradients(numbers)
-        if gradients:
-            self.direction.observe_gradient(self._kept.of_parameters(worker, numbers), gradients)
-
-    @torch.no_grad()
-    def _begin_update(
-        self, _: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        if self._inside:
-            raise RuntimeError(
-                "optimizer.step() belongs after the shifted() block, where the weights are x again"
-            )
-        if self._kept.shared:
-            # Before the update, since torch's SGD overwrites the gradients.
-            if any(callable(value) for value in (*args, *kwargs.values())):
-                raise RuntimeError(
-                    "the direction must see the mean gradient before the update: call step() "
-                    "without a closure"
+        names, saved = self._trained.names(), state.get("parameter_names")
+        if names is None or saved is None:
+            if len(state["updated"]) != len(self.parameters):
+                raise ValueError(
+                    f"the extrapolation state is that of {len(state['updated'])} parameters, but "
+                    f"the optimizer trains {len(self.parameters)}"
                 )
-            mean = self._gradients(range(len(self.parameters)))
-            self.direction.observe_mean_gradient(self._kept.shared, mean)
-            if not self._weights_are_copied:
-                self._note_unshifted()
-        self._clip_factor, self._next_clip_factor = self._next_clip_factor, None
-        self.steps += 1
+            return list(range(len(self.parameters)))
+        places = {name: place for place, name in enumerate(saved)}
+        for name in names:
+            if name not in places:
+                raise ValueError(f"the extrapolation state has no parameter '{name}'")
+        return [places[name] for name in names]
 
-    @torch.no_grad()
-    def _end_update(self, *_: object) -> None:
-        if self._kept.shared:
-            self.direction.observe_update(self._kept.shared, self._unshifted, self.parameters)
-        self._weights_are_copied = False
+
+def as_range(workers: int | range) -> range:
+    """Return the workers' numbers."""
+    return workers if isinstance(workers, range) else range(workers)

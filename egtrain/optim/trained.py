@@ -1,0 +1,116 @@
+"""The parameters that an optimizer trains, and their gradients."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Trained:
+    """What an optimizer trains now: those of its parameters that require a gradient.
+
+    Args:
+        optimizer: its groups may grow, and its parameters may be frozen and unfrozen.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self.parameters: list[Tensor] = []
+        self.groups: list[int] = []
+        """The number of each parameter's group, since `load_state_dict` replaces the groups."""
+        self.refresh()
+
+    def refresh(self) -> list[int | None] | None:
+        """Take up what the optimizer trains now.
+
+        Returns:
+            None if nothing has changed; or, for each parameter, its place before the change, None
+            for a new one.
+        """
+        now = [
+            (i, p)
+            for i, group in enumerate(self._optimizer.param_groups)
+            for p in group["params"]
+            if p.requires_grad
+        ]
+        before = self.parameters
+        if len(now) == len(before) and all(p is q for (_, p), q in zip(now, before, strict=True)):
+            return None
+        places = {id(p): place for place, p in enumerate(before)}
+        self.groups = [i for i, _ in now]
+        self.parameters = [p for _, p in now]
+        return [places.get(id(p)) for p in self.parameters]
+
+    def names(self) -> list[str] | None:
+        """Return the parameters' names, if the optimizer was made from `named_parameters()`."""
+        found = []
+        for group in self._optimizer.param_groups:
+            if "param_names" not in group:
+                return None
+            named = zip(group["param_names"], group["params"], strict=True)
+            found += [name for name, p in named if p.requires_grad]
+        return found
+
+    def learning_rates(self) -> list[float]:
+        """Return the learning rate of each parameter's group."""
+        rates = [float(group["lr"]) for group in self._optimizer.param_groups]
+        return [rates[i] for i in self.groups]
+
+    def gradients(self, numbers: Sequence[int] | None = None) -> list[Tensor]:
+        """Return the gradients of what is minimised, zero where there is none.
+
+        They are `.grad` itself, or its negative in a group that maximises.
+
+        Args:
+            numbers: the places of the wanted parameters; by default all.
+
+        Raises:
+            RuntimeError: one is sparse.
+        """
+        signs = [-1 if group.get("maximize") else 1 for group in self._optimizer.param_groups]
+        found = []
+        for i in range(len(self.parameters)) if numbers is None else numbers:
+            p = self.parameters[i]
+            gradient = p.grad
+            if gradient is None:
+                found.append(p.new_zeros(()).expand_as(p))  # takes no memory
+                continue
+            if gradient.layout != torch.strided:
+                raise RuntimeError(
+                    "extrapolation needs dense gradients: use sparse=False in embeddings"
+                )
+            found.append(gradient if signs[self.groups[i]] > 0 else -gradient)
+        return found
+
+    def gradients_of_update(self) -> list[Tensor]:
+        """Return the gradients with which the optimizer is about to make its update."""
+        gradients = self.gradients()
+        scale, overflow = self.scaling()
+        if scale is not None:
+            gradients = list(torch._foreach_div(gradients, scale))
+        if overflow is not None:
+            gradients = [torch.where(overflow > 0, 0.0, g) for g in gradients]
+        return gradients
+
+    def scaling(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return what `torch.amp.GradScaler` leaves to a fused optimizer: the scale of the
+        gradients, and whether one has overflowed, in which case there is no update.
+        """
+        values: list[Any] = [getattr(self._optimizer, n, None) for n in ("grad_scale", "found_inf")]
+        device = self.parameters[0].device
+        scale, overflow = (None if v is None else torch.as_tensor(v, device=device) for v in values)
+        return scale, overflow
+
+    def with_gradient(self) -> list[bool]:
+        """Return for each parameter whether it has a gradient."""
+        return [p.grad is not None for p in self.parameters]
+
+    def norm(self) -> Tensor:
+        """Return the norm of all gradients together, a scalar on the device of the first."""
+        return total_norm([p.grad for p in self.parameters if p.grad is not None])
+
+
+def total_norm(tensors: list[Tensor]) -> Tensor:
+    """Return the norm of all tensors together."""
+    return torch.nn.utils.get_total_norm(tensors)
