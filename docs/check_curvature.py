@@ -39,7 +39,7 @@ def main() -> None:
             flush=True,
         )
         print(
-            f"Lanczos, {arguments.steps} products: {ours.largest[0]:.6g}, converged: "
+            f"Lanczos, {arguments.steps} products: {ours.values[0]:.6g}, converged: "
             f"{ours.converged[0]}",
             flush=True,
         )
@@ -55,7 +55,7 @@ def main() -> None:
         theirs = eigsh(
             hessian, k=1, which="LA", tol=1e-5, ncv=12, v0=first, return_eigenvectors=False
         )[0]
-        difference = abs(ours.largest[0] / theirs - 1)
+        difference = abs(ours.values[0] / theirs - 1)
         print(
             f"eigsh, {loss.products - before} products: {theirs:.6g}, relative difference "
             f"{difference:.1e}",

@@ -24,6 +24,7 @@ TRAINING_OR_STARTING_PROCESSES = {
     "test_progress",
     "test_ranks",
     "test_resume",
+    "test_sharpness_own_model",
     "test_sharpness_pictures",
     "test_sharpness_spectrum",
     "test_sweep",

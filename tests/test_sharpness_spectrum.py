@@ -32,8 +32,10 @@ from egtrain.errors import DivergedError, UsageError
 from egtrain.models.resnet import ResNet
 from egtrain.ranks.distributed import joined_ranks
 from egtrain.sharpness.adaptive import average_sharpness, epsilon_sharpness, worst_sharpness
-from egtrain.sharpness.frozen_loss import FrozenLoss, LossFunction, flattened
+from egtrain.sharpness.flat import flattened
+from egtrain.sharpness.frozen_loss import FrozenLoss
 from egtrain.sharpness.landscape import filter_normalised_direction, line
+from egtrain.sharpness.loss_function import LossFunction
 from egtrain.sharpness.spectrum import Density, density, density_on, eigenvalues, lanczos, trace
 
 NETS = ["tanh", "relu", "convolution", "attention", "lstm", "encoder"]
@@ -57,7 +59,7 @@ def test_all_eigenvalues_of_a_quadratic_are_found_with_their_multiplicities(name
     with quadratic(symmetric(spectrum)) as loss:
         found = eigenvalues(loss, count=size, steps=size + 10, seed=0)
         assert loss.products == size
-    torch.testing.assert_close(found.largest, spectrum, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found.values, spectrum, rtol=1e-10, atol=1e-10)
     assert found.smallest == pytest.approx(spectrum[-1], abs=1e-10)
     assert all(found.converged)
     assert found.smallest_converged
@@ -100,14 +102,14 @@ def test_a_residual_is_that_of_its_ritz_vector_and_says_what_has_not_converged()
         found = eigenvalues(loss, count=3, steps=12, seed=0)
     basis = torch.stack(found.krylov.basis)
     values, vectors = torch.linalg.eigh(basis @ matrix @ basis.T)
-    for value, residual, number in zip(found.largest, found.residuals, [-1, -2, -3], strict=True):
+    for value, residual, number in zip(found.values, found.residuals, [-1, -2, -3], strict=True):
         ritz = basis.T @ vectors[:, number]
         assert value == pytest.approx(float(values[number]), rel=1e-9)
         assert residual == pytest.approx(
             float((matrix @ ritz - value * ritz).norm()), rel=1e-6, abs=1e-9
         )
     assert found.converged == [True, False, False]
-    assert [r <= 1e-3 * found.largest[0] for r in found.residuals] == found.converged
+    assert [r <= 1e-3 * found.values[0] for r in found.residuals] == found.converged
     assert not found.smallest_converged
 
 
@@ -124,7 +126,7 @@ def test_eigenvalues_and_products_are_those_of_the_whole_hessian(name: str) -> N
         torch.testing.assert_close(loss.flat_product(vector), matrix @ vector, rtol=1e-8, atol=1e-8)
         found = eigenvalues(loss, count=5, steps=loss.size, seed=0)
         torch.testing.assert_close(
-            found.largest, expected.flip(0)[:5].tolist(), rtol=1e-8, atol=1e-8
+            found.values, expected.flip(0)[:5].tolist(), rtol=1e-8, atol=1e-8
         )
         assert found.smallest == pytest.approx(float(expected[0]), abs=1e-8)
         assert expected[0] < 0 < expected[-1]
@@ -219,7 +221,7 @@ def everything(loss: FrozenLoss) -> list[float]:
         value,
         metric,
         *flattened(loss.gradient()).tolist(),
-        *found.largest,
+        *found.values,
         found.smallest,
         trace(loss, samples=3, seed=0).mean,
         *quadrature.nodes.flatten().tolist(),
@@ -278,7 +280,7 @@ def test_float32_batches_of_any_size_agree_well_within_the_tolerance() -> None:
     for size in (7, 16, 40):
         with FrozenLoss(model, classification, batches_of((images, labels), size)) as loss:
             losses.append(loss.value()[0])
-            tops.append(eigenvalues(loss, count=1, steps=8, seed=0).largest[0])
+            tops.append(eigenvalues(loss, count=1, steps=8, seed=0).values[0])
     assert losses == pytest.approx(losses[:1] * 3, rel=1e-6)
     assert tops == pytest.approx(tops[:1] * 3, rel=1e-5)
 
@@ -296,7 +298,7 @@ def test_largest_eigenvalue_of_a_residual_net_is_that_of_scipy() -> None:
         found = eigenvalues(loss, count=1, steps=20, seed=0)
         expected = scipy_largest(loss)
     assert found.converged == [True]
-    assert found.largest[0] == pytest.approx(expected, rel=1e-3)
+    assert found.values[0] == pytest.approx(expected, rel=1e-3)
 
 
 def scipy_largest(loss: FrozenLoss) -> float:
@@ -394,13 +396,13 @@ def test_autocast_and_an_outer_no_grad_change_nothing() -> None:
     inputs, labels = samples()
     batches = batches_of((inputs.float(), labels), 30)
     with FrozenLoss(model, classification, batches) as loss:
-        expected = loss.value(), eigenvalues(loss, count=1, steps=5, seed=0).largest
+        expected = loss.value(), eigenvalues(loss, count=1, steps=5, seed=0).values
     with (
         torch.no_grad(),
         torch.autocast("cpu", torch.bfloat16),
         FrozenLoss(model, classification, batches) as loss,
     ):
-        assert (loss.value(), eigenvalues(loss, count=1, steps=5, seed=0).largest) == expected
+        assert (loss.value(), eigenvalues(loss, count=1, steps=5, seed=0).values) == expected
 
 
 def test_products_are_counted_and_announced() -> None:
@@ -475,7 +477,7 @@ def test_a_loss_that_is_linear_in_the_weights_has_no_curvature() -> None:
         model, lambda m, b: (m(b[0]).mean(), torch.zeros(())), batches_of(samples(), 30)
     ) as loss:
         found = eigenvalues(loss, count=1, steps=3, seed=0)
-    assert (found.largest, found.smallest, found.converged) == ([0.0], 0.0, [True])
+    assert (found.values, found.smallest, found.converged) == ([0.0], 0.0, [True])
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from egtrain.sharpness.frozen_loss import (
-    FrozenLoss,
+from egtrain.sharpness.flat import (
     flattened,
     gaussian_vector,
     mean_and_standard_error,
     require_finite,
 )
+from egtrain.sharpness.frozen_loss import FrozenLoss
 
 CORNER, NOISE, BALL = "sharpness corner", "sharpness noise", "sharpness ball"
 LONGEST_STEP = 8.0
@@ -46,7 +46,7 @@ def epsilon_sharpness(loss: FrozenLoss, epsilon: float, *, iterations: int = 10)
 
 
 def average_sharpness(
-    loss: FrozenLoss, radius: float, *, samples: int, seed: int, adaptive: bool = True
+    loss: FrozenLoss, radius: float, *, samples: int = 10, seed: int = 0, adaptive: bool = True
 ) -> tuple[float, float]:
     """Return the mean of f(x + δ) − f(x) over δ ~ N(0, ρ²·diag(c²)) and its standard error.
 
@@ -67,9 +67,9 @@ def worst_sharpness(
     loss: FrozenLoss,
     radius: float,
     *,
-    steps: int,
+    steps: int = 20,
     restarts: int = 1,
-    seed: int,
+    seed: int = 0,
     adaptive: bool = True,
 ) -> float:
     """Return max f(x + δ) − f(x) over ‖δ/c‖ ≤ ρ (arXiv 2302.07011), by projected gradient ascent.

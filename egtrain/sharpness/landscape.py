@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from egtrain.sharpness.frozen_loss import FrozenLoss, gaussian_vector
+from egtrain.sharpness.flat import gaussian_vector
+from egtrain.sharpness.frozen_loss import FrozenLoss
 from egtrain.sharpness.restoring import buffers_kept
 
 DIRECTION = "sharpness direction"

@@ -1,7 +1,6 @@
 """The plan of the measurements, and the measuring; each is stored before the next begins."""
 
 import json
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from egtrain.checkpoint import read_checkpoint
-from egtrain.errors import UsageError, did_you_mean
+from egtrain.errors import UsageError
 from egtrain.evaluate import evaluate
 from egtrain.formatting import counted
 from egtrain.models.loading import load_weights
@@ -20,7 +19,8 @@ from egtrain.ranks.signals import StoppedEarly
 from egtrain.saved_run import SavedRun
 from egtrain.sharpness.frozen_loss import FrozenLoss
 from egtrain.sharpness.metric import GRADIENT, PRODUCT, ModelAtCheckpoint, Parameters, Settings
-from egtrain.sharpness.metrics import LEVEL, METRICS, metric_of
+from egtrain.sharpness.metrics import LEVEL, METRICS, metric_of, require_known
+from egtrain.sharpness.recording import measured
 from egtrain.sharpness.records import Record, RecordStore
 from egtrain.sharpness.runs import Checkpoint, Run
 from egtrain.sharpness.sample import FrozenSample
@@ -55,10 +55,8 @@ def settings_of(
         names = [name for name in METRICS if lines or not metric_of(name).from_first_run]
     if not names:
         raise UsageError(f"--metrics names nothing to measure: choose from {', '.join(METRICS)}")
+    require_known(names)
     for name in names:
-        if name not in METRICS:
-            hint = did_you_mean(name, [*METRICS]) or f"; choose from {', '.join(METRICS)}"
-            raise UsageError(f"unknown metric {name!r}{hint}")
         if names.count(name) > 1:
             raise UsageError(f"--metrics names {name} twice: name it once")
         if metric_of(name).from_first_run and not lines:
@@ -160,12 +158,8 @@ def measure_all(
 
 
 def measure(model: ModelAtCheckpoint, job: Job) -> Record:
-    """Make one measurement, and count its products, gradients, evaluations and seconds."""
-    loss, started = model.loss, time.monotonic()
-    loss.products = loss.gradients = loss.evaluations = 0
-    values, curves = metric_of(job.metric).measure(model, **job.parameters)
-    seconds = round(time.monotonic() - started, 3)
-    return Record(values, curves, loss.products, loss.gradients, loss.evaluations, seconds)
+    """Make one measurement."""
+    return measured(model, job.metric, job.parameters)
 
 
 def _so_far(job: Job, loss: FrozenLoss, done: float) -> tuple[float, str]:

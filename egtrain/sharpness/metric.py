@@ -1,7 +1,7 @@
 """What a metric of `plot-sharpness` consists of."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from matplotlib.axes import Axes
@@ -28,11 +28,19 @@ with a ResNet."""
 
 
 @dataclass
-class ModelAtCheckpoint:
-    """A model with the weights of a checkpoint, and the data that its metrics share."""
+class MeasuredModel:
+    """A model, and what its metrics share."""
 
     loss: FrozenLoss
     """Over the frozen sample."""
+    krylov: Krylov | None = field(default=None, kw_only=True)
+    """The basis of the eigenvalues, until the density has reused it."""
+
+
+@dataclass
+class ModelAtCheckpoint(MeasuredModel):
+    """A model of a run with the weights of a checkpoint."""
+
     task: Task
     batches: Sequence[tuple[Any, int]]
     """The frozen sample: pairs (batch, number of samples)."""
@@ -40,8 +48,6 @@ class ModelAtCheckpoint:
     """The first run's weights."""
     test: dict[str, float] | None
     """Loss and metric on the test split."""
-    krylov: Krylov | None = None
-    """The basis of the eigenvalues, until the density has reused it."""
 
 
 class Panel(NamedTuple):
@@ -66,7 +72,8 @@ class SharpnessMetric:
     cost: Callable[[Parameters, Settings], float]
     """Returns its time in evaluations of the loss, from its parameters and those of all metrics."""
     measure: Callable[..., Measured]
-    """Takes a ModelAtCheckpoint and the parameters as keywords."""
+    """Takes a MeasuredModel and the parameters as keywords; a ModelAtCheckpoint if the metric is
+    `from_first_run`."""
     rows: Callable[[Values], Iterable[Row]] = lambda values: ()
     panels: tuple[Panel, ...] = ()
     over_steps: tuple[str, str] | None = None

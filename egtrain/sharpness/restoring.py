@@ -1,6 +1,6 @@
 """Blocks after which a model and torch's settings are exactly as before, even after an error."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -17,6 +17,45 @@ def weights_kept(parameters: Sequence[Tensor]) -> Iterator[None]:
         yield
     finally:
         copy_into(parameters, kept)
+
+
+@contextmanager
+def held_in_type(
+    model: nn.Module, type_of: Callable[[torch.dtype], torch.dtype]
+) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Let the model compute with copies of its weights and buffers of another type in the block.
+
+    The weights and buffers themselves are untouched, and in the model again at the end.
+
+    Args:
+        model: tied weights stay tied.
+        type_of: maps the type of a tensor to that of its copy; the same type makes no copy.
+
+    Yields:
+        A function that maps each weight to what stands for it in the block.
+    """
+    copies: dict[Tensor, Tensor] = {}
+    replaced: list[tuple[nn.Module, str, Tensor]] = []
+    for module in model.modules():
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None and type_of(tensor.dtype) != tensor.dtype:
+                if tensor not in copies:
+                    copy = tensor.detach().to(type_of(tensor.dtype))
+                    is_weight = isinstance(tensor, nn.Parameter)
+                    copies[tensor] = (
+                        nn.Parameter(copy, requires_grad=tensor.requires_grad)
+                        if is_weight
+                        else copy
+                    )
+                replaced.append((module, name, tensor))
+    try:
+        # By the module's own way: recurrent networks keep a list of their weights.
+        for module, name, tensor in replaced:
+            setattr(module, name, copies[tensor])
+        yield lambda tensor: copies.get(tensor, tensor)
+    finally:
+        for module, name, tensor in replaced:
+            setattr(module, name, tensor)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The models of a comparison, loaded, and the frozen sample on which all are measured."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from egtrain.config.schema import Config
 from egtrain.errors import UsageError
 from egtrain.optim.randomness import generator_for
 from egtrain.saved_run import SavedRun, load_run
+from egtrain.sharpness.batches import tensors_in
 from egtrain.sharpness.runs import Run
 from egtrain.tasks import Task
 
@@ -97,20 +98,9 @@ def frozen_sample(task: Task, samples: int, label: str) -> FrozenSample:
     description = {
         "size": samples,
         "indices_sha256": _sha256([indices]),
-        "data_sha256": _sha256(_tensors([batch for batch, _ in batches])),
+        "data_sha256": _sha256(tensors_in([batch for batch, _ in batches])),
     }
     return FrozenSample(batches, description)
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for key in sorted(batch):
-            yield from _tensors(batch[key])
-    elif isinstance(batch, list | tuple):
-        for part in batch:
-            yield from _tensors(part)
 
 
 def _sha256(tensors: Iterable[Tensor]) -> str:

@@ -6,18 +6,19 @@ Runs with the same number of weights share the start vectors, so they compare wi
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from egtrain.optim.randomness import generator_for
-from egtrain.sharpness.frozen_loss import (
-    FrozenLoss,
-    flattened,
+from egtrain.sharpness.flat import (
     gaussian_vector,
     mean_and_standard_error,
     require_finite,
+    splitter,
 )
+from egtrain.sharpness.frozen_loss import FrozenLoss
 
 TOLERANCE = 1e-3
 """An eigenvalue has converged if its Ritz residual is at most this fraction of the largest."""
@@ -44,11 +45,25 @@ class Krylov:
         weights of Gauss quadrature for the start vector; they sum to 1.
         """
         m = len(self.alphas) if steps is None else steps
-        below = self.betas[: m - 1]
-        values, vectors = torch.linalg.eigh(
-            torch.diag(self.alphas[:m]) + torch.diag(below, 1) + torch.diag(below, -1)
-        )
+        values, vectors = self._decomposed(m)
         return values, (self.betas[m - 1] * vectors[-1]).abs(), vectors[0].square()
+
+    def ritz_vector(self, number: int) -> Tensor:
+        """Return the unit Ritz vector [n] of the `number`-th Ritz value, ascending, float64."""
+        _, vectors = self._decomposed(len(self.alphas))
+        total = torch.zeros_like(self.following)
+        for factor, q in zip(vectors[:, number].tolist(), self.basis, strict=True):
+            total.add_(q, alpha=factor)
+        unit: Tensor = total / torch.linalg.vector_norm(total)
+        return unit
+
+    def _decomposed(self, steps: int) -> tuple[Tensor, Tensor]:
+        """Return the eigenvalues of T after some steps, ascending, and its eigenvectors."""
+        below = self.betas[: steps - 1]
+        values, vectors = torch.linalg.eigh(
+            torch.diag(self.alphas[:steps]) + torch.diag(below, 1) + torch.diag(below, -1)
+        )
+        return values, vectors
 
 
 def lanczos(
@@ -119,19 +134,33 @@ def orthogonal_to(basis: list[Tensor], vector: Tensor) -> Tensor:
 class Eigenvalues:
     """The algebraically largest eigenvalues of the Hessian, descending, and the smallest."""
 
-    largest: list[float]
-    smallest: float
+    values: list[float]
+    """The largest."""
     residuals: list[float]
     """‖H·v − λ·v‖ for the unit Ritz vector of each of the largest, apart from rounding."""
     converged: list[bool]
     """Whether each of the largest has a residual of at most 1e-3 of λ_max."""
+    smallest: float
     smallest_residual: float
     smallest_converged: bool
     krylov: Krylov
     """For `density`, which can continue from it; as large as `steps` models."""
+    pieces: Callable[[Tensor], list[Tensor]]
+    """Splits a flat vector [size] into one tensor per parameter."""
+
+    @cached_property
+    def vectors(self) -> list[list[Tensor]]:
+        """The unit Ritz vector of each of `values`, one tensor per parameter, on its device.
+
+        Its sign is arbitrary. Computed when first asked for; as large as a model each.
+        """
+        last = len(self.krylov.alphas) - 1
+        return [
+            self.pieces(self.krylov.ritz_vector(last - rank)) for rank in range(len(self.values))
+        ]
 
 
-def eigenvalues(loss: FrozenLoss, *, count: int, steps: int, seed: int) -> Eigenvalues:
+def eigenvalues(loss: FrozenLoss, *, count: int = 1, steps: int = 20, seed: int = 0) -> Eigenvalues:
     """Return the `count` largest eigenvalues of the Hessian and the smallest, by `steps` products.
 
     There are fewer if the steps or the weights are fewer than `count`.
@@ -141,13 +170,14 @@ def eigenvalues(loss: FrozenLoss, *, count: int, steps: int, seed: int) -> Eigen
     good = residuals <= TOLERANCE * values[-1].abs()
     first = slice(0, count)
     return Eigenvalues(
-        largest=values.flip(0)[first].tolist(),
-        smallest=float(values[0]),
+        values=values.flip(0)[first].tolist(),
         residuals=residuals.flip(0)[first].tolist(),
         converged=good.flip(0)[first].tolist(),
+        smallest=float(values[0]),
         smallest_residual=float(residuals[0]),
         smallest_converged=bool(good[0]),
         krylov=krylov,
+        pieces=splitter(loss.parameters),
     )
 
 
@@ -160,7 +190,7 @@ class Trace:
     samples: list[float]
 
 
-def trace(loss: FrozenLoss, *, samples: int, seed: int) -> Trace:
+def trace(loss: FrozenLoss, *, samples: int = 30, seed: int = 0) -> Trace:
     """Return the mean of zᵀHz over `samples` vectors z of random signs (Hutchinson's estimator)."""
     values = []
     for number in range(samples):
@@ -169,12 +199,8 @@ def trace(loss: FrozenLoss, *, samples: int, seed: int) -> Trace:
             * 2
             - 1
         )
-        probe = loss.pieces(signs)
-        values.append(
-            require_finite(
-                float(flattened(probe).double() @ flattened(loss.hessian_product(probe)).double())
-            )
-        )
+        signs = signs.to(loss.dtype)
+        values.append(require_finite(float(signs.double() @ loss.flat_product(signs).double())))
     return Trace(*mean_and_standard_error(values), values)
 
 
@@ -189,7 +215,12 @@ class Density:
 
 
 def density(
-    loss: FrozenLoss, *, vectors: int, steps: int, seed: int, krylov: Krylov | None = None
+    loss: FrozenLoss,
+    *,
+    vectors: int = 1,
+    steps: int = 50,
+    seed: int = 0,
+    krylov: Krylov | None = None,
 ) -> Density:
     """Return the Hessian's spectral density by stochastic Lanczos quadrature (arXiv 1901.10159).
 
@@ -223,7 +254,7 @@ def _krylov(
         gaussian_vector(loss.size, seed, START, number),
         steps,
         restart=lambda step: gaussian_vector(loss.size, seed, RESTART, number, step),
-        dtype=loss.parameters[0].dtype,
+        dtype=loss.dtype,
         krylov=krylov,
     )
 

@@ -5,14 +5,14 @@ from functools import partial
 
 from egtrain.sharpness import adaptive, metric
 from egtrain.sharpness.drawing import draw_over_radii
-from egtrain.sharpness.metric import Measured, ModelAtCheckpoint, Panel, Values
+from egtrain.sharpness.metric import Measured, MeasuredModel, Panel, Values
 from egtrain.sharpness.records import Row
 
 RADII = [0.05, 0.08, 0.14, 0.24, 0.4]
 """Evenly spaced on a logarithmic axis, over the range of arXiv 2302.07011 for ResNets."""
 
 
-def measure(model: ModelAtCheckpoint, radii: list[float], samples: int) -> Measured:
+def measure(model: MeasuredModel, radii: list[float], samples: int) -> Measured:
     """Return the mean rise and its standard error at each radius."""
     pairs = [
         adaptive.average_sharpness(model.loss, radius, samples=samples, seed=metric.SEED)

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 
 from egtrain.sharpness import metric, spectrum
 from egtrain.sharpness.drawing import style_of
-from egtrain.sharpness.metric import Measured, ModelAtCheckpoint, Panel, Parameters, Settings
+from egtrain.sharpness.metric import Measured, MeasuredModel, Panel, Parameters, Settings
 from egtrain.sharpness.runs import Run
 
 GRID_POINTS = 512
@@ -21,7 +21,7 @@ def cost(p: Parameters, settings: Settings) -> float:
     return float(metric.PRODUCT * max(p["vectors"] * p["steps"] - shared, 0))
 
 
-def measure(model: ModelAtCheckpoint, vectors: int, steps: int) -> Measured:
+def measure(model: MeasuredModel, vectors: int, steps: int) -> Measured:
     """Return nodes and weights of the quadrature, so that compared runs get one common grid."""
     found = spectrum.density(
         model.loss, vectors=vectors, steps=steps, seed=metric.SEED, krylov=model.krylov

@@ -10,12 +10,14 @@ from egtrain.figures import show_percent
 from egtrain.formatting import FRACTION, number
 from egtrain.sharpness import metric, spectrum
 from egtrain.sharpness.drawing import draw_points, draw_values
-from egtrain.sharpness.metric import Measured, ModelAtCheckpoint, Panel, Parameters, Settings
+from egtrain.sharpness.metric import Measured, MeasuredModel, Panel, Parameters, Settings
 from egtrain.sharpness.records import Row
 from egtrain.sharpness.runs import Run
 
 LAMBDA_MAX = r"$\lambda_{\max}$"
 ERROR = "Ritz residual"
+STORED = ("residuals", "converged", "smallest", "smallest_residual", "smallest_converged")
+"""What a record holds beside the largest eigenvalues."""
 
 
 def steps_of_both(parameters: Parameters, settings: Settings) -> Parameters:
@@ -27,11 +29,12 @@ def steps_of_both(parameters: Parameters, settings: Settings) -> Parameters:
     return {**parameters, "steps": max(parameters["steps"], steps)}
 
 
-def measure(model: ModelAtCheckpoint, count: int, steps: int) -> Measured:
+def measure(model: MeasuredModel, count: int, steps: int) -> Measured:
     """Return the eigenvalues with their residuals, and keep the basis for the density."""
     found = spectrum.eigenvalues(model.loss, count=count, steps=steps, seed=metric.SEED)
     model.krylov = found.krylov
-    return {name: value for name, value in vars(found).items() if name != "krylov"}, {}
+    values = {"largest": found.values} | {name: getattr(found, name) for name in STORED}
+    return values, {}
 
 
 def rows(values: metric.Values) -> Iterator[Row]:

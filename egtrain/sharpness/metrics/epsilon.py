@@ -6,12 +6,12 @@ from matplotlib.axes import Axes
 
 from egtrain.sharpness import adaptive, metric
 from egtrain.sharpness.drawing import draw_values, split
-from egtrain.sharpness.metric import Measured, ModelAtCheckpoint, Panel, Values
+from egtrain.sharpness.metric import Measured, MeasuredModel, Panel, Values
 from egtrain.sharpness.records import Row
 from egtrain.sharpness.runs import Run
 
 
-def measure(model: ModelAtCheckpoint, sizes: list[float], iterations: int) -> Measured:
+def measure(model: MeasuredModel, sizes: list[float], iterations: int) -> Measured:
     """Return the sharpness in a box of each size."""
     found = [adaptive.epsilon_sharpness(model.loss, e, iterations=iterations) for e in sizes]
     return {"sizes": sizes, "sharpness": found}, {}

@@ -8,11 +8,11 @@ from matplotlib.ticker import MaxNLocator
 
 from egtrain.sharpness import landscape, metric
 from egtrain.sharpness.drawing import RISE, style_of
-from egtrain.sharpness.metric import Measured, ModelAtCheckpoint, Panel
+from egtrain.sharpness.metric import Measured, MeasuredModel, Panel
 from egtrain.sharpness.runs import Run
 
 
-def measure(model: ModelAtCheckpoint, directions: int, points: int, span: float) -> Measured:
+def measure(model: MeasuredModel, directions: int, points: int, span: float) -> Measured:
     """Return loss and metric along each direction."""
     found = []
     for number in range(directions):

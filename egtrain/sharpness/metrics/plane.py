@@ -11,14 +11,14 @@ from matplotlib.colors import BoundaryNorm
 
 from egtrain.sharpness import landscape, metric
 from egtrain.sharpness.drawing import RISE, split, style_of
-from egtrain.sharpness.metric import Measured, ModelAtCheckpoint, Panel
+from egtrain.sharpness.metric import Measured, MeasuredModel, Panel
 from egtrain.sharpness.runs import Run
 
 LEVELS = 9
 """Contours above the loss of the minimum."""
 
 
-def measure(model: ModelAtCheckpoint, points: int, span: float) -> Measured:
+def measure(model: MeasuredModel, points: int, span: float) -> Measured:
     """Return loss and metric on the plane."""
     weights = model.loss.parameters
     first, second = (

@@ -6,12 +6,12 @@ from matplotlib.axes import Axes
 
 from egtrain.sharpness import metric, spectrum
 from egtrain.sharpness.drawing import draw_values
-from egtrain.sharpness.metric import Measured, ModelAtCheckpoint, Panel, Values
+from egtrain.sharpness.metric import Measured, MeasuredModel, Panel, Values
 from egtrain.sharpness.records import Row
 from egtrain.sharpness.runs import Run
 
 
-def measure(model: ModelAtCheckpoint, samples: int) -> Measured:
+def measure(model: MeasuredModel, samples: int) -> Measured:
     """Return the mean with its standard error, and each sample."""
     found = spectrum.trace(model.loss, samples=samples, seed=metric.SEED)
     values = {"mean": found.mean, "standard_error": found.standard_error}

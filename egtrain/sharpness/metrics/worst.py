@@ -5,14 +5,14 @@ from functools import partial
 
 from egtrain.sharpness import adaptive, metric
 from egtrain.sharpness.drawing import draw_over_radii
-from egtrain.sharpness.metric import Measured, ModelAtCheckpoint, Panel, Values
+from egtrain.sharpness.metric import Measured, MeasuredModel, Panel, Values
 from egtrain.sharpness.records import Row
 
 RADII = [0.25, 0.42, 0.7, 1.2, 2.0]
 """Evenly spaced on a logarithmic axis, over the range of arXiv 2302.07011 for ResNets."""
 
 
-def measure(model: ModelAtCheckpoint, radii: list[float], steps: int, restarts: int) -> Measured:
+def measure(model: MeasuredModel, radii: list[float], steps: int, restarts: int) -> Measured:
     """Return the largest rise that was found at each radius."""
     rises = [
         adaptive.worst_sharpness(
