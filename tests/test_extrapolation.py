@@ -755,6 +755,7 @@ def test_the_shift_is_the_ratio_times_each_groups_rate_times_the_own_gradient() 
         own.append(
             {n: p.grad.clone() for n, p in loop.model.named_parameters() if p.grad is not None}
         )
+    loop.extrapolation.averaged()  # so that it is not taken for clipped
     loop.optimizer.step()
     # As a schedule does: the rate of the step that is being made counts. A resumed optimizer has
     # new groups.

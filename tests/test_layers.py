@@ -36,7 +36,13 @@ LAZY_UPWARD = {("__init__", "saved_run")}
 """`egtrain.load_run` is the one name that the package hands out, and it is imported when asked
 for."""
 
-TALKS_TO_RANKS = {"workers.py", "ranks/distributed.py", "ranks/torchrun.py", "optim/ddp.py"}
+TALKS_TO_RANKS = {
+    "workers.py",
+    "ranks/distributed.py",
+    "ranks/torchrun.py",
+    "optim/ddp.py",
+    "optim/processes.py",
+}
 """Files that may import torch.distributed: a worker is never a rank, and only these know ranks."""
 
 KNOWS_CONFIG = {

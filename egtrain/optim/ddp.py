@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from egtrain.optim.remembering import Remember, shrinkage
+from egtrain.optim.processes import process_count
+from egtrain.optim.remembering import Remember, shrinkage, version_of
 from egtrain.optim.trained import Trained
 
 
@@ -31,14 +32,6 @@ def models_in(model: nn.Module | Sequence[nn.Module]) -> list[DistributedDataPar
             "first"
         )
     return wrapped
-
-
-def process_count() -> int:
-    """Return the number of processes of the default process group, 1 if there is none."""
-    # Imported here, since torch may be built without torch.distributed.
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return 1
-    return torch.distributed.get_world_size()
 
 
 def rank_in(model: DistributedDataParallel) -> int:
@@ -66,7 +59,7 @@ class AveragedByDDP:
         self,
         trained: Trained,
         remember: Remember | None,
-        forget_past: Callable[[], None],
+        forget_past: Callable[[Tensor | None], None],
         models: Sequence[DistributedDataParallel],
     ) -> None:
         self.worker = rank_in(models[0])
@@ -81,9 +74,12 @@ class AveragedByDDP:
         """How often the gradients with these places were averaged in the block."""
         self._waiting: set[int] = set()
         """Those with a gradient since the last update that was not averaged yet."""
-        self._stale: list[Tensor | None] = []
+        self._last: list[tuple[Tensor | None, int]] = []
+        """`.grad` and its version when it was averaged, until an update."""
         self._twice = False
         self._norm: Tensor | None = None
+        """That of the mean gradient, before anything is done to it."""
+        self._norm_is_due = False
         self._watched: dict[int, tuple[int, weakref.ref[DistributedDataParallel]]] = {}
         """For each watched parameter, by its id, its place and its model."""
         self.watch()
@@ -107,6 +103,7 @@ class AveragedByDDP:
                     if id(p) not in self._watched:
                         p.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
         self._watched = watched
+        self._last = []
 
     def begin_block(self, worker: int) -> None:
         """Begin a block.
@@ -115,10 +112,11 @@ class AveragedByDDP:
         `torch.amp.GradScaler` does after an overflow, and its gradient is forgotten.
         """
         self._arrivals.clear()
-        self._stale = []
+        self._norm_is_due = False
         if self._averaged:
+            last = self._last
             self.skip()
-            self._stale = [p.grad for p in self._trained.parameters]
+            self._last = last
         self._inside = True
 
     def arrive(self, p: Tensor) -> None:
@@ -131,11 +129,25 @@ class AveragedByDDP:
         if model is None or not model.require_forward_param_sync:
             self._waiting.add(place)
             return
-        self._twice |= bool(self._stale) and p.grad is self._stale[place]
+        if self._last:
+            # Neither replaced nor zeroed in place, which is one change more than the addition.
+            averaged, version = self._last[place]
+            self._twice |= p.grad is averaged and version_of(p.grad) == version + 1
         self._arrivals[place] += 1
         self._waiting.discard(place)
         if self._remember is not None:
             self._remember(self.worker, [place], self._trained.gradients([place]))
+            if not self._norm_is_due:
+                self._norm_is_due = True
+                call_after_backward(self._wait_for_average)
+
+    def _wait_for_average(self) -> None:
+        # DDP has asked to be called by now, and comes before those that ask from here on.
+        call_after_backward(self._note_norm)
+
+    @torch.no_grad()
+    def _note_norm(self) -> None:
+        self._norm, self._norm_is_due = self._trained.norm(), False
 
     def end_second_gradient(self) -> None:
         """Raise RuntimeError if the second gradient was averaged."""
@@ -146,7 +158,7 @@ class AveragedByDDP:
         self._waiting.clear()
 
     def end_block(self, worker: int) -> None:
-        """Note the norm of the mean gradient, if there is one.
+        """Remember the gradients that no backward pass has brought, if there is a mean.
 
         Raises:
             RuntimeError: gradients were averaged twice in this update, or no backward pass was in
@@ -164,13 +176,14 @@ class AveragedByDDP:
         if not self._arrivals:
             return
         self._averaged = True
+        self._last = [(p.grad, version_of(p.grad)) for p in self._trained.parameters]
         if self._remember is not None:
-            self._norm = self._trained.norm()
             self._remember_the_rest(self._remember)
 
     def leave_block(self) -> None:
-        """Leave a block that an exception has ended."""
+        """Leave a block that an exception has ended, and that may have overwritten the past."""
         self._inside = False
+        self._averaged |= bool(self._arrivals)
 
     def averaged(self) -> None:
         """Accept it: DDP has averaged already."""
@@ -195,12 +208,21 @@ class AveragedByDDP:
     def skip(self) -> None:
         """Drop the blocks since the last update, and the past if it was overwritten in them."""
         if self._averaged:
-            self._forget_past()
+            self._forget_past(None)
         self._begin_update()
+
+    def leave_out_where(self, overflow: Tensor | None) -> None:
+        """Forget the past, which was overwritten at the backward pass."""
+        if overflow is not None and self._remember is not None:
+            self._forget_past(overflow)
+
+    def is_amid_update(self) -> bool:
+        """Return whether there were blocks, and no average yet."""
+        return bool(self._waiting) and not self._averaged
 
     def _begin_update(self) -> None:
         self._averaged = self._twice = False
-        self._norm = None
+        self._last, self._norm = [], None
         self._waiting.clear()
 
     def _remember_the_rest(self, remember: Remember) -> None:
@@ -233,6 +255,11 @@ def arrival_hook(reference: "weakref.ref[AveragedByDDP]") -> Callable[[Tensor], 
             gradients.arrive(p)
 
     return arrive
+
+
+def call_after_backward(function: Callable[[], None]) -> None:
+    """Call a function at the end of the backward pass that is under way."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)
 
 
 def refuse_unwatched(parameters: Sequence[Tensor]) -> Any:

@@ -54,10 +54,18 @@ class DirectionState:
         return {name: [ts[i] for i in numbers] for name, ts in state.items()}
 
     @torch.no_grad()
-    def forget(self) -> None:
-        """Reset the state of all workers here to its initial value."""
+    def forget(self, where: Tensor | None = None) -> None:
+        """Reset the state of all workers here to its initial value.
+
+        Args:
+            where: a scalar; the device does so if it is above zero. None: in any case.
+        """
         for state in self.by_worker.values():
-            copy_state(state, self._direction.worker_state(self._parameters))
+            first = self._direction.worker_state(self._parameters)
+            if where is None:
+                copy_state(state, first)
+            else:
+                copy_state_where(where, state, first)
 
     @torch.no_grad()
     def follow(self, parameters: list[Tensor], places: Sequence[int | None]) -> None:
@@ -105,9 +113,7 @@ class DirectionState:
         kept = [{n: [t.clone() for t in ts] for n, ts in state.items()} for state in self._states]
         yield
         for state, before in zip(self._states, kept, strict=True):
-            for name, tensors in state.items():
-                for t, old in zip(tensors, before[name], strict=True):
-                    torch.where(condition.to(t.device) > 0, old, t, out=t)
+            copy_state_where(condition, state, before)
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy; tensors of `worker_state` are [workers, ...], in `workers`' order."""
@@ -159,7 +165,15 @@ def shapes(state: State, *leading: int) -> dict[str, list[tuple[int, ...]]]:
     return {name: [(*leading, *t.shape) for t in tensors] for name, tensors in state.items()}
 
 
+def copy_state_where(condition: Tensor, into: State, state: State) -> None:
+    """Copy a state if the condition (a scalar) is above zero; the device decides."""
+    for name, tensors in into.items():
+        for t, new in zip(tensors, state[name], strict=True):
+            torch.where(condition.to(t.device) > 0, new, t, out=t)
+
+
 def copy_state(into: State, state: State) -> None:
     """Copy a state into another one with the same names and shapes."""
     for name, tensors in into.items():
-        torch._foreach_copy_(tensors, state[name])
+        if tensors:
+            torch._foreach_copy_(tensors, state[name])

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from egtrain.optim.base_state import BaseState
-from egtrain.optim.ddp import AveragedByDDP, models_in, process_count, rank_in, refuse_unwatched
+from egtrain.optim.ddp import AveragedByDDP, models_in, rank_in, refuse_unwatched
 from egtrain.optim.direction import Direction, Point
 from egtrain.optim.direction_state import DirectionState
+from egtrain.optim.processes import process_count
 from egtrain.optim.remembering import OneBlockEach, OneWorker, Remembering, SeveralWorkers
-from egtrain.optim.shifting import Weights
+from egtrain.optim.shifting import Weights, forget_what_was_made_of_weights
 from egtrain.optim.trained import Trained
 from egtrain.optim.updates import Updates
 from egtrain.optim.wrappers import unwrapped
@@ -74,8 +75,7 @@ class Extrapolation:
             raise ValueError(
                 f"a process of DistributedDataParallel is one worker: leave out workers={workers}"
             )
-        self._several_processes = process_count() > 1
-        self._worker_is_known = workers is not None or bool(wrapped) or not self._several_processes
+        self._worker_is_given = workers is not None or bool(wrapped)
         if wrapped:
             workers = range(rank_in(wrapped[0]), rank_in(wrapped[0]) + 1)
         self.workers = range(1) if workers is None else as_range(workers)
@@ -83,7 +83,7 @@ class Extrapolation:
             raise ValueError("extrapolation needs at least one worker")
         self._trained = Trained(self.optimizer)
         self._kept = DirectionState(direction, self.parameters, self.workers)
-        others = isinstance(workers, range) and self._several_processes
+        others = isinstance(workers, range)
         self._remembering = self._of_this_loop(unshifted is not None, others, wrapped)
         self._weights = Weights(self._trained, unshifted)
         self._updates = Updates(
@@ -123,7 +123,17 @@ class Extrapolation:
             raise RuntimeError(
                 "shifted() blocks cannot be nested: leave the first before entering the next"
             )
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "no gradient is taken in inference mode: leave torch.inference_mode() before the "
+                "shifted() block"
+            )
         self._follow_parameters()
+        if not self.parameters:
+            raise RuntimeError(
+                "no parameter of the optimizer requires a gradient: unfreeze some before the "
+                "shifted() block"
+            )
         unwatched = self._require_own_gradient()
         self._remembering.begin_block(worker)
         try:
@@ -148,7 +158,7 @@ class Extrapolation:
         """Make the optimizer's step with a closure, as L-BFGS needs, each call of it in a block.
 
         The weights move within such a step, and ζ stays. What is remembered is the gradient of the
-        closure's last call.
+        closure's last call. Blocks before the step are left out of its update.
 
         Args:
             closure: computes the gradient and returns the loss.
@@ -161,6 +171,8 @@ class Extrapolation:
             with self.shifted(gradient=closure):
                 return closure()
 
+        if self._updates.blocks and not self._updates.inside_block:
+            self._updates.skip()
         return self.optimizer.step(shifted_closure)
 
     def averaged(self) -> None:
@@ -202,8 +214,10 @@ class Extrapolation:
 
         Raises:
             ValueError: the state belongs to other parameters, workers or another direction.
+            RuntimeError: there are several processes, and which worker this one is, is not known.
         """
         self._follow_parameters()
+        self._require_known_worker()
         places = self._places_in(state)
         self._updates.skip()
         self._kept.load_state_dict(state, places)
@@ -246,13 +260,8 @@ class Extrapolation:
         Raises:
             RuntimeError: they have changed between the blocks of one update.
         """
-        places = self._trained.refresh()
+        places = self._trained.refresh(self._remembering.is_amid_update())
         if places is not None:
-            if self._updates.blocks:
-                raise RuntimeError(
-                    "parameters were added, frozen or unfrozen between the blocks of one update: "
-                    "do that after the optimizer's step"
-                )
             self._kept.follow(self.parameters, places)
             updated = self._updates.updated
             self._updates.updated = [i is not None and updated[i] for i in places]
@@ -266,14 +275,9 @@ class Extrapolation:
         Returns:
             None, or a handle to be removed at the end of the first block.
         """
-        if not self._kept.has_worker_state or not self._several_processes:
+        if not self._kept.has_worker_state or process_count() == 1:
             return None
-        if not self._worker_is_known:
-            raise RuntimeError(
-                "this direction needs the gradient of each process before the average: pass "
-                "Extrapolation(..., model=model) with your DistributedDataParallel, or "
-                "workers=range(rank, rank + 1) in a loop that averages by itself"
-            )
+        self._require_known_worker()
         if (
             self._updates.inside_step
             and self._updates.blocks
@@ -284,16 +288,24 @@ class Extrapolation:
                 "with DistributedDataParallel: take a direction that does not, such as "
                 "OptimisticGradient"
             )
-        if self.steps or isinstance(self._remembering, AveragedByDDP):
+        if self._updates.made_here or isinstance(self._remembering, AveragedByDDP):
             return None
         return refuse_unwatched(self.parameters)
+
+    def _require_known_worker(self) -> None:
+        if self._kept.has_worker_state and not self._worker_is_given and process_count() > 1:
+            raise RuntimeError(
+                "this direction needs the gradient of each process before the average: pass "
+                "Extrapolation(..., model=model) with your DistributedDataParallel, or "
+                "workers=range(rank, rank + 1) in a loop that averages by itself"
+            )
 
     def _zeta(self, worker: int, gradient: Callable[[], object] | None) -> list[Tensor]:
         second = self._second_gradient(gradient) if self.direction.gradients == 2 else []
         with torch.no_grad():
             return self.direction.zeta(
                 Point(
-                    worker=worker if self._worker_is_known else None,
+                    worker=worker if self._worker_is_given or process_count() == 1 else None,
                     step=self.steps,
                     parameters=list(self.parameters),
                     learning_rates=self._trained.learning_rates(),
@@ -321,23 +333,29 @@ class Extrapolation:
             raise ValueError(
                 "this direction takes a second gradient: pass shifted(..., gradient=function)"
             )
-        before = [p.grad for p in self.parameters] if self._updates.blocks else None
-        if before is not None:
-            for p in self.parameters:
-                p.grad = None
+        before = [p.grad for p in self.parameters]
+        # Whether or not the function zeroes: what was in .grad is no part of its gradient.
+        self._set_gradients([None] * len(before))
+        forget_what_was_made_of_weights()
         try:
             gradient()
             self._remembering.end_second_gradient()
             second = [torch.empty_like(p, requires_grad=False) for p in self.parameters]
             with torch.no_grad():
                 torch._foreach_copy_(second, self._trained.gradients())
-                if gradients := [p.grad for p in self.parameters if p.grad is not None]:
-                    torch._foreach_zero_(gradients)
+            if not self._updates.blocks:
+                pairs = zip(self.parameters, before, strict=True)
+                before = [p.grad if grad is None else grad for p, grad in pairs]
+                if gradients := [grad for grad in before if grad is not None]:
+                    with torch.no_grad():
+                        torch._foreach_zero_(gradients)
         finally:
-            if before is not None:
-                for p, grad in zip(self.parameters, before, strict=True):
-                    p.grad = grad
+            self._set_gradients(before)
         return second
+
+    def _set_gradients(self, gradients: Sequence[Tensor | None]) -> None:
+        for p, gradient in zip(self.parameters, gradients, strict=True):
+            p.grad = gradient
 
     @torch.no_grad()
     def _remember(

@@ -4,11 +4,12 @@ There is one class for each kind of loop; `ddp.py` has that of DistributedDataPa
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from egtrain.optim.processes import process_count
 from egtrain.optim.trained import Trained, total_norm
 
 Remember = Callable[[int, Sequence[int] | None, list[Tensor]], None]
@@ -44,6 +45,12 @@ class Remembering(Protocol):
 
     def skip(self) -> None:
         """Drop the blocks since the last update, which is left out."""
+
+    def leave_out_where(self, overflow: Tensor | None) -> None:
+        """Let the device leave the update out if there was an overflow (a scalar above zero)."""
+
+    def is_amid_update(self) -> bool:
+        """Return whether something is kept of blocks since the last update."""
 
 
 class OneWorker:
@@ -83,6 +90,13 @@ class OneWorker:
         """Drop the blocks since the last update."""
         self._blocks = 0
 
+    def leave_out_where(self, overflow: Tensor | None) -> None:
+        """Accept it: what is remembered stays as it was."""
+
+    def is_amid_update(self) -> bool:
+        """Return False: the gradient is in `.grad` alone."""
+        return False
+
 
 class OneBlockEach:
     """Workers with one block each an update, whose gradients the caller averages.
@@ -96,7 +110,10 @@ class OneBlockEach:
     """
 
     def __init__(
-        self, trained: Trained, remember: Remember, forget_past: Callable[[], None]
+        self,
+        trained: Trained,
+        remember: Remember,
+        forget_past: Callable[[Tensor | None], None],
     ) -> None:
         self._trained = trained
         self._remember = remember
@@ -149,9 +166,18 @@ class OneBlockEach:
     def skip(self) -> None:
         """Drop the blocks since the last update, and all that their workers remember."""
         if self._seen:
-            self._forget_past()
+            self._forget_past(None)
         self._seen.clear()
         self._norm = None
+
+    def leave_out_where(self, overflow: Tensor | None) -> None:
+        """Forget the past, which was overwritten in the blocks."""
+        if overflow is not None:
+            self._forget_past(overflow)
+
+    def is_amid_update(self) -> bool:
+        """Return whether a worker had its block."""
+        return bool(self._seen)
 
 
 class SeveralWorkers:
@@ -179,6 +205,12 @@ class SeveralWorkers:
         self._before: list[Tensor | None] = []
         """`.grad` of the blocks before, while a block has its own; empty in the first."""
         self._own: list[Tensor | None] = []
+        self._watches: list[Any] = []
+        """Handles of hooks, to be removed at the end of the block."""
+        self._untouched: dict[int, Tensor] = {}
+        """The block's own `.grad` of parameters that no gradient has come to, by their ids."""
+        self._zeroed = False
+        """Whether the block has zeroed its gradient in place."""
 
     def begin_block(self, worker: int) -> None:
         """Begin a block, with a `.grad` of its own in place of what others have added.
@@ -197,8 +229,14 @@ class SeveralWorkers:
             return
         self._before = [p.grad for p in parameters]
         self._own = [None if g is None else torch.zeros_like(g) for g in self._before]
+        self._zeroed = False
         for p, own in zip(parameters, self._own, strict=True):
             p.grad = own
+            if own is not None:
+                self._untouched[id(p)] = own
+                self._watches.append(
+                    p.register_post_accumulate_grad_hook(self._arrive)  # type: ignore[no-untyped-call]
+                )
 
     def end_second_gradient(self) -> None:
         """Accept the second gradient: nobody else's can be in it."""
@@ -210,6 +248,7 @@ class SeveralWorkers:
         Raises:
             RuntimeError: the worker's earlier gradient in this update was taken away.
         """
+        self._unwatch()
         parameters = self._trained.parameters
         contribution = self._trained.gradients()
         if self._before:
@@ -218,7 +257,7 @@ class SeveralWorkers:
                 for p, own in zip(parameters, self._own, strict=True)
                 if own is not None
             ]
-            if replaced and all(replaced):
+            if self._zeroed or (replaced and all(replaced)):
                 self._begin_at_zero(worker)
             elif any(replaced):
                 self.leave_block()
@@ -237,6 +276,7 @@ class SeveralWorkers:
 
     def leave_block(self) -> None:
         """Put back what was in `.grad` before a block that an exception has ended."""
+        self._unwatch()
         for p, before in zip(self._trained.parameters, self._before, strict=bool(self._before)):
             p.grad = before
         self._before, self._own = [], []
@@ -254,7 +294,7 @@ class SeveralWorkers:
         """
         if not self._added:
             return None
-        if self._norm is None and self._others:
+        if self._norm is None and self._others and process_count() > 1:
             raise not_said_to_be_averaged()
         if self._norm is None:
             total = [sum(parts[1:], parts[0]) for parts in zip(*self._added.values(), strict=True)]
@@ -272,6 +312,24 @@ class SeveralWorkers:
         self._added.clear()
         self._last, self._before, self._own = [], [], []
         self._in_one_grad, self._norm = True, None
+
+    def leave_out_where(self, overflow: Tensor | None) -> None:
+        """Accept it: what is remembered stays as it was."""
+
+    def is_amid_update(self) -> bool:
+        """Return whether a worker had a block."""
+        return bool(self._added)
+
+    def _arrive(self, p: Tensor) -> None:
+        """Note whether the gradient was zeroed in place before the first addition to it."""
+        own = self._untouched.pop(id(p), None)
+        self._zeroed |= own is not None and p.grad is own and version_of(own) > 1
+
+    def _unwatch(self) -> None:
+        for watch in self._watches:
+            watch.remove()
+        self._watches.clear()
+        self._untouched.clear()
 
     def _begin_at_zero(self, worker: int) -> None:
         """Note that the loop takes each worker's gradient away.
@@ -302,12 +360,12 @@ def version_of(gradient: Tensor | None) -> int:
 
 
 def shrinkage(norm: Tensor, trained: Trained) -> Tensor:
-    """Return the factor, at most 1, by which the gradients' norm has become smaller."""
+    """Return the factor by which the gradients' norm has changed, clipped or unscaled."""
     now = trained.norm()
     scale, _ = trained.scaling()
     factor = now / norm
     # A norm of the same numbers in another order differs by rounding: that is no clipping.
-    same = factor > 1 - 64 * torch.finfo(factor.dtype).eps
+    same = (factor - 1).abs() < 64 * torch.finfo(factor.dtype).eps
     factor = torch.where(same | (norm == 0), 1.0, factor)
     return factor if scale is None else factor / scale
 

@@ -39,7 +39,8 @@ class Weights:
             return self._kept
         if not alike(self._kept, parameters):
             self._kept = [torch.empty_like(p, requires_grad=False) for p in parameters]
-        torch._foreach_copy_(self._kept, list(parameters))
+        if parameters:
+            torch._foreach_copy_(self._kept, list(parameters))
         return self._kept
 
     @contextmanager

@@ -21,12 +21,18 @@ class Trained:
         """The number of each parameter's group, since `load_state_dict` replaces the groups."""
         self.refresh()
 
-    def refresh(self) -> list[int | None] | None:
+    def refresh(self, amid_update: bool = False) -> list[int | None] | None:
         """Take up what the optimizer trains now.
+
+        Args:
+            amid_update: whether a change has to be refused.
 
         Returns:
             None if nothing has changed; or, for each parameter, its place before the change, None
             for a new one.
+
+        Raises:
+            RuntimeError: there is a change, and it has to be refused.
         """
         now = [
             (i, p)
@@ -37,6 +43,11 @@ class Trained:
         before = self.parameters
         if len(now) == len(before) and all(p is q for (_, p), q in zip(now, before, strict=True)):
             return None
+        if amid_update:
+            raise RuntimeError(
+                "parameters were added, frozen or unfrozen between the blocks of one update: do "
+                "that after the optimizer's step, or call skip_update() if the update is left out"
+            )
         places = {id(p): place for place, p in enumerate(before)}
         self.groups = [i for i, _ in now]
         self.parameters = [p for _, p in now]
@@ -98,8 +109,10 @@ class Trained:
         gradients, and whether one has overflowed, in which case there is no update.
         """
         values: list[Any] = [getattr(self._optimizer, n, None) for n in ("grad_scale", "found_inf")]
-        device = self.parameters[0].device
-        scale, overflow = (None if v is None else torch.as_tensor(v, device=device) for v in values)
+        scale, overflow = (
+            None if v is None else torch.as_tensor(v, device=self.parameters[0].device)
+            for v in values
+        )
         return scale, overflow
 
     def with_gradient(self) -> list[bool]:

@@ -41,6 +41,8 @@ class Updates:
         self._weights = weights
         self.steps = 0
         """Updates made so far."""
+        self.made_here = False
+        """Whether one was made by this object, and not only by that whose state was loaded."""
         self.blocks = 0
         """Blocks since the last update."""
         self.inside_block = False
@@ -130,16 +132,23 @@ class Updates:
             self._remembering.remember(gradients)
             if self._kept.shared and gradients:
                 self._direction.observe_mean_gradient(self._kept.shared, gradients)
+        self._remembering.leave_out_where(overflow)
         if self.blocks:
+            if factor is not None and overflow is not None:
+                before = 1.0 if self.clip_factor is None else self.clip_factor
+                factor = torch.where(overflow > 0, before, factor)
             self.clip_factor = factor
 
     @torch.no_grad()
-    def _end(self, *_: object) -> None:
+    def _end(self, *arguments: object) -> None:
         if self.inside_step:
             self._remember()
-        if self._direction.observes_updates:
-            after = self._trained.parameters
-            self._direction.observe_update(self._kept.shared, self._before, after)
+        if self._direction.observes_updates and self._before:
+            _, overflow = self._trained.scaling()
+            with self._kept.unchanged_where(overflow):
+                after = self._trained.parameters
+                self._direction.observe_update(self._kept.shared, self._before, after)
         self._before = []
         self.steps += 1
+        self.made_here = True
         self.blocks, self.inside_step = 0, False
