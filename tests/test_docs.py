@@ -47,10 +47,10 @@ PYTHON = [
     for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
 ]
 
-PLAIN, AROUND, _CLOSURE, _WORKERS, DDP, SECOND_GRADIENT, *_ = (
+PLAIN, AROUND, _CLOSURE, _WORKERS, DDP, SECOND_GRADIENT, SHARDED, *_ = (
     block for page, block in PYTHON if page == "docs/library.md"
 )
-"""A user's training loops; test_own_loop.py checks what the last two compute."""
+"""A user's training loops; test_own_loop.py checks what two of them compute."""
 
 TINY = (
     "--data synthetic --steps 2 --workers 2 --device cpu "
@@ -195,10 +195,11 @@ def test_a_loop_of_the_library_page_trains_and_saves_what_it_needs(folder: Path)
         names[name].load_state_dict(state)
 
 
-def test_ddp_of_the_library_page_runs_under_torchrun(folder: Path) -> None:
-    (arguments,) = re.findall("# torchrun (.*)", DDP)
+@pytest.mark.parametrize("program", [DDP, SHARDED], ids=["DDP", "FSDP2"])
+def test_a_loop_of_two_processes_runs_under_torchrun(program: str, folder: Path) -> None:
+    (arguments,) = re.findall("# torchrun (.*)", program)
     assert arguments == "--nproc-per-node 2 this_file.py"
-    (folder / "this_file.py").write_text(DDP, encoding="utf-8")
+    (folder / "this_file.py").write_text(program, encoding="utf-8")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     torchrun += shlex.split(arguments)
     with started(torchrun, folder, OMP_NUM_THREADS="1", PYTHONWARNINGS="error") as process:

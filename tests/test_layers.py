@@ -42,6 +42,7 @@ TALKS_TO_RANKS = {
     "ranks/torchrun.py",
     "optim/ddp.py",
     "optim/processes.py",
+    "optim/sharded.py",
 }
 """Files that may import torch.distributed: a worker is never a rank, and only these know ranks."""
 

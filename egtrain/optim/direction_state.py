@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from egtrain.optim.direction import Direction, State
+from egtrain.optim.sharded import copy_all
 
 
 class DirectionState:
@@ -175,5 +176,4 @@ def copy_state_where(condition: Tensor, into: State, state: State) -> None:
 def copy_state(into: State, state: State) -> None:
     """Copy a state into another one with the same names and shapes."""
     for name, tensors in into.items():
-        if tensors:
-            torch._foreach_copy_(tensors, state[name])
+        copy_all(tensors, state[name])

@@ -15,8 +15,10 @@ from egtrain.optim.base_state import BaseState
 from egtrain.optim.ddp import AveragedByDDP, models_in, rank_in, refuse_unwatched
 from egtrain.optim.direction import Direction, Point
 from egtrain.optim.direction_state import DirectionState
+from egtrain.optim.fsdp import require_one_worker
 from egtrain.optim.processes import process_count
 from egtrain.optim.remembering import OneBlockEach, OneWorker, Remembering, SeveralWorkers
+from egtrain.optim.sharded import copy_all
 from egtrain.optim.shifting import Weights, forget_what_was_made_of_weights
 from egtrain.optim.trained import Trained
 from egtrain.optim.updates import Updates
@@ -49,11 +51,12 @@ class Extrapolation:
             block, takes one block a worker and update, and calls `averaged()`. Without it, each
             block copies the weights.
         model: the model, or several, in a loop with `DistributedDataParallel`. Each process is then
-            the worker with the number of its rank, and remembers its own gradient, not the mean.
+            the worker with the number of its rank, and remembers its own gradient, not the mean. Or
+            the model that `fully_shard` has sharded: all processes are then one worker together.
 
     Raises:
-        ValueError: there is no worker, the direction is not defined for this optimizer, or `model`
-            is not the optimizer's or not wrapped.
+        ValueError: there is no worker, the direction is not defined for this optimizer or for
+            sharded parameters, or `model` is not the optimizer's or not wrapped.
     """
 
     def __init__(
@@ -70,22 +73,24 @@ class Extrapolation:
         self.direction = direction
         self.seed = seed
         direction.check_base(self.optimizer)
-        wrapped = [] if model is None else models_in(model)
+        self._trained = Trained(self.optimizer)
+        models = [] if model is None else [model] if isinstance(model, nn.Module) else list(model)
+        sharded = require_one_worker(self.parameters, direction, workers, models)
+        wrapped = [] if sharded else models_in(models)
         if wrapped and workers is not None:
             raise ValueError(
                 f"a process of DistributedDataParallel is one worker: leave out workers={workers}"
             )
-        self._worker_is_given = workers is not None or bool(wrapped)
+        self._worker_is_given = workers is not None or sharded or bool(wrapped)
         if wrapped:
             workers = range(rank_in(wrapped[0]), rank_in(wrapped[0]) + 1)
         self.workers = range(1) if workers is None else as_range(workers)
         if len(self.workers) < 1:
             raise ValueError("extrapolation needs at least one worker")
-        self._trained = Trained(self.optimizer)
         self._kept = DirectionState(direction, self.parameters, self.workers)
         others = isinstance(workers, range)
         self._remembering = self._of_this_loop(unshifted is not None, others, wrapped)
-        self._weights = Weights(self._trained, unshifted)
+        self._weights = Weights(self._trained, unshifted, models if sharded else [])
         self._updates = Updates(
             self.optimizer, direction, self._trained, self._kept, self._remembering, self._weights
         )
@@ -262,6 +267,7 @@ class Extrapolation:
         """
         places = self._trained.refresh(self._remembering.is_amid_update())
         if places is not None:
+            require_one_worker(self.parameters, self.direction, 1, self._weights.sharded_models)
             self._kept.follow(self.parameters, places)
             updated = self._updates.updated
             self._updates.updated = [i is not None and updated[i] for i in places]
@@ -340,9 +346,14 @@ class Extrapolation:
         try:
             gradient()
             self._remembering.end_second_gradient()
+            if all(p.grad is None for p in self.parameters):
+                raise RuntimeError(
+                    "no parameter has a gradient after gradient(): it must leave the second one in "
+                    ".grad"
+                )
             second = [torch.empty_like(p, requires_grad=False) for p in self.parameters]
             with torch.no_grad():
-                torch._foreach_copy_(second, self._trained.gradients())
+                copy_all(second, self._trained.gradients())
             if not self._updates.blocks:
                 pairs = zip(self.parameters, before, strict=True)
                 before = [p.grad if grad is None else grad for p, grad in pairs]

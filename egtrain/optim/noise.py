@@ -8,6 +8,7 @@ from torch import Tensor
 
 from egtrain.optim.direction import Direction, Point
 from egtrain.optim.scaling import Scaling, require_one_of, require_sizes, scaled_to_weights
+from egtrain.optim.sharded import noise_like
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,12 +25,9 @@ class Noise(Direction):
         require_one_of(Scaling, scaling=self.scaling)
 
     def scaled(self, draw: Callable[[Tensor], object], at: Point) -> list[Tensor]:
-        """Return ζ, made of noise that `draw` writes into each tensor."""
+        """Return ζ, made of noise that `draw` writes into a vector for each tensor."""
         taking_part = [x for x in at.parameters if x.ndim > 1 or self.norm_and_bias]
-        noise = [torch.empty_like(x) for x in taking_part]
-        # In memory order: torch draws several times slower into a non-contiguous tensor.
-        for n in noise:
-            draw(n.as_strided((n.numel(),), (1,)))
+        noise = [noise_like(x, draw) for x in taking_part]
         shifts = iter(
             scaled_to_weights(noise, taking_part, self.size, self.scaling) if noise else ()
         )

@@ -7,6 +7,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from egtrain.optim.sharded import norms, summed
+
 Scaling = Literal["none", "layer", "filter"]
 
 
@@ -36,10 +38,11 @@ def scaled_to_weights(
 def layer_or_filter_norms(tensors: Sequence[Tensor], scaling: Scaling) -> list[Tensor]:
     """Return the norm of each tensor, or of its filters, in a shape that broadcasts against it."""
     if scaling == "layer":
-        return list(torch._foreach_norm(list(tensors)))
+        return norms(tensors)
     dims = [tuple(range(1, t.ndim)) or None for t in tensors]
     return [
-        torch.linalg.vector_norm(t, dim=d, keepdim=True) for t, d in zip(tensors, dims, strict=True)
+        summed(torch.linalg.vector_norm(t, dim=d, keepdim=True))
+        for t, d in zip(tensors, dims, strict=True)
     ]
 
 

@@ -5,9 +5,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from egtrain.optim.fsdp import drop_gathered_weights
+from egtrain.optim.sharded import copy_all, subtract_all
 from egtrain.optim.trained import Trained
 
 
@@ -18,10 +20,17 @@ class Weights:
         trained: the parameters.
         unshifted: for each parameter, a tensor in which somebody else keeps x_t from before the
             first block until after the update; without it, each block makes that copy.
+        sharded_models: those of sharded parameters.
     """
 
-    def __init__(self, trained: Trained, unshifted: Mapping[Tensor, Tensor] | None) -> None:
+    def __init__(
+        self,
+        trained: Trained,
+        unshifted: Mapping[Tensor, Tensor] | None,
+        sharded_models: Sequence[nn.Module],
+    ) -> None:
         self._trained = trained
+        self.sharded_models = sharded_models
         self._given = unshifted
         self._kept: list[Tensor] = []
 
@@ -39,8 +48,7 @@ class Weights:
             return self._kept
         if not alike(self._kept, parameters):
             self._kept = [torch.empty_like(p, requires_grad=False) for p in parameters]
-        if parameters:
-            torch._foreach_copy_(self._kept, list(parameters))
+        copy_all(self._kept, parameters)
         return self._kept
 
     @contextmanager
@@ -55,16 +63,18 @@ class Weights:
         # From here on the weights are put back whatever happens, even on Ctrl-C.
         try:
             with torch.no_grad():
-                torch._foreach_sub_(parameters, zeta)
+                subtract_all(parameters, zeta)
             del zeta
             forget_what_was_made_of_weights()
+            drop_gathered_weights(self.sharded_models)
             versions = [p._version for p in parameters]
             yield
             changed = versions != [p._version for p in parameters]
         finally:
             with torch.no_grad():
-                torch._foreach_copy_(parameters, kept)
+                copy_all(parameters, kept)
             forget_what_was_made_of_weights()
+            drop_gathered_weights(self.sharded_models)
         if changed:
             raise RuntimeError(
                 "the weights were changed in the shifted() block, which puts them back: load a "

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from egtrain.optim.sharded import is_sharded
+
 
 class Trained:
     """What an optimizer trains now: those of its parameters that require a gradient.
@@ -85,7 +87,8 @@ class Trained:
             p = self.parameters[i]
             gradient = p.grad
             if gradient is None:
-                found.append(p.new_zeros(()).expand_as(p))  # takes no memory
+                # Zeros that take no memory; a DTensor's would lose how it is sharded.
+                found.append(torch.zeros_like(p) if is_sharded(p) else p.new_zeros(()).expand_as(p))
                 continue
             if gradient.layout != torch.strided:
                 raise RuntimeError(

@@ -10,6 +10,7 @@ from egtrain.optim.direction_state import DirectionState
 from egtrain.optim.remembering import Remembering
 from egtrain.optim.shifting import Weights
 from egtrain.optim.trained import Trained
+from egtrain.optim.wrappers import watch_updates
 
 
 class Updates:
@@ -67,8 +68,7 @@ class Updates:
         self.blocks, self.inside_step = 0, False
 
     def _watch(self) -> None:
-        self._optimizer.register_step_pre_hook(self._begin)
-        self._optimizer.register_step_post_hook(self._end)
+        watch_updates(self._optimizer, self._begin, self._end)
 
     @torch.no_grad()
     def _begin(

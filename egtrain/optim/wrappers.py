@@ -1,5 +1,7 @@
-"""The torch optimizer inside a wrapper, such as Accelerate's."""
+"""The torch optimizer inside a wrapper, such as Accelerate's, and its updates."""
 
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,8 +24,8 @@ def unwrapped(optimizer: object) -> torch.optim.Optimizer:
     name = type(optimizer).__name__
     if len(found) != 1:
         raise ValueError(
-            f"{name} calls no step hooks and wraps {len(found) or 'no'} optimizers that do: give "
-            "Extrapolation a torch.optim.Optimizer, each one its own"
+            f"{name} calls no step hooks and wraps {len(found) or 'no'} optimizers that do: make "
+            "one Extrapolation for each torch.optim.Optimizer"
         )
     (inner,) = found.values()
     # ZeroRedundancyOptimizer has no public name for it.
@@ -40,15 +42,39 @@ def unwrapped(optimizer: object) -> torch.optim.Optimizer:
     return inner
 
 
+def watch_updates(
+    optimizer: torch.optim.Optimizer, before: Callable[..., Any], after: Callable[..., Any]
+) -> None:
+    """Call two hooks before and after each of the optimizer's steps.
+
+    In a step that calls the step of its parent class, torch may call the hooks of both. Here the
+    outer ones count.
+    """
+    optimizer.register_step_pre_hook(lambda *args: None if _in_a_step() else before(*args))
+    optimizer.register_step_post_hook(lambda *args: None if _in_a_step() else after(*args))
+
+
+def _in_a_step() -> bool:
+    """Return whether a step within the same optimizer's step has called the hook of this call."""
+    step = sys._getframe(2)  # torch's function around the optimizer's
+    frame = step.f_back
+    while frame is not None:
+        if frame.f_code is step.f_code and frame.f_locals.get("self") is step.f_locals.get("self"):
+            return True
+        frame = frame.f_back
+    return False
+
+
 def _that_call_hooks(optimizer: object) -> list[torch.optim.Optimizer]:
     """Return the optimizer itself if its step calls hooks, and else those inside that do."""
-    if isinstance(optimizer, torch.optim.Optimizer) and (
-        # `Optimizer.__init__` makes both: a step of the class that calls hooks, and the hooks.
-        getattr(type(optimizer).step, "hooked", False)
-        and "_optimizer_step_pre_hooks" in vars(optimizer)
-    ):
+    # `Optimizer.__init__` marks the step of a class when it makes it call hooks.
+    if isinstance(optimizer, torch.optim.Optimizer) and hasattr(type(optimizer).step, "hooked"):
         return [optimizer]
-    inside = [v for v in vars(optimizer).values() if isinstance(v, torch.optim.Optimizer)]
+    inside = [
+        v
+        for v in getattr(optimizer, "__dict__", {}).values()
+        if isinstance(v, torch.optim.Optimizer)
+    ]
     return [inner for v in inside for inner in _that_call_hooks(v)]
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from egtrain.optim.along_gradient import AlongGradient
 from egtrain.optim.direction import Point, State
+from egtrain.optim.sharded import copy_all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,7 @@ class OptimisticGradient(AlongGradient):
 
     def observe_mean_gradient(self, state: State, gradients: list[Tensor]) -> None:
         """Keep ḡ_t."""
-        torch._foreach_copy_(state["mean_gradient"], gradients)
+        copy_all(state["mean_gradient"], gradients)
 
     def zeta(self, at: Point) -> list[Tensor]:
         """Return ζ along the previous mean gradient."""
