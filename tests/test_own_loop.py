@@ -128,9 +128,13 @@ def train_with_ddp(
     parts: int = 1,
     clip: float | None = None,
     steps: int = 5,
+    looks_again: bool = False,
     **options: Any,
 ) -> Trajectory:
-    """Train the small network on this rank and the others."""
+    """Train the small network on this rank and the others.
+
+    It may look at the network's outputs between the forward and the backward pass.
+    """
     model = DistributedDataParallel(small_network(), **options)
     optimizer = make_optimizer(model)
     extrapolation = Extrapolation(optimizer, direction, model=model)
@@ -148,7 +152,11 @@ def train_with_ddp(
             optimizer.zero_grad()
             for i, (inputs, targets) in enumerate(batches):
                 with model.no_sync() if i + 1 < parts else contextlib.nullcontext():
-                    torch.autograd.backward(loss_function(model(inputs), targets) / parts)
+                    loss = loss_function(model(inputs), targets) / parts
+                    if looks_again:
+                        with torch.no_grad():
+                            model(inputs)
+                    torch.autograd.backward(loss)
         if clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
@@ -257,13 +265,18 @@ def steps_of_a_plain_loop(name: str) -> tuple[Trajectory, list[float]]:
     return weights, losses
 
 
+KEPT: list[object] = []
+"""What must not be destroyed before the process ends."""
+
+
 def steps_of_the_page(name: str) -> tuple[Trajectory, list[float]]:
     """Return the weights and this rank's losses of the page's example with DDP, on egtrain's
     network and batches.
     """
     program, given = re.subn(r"^(network|batches) = .*\n", "", DDP, flags=re.MULTILINE)
+    program, ends = re.subn(r"^dist.destroy_process_group\(\)\n", "", program, flags=re.MULTILINE)
     program, directions = re.subn(r"LocalGradient\(ratio=1 / world\)", "direction", program)
-    assert (given, directions) == (2, 1)
+    assert (given, ends, directions) == (2, 1, 1)
     if name == "extragradient":
         program = SECOND_GRADIENT + program.replace(
             "shifted()", "shifted(gradient=second_gradient)"
@@ -278,6 +291,7 @@ def steps_of_the_page(name: str) -> tuple[Trajectory, list[float]]:
             losses.append(names["loss"].item())
 
     names = {"network": same.network, "batches": noted_batches(), "direction": same.direction}
+    KEPT.append(names)  # see process_group
     exec(compile(program, "docs/library.md", "exec"), names)
     return weights, losses
 
@@ -311,6 +325,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "views, a bucket for each": {"bucket_cap_mb": 1e-5, "gradient_as_bucket_view": True},
     "looking for unused": {"find_unused_parameters": True},
     "static graph": {"static_graph": True},
+    "forward once more": {"looks_again": True},
 }
 
 

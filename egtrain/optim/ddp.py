@@ -68,6 +68,10 @@ class AveragedByDDP:
         self._forget_past = forget_past
         # Weak, so that a model and its processes' connections go when the caller lets them go.
         self._models = [weakref.ref(model) for model in models]
+        self._averages = [True] * len(models)
+        """Whether each model averages at the backward pass of its last forward pass."""
+        for i, model in enumerate(models):
+            model.register_forward_hook(forward_hook(weakref.ref(self), i))
         self._inside = False
         self._averaged = False
         self._arrivals: Counter[int] = Counter()
@@ -80,11 +84,11 @@ class AveragedByDDP:
         self._norm: Tensor | None = None
         """That of the mean gradient, before anything is done to it."""
         self._norm_is_due = False
-        self._watched: dict[int, tuple[int, weakref.ref[DistributedDataParallel]]] = {}
-        """For each watched parameter, by its id, its place and its model."""
+        self._watched: dict[int, tuple[int, int]] = {}
+        """For each watched parameter, by its id, its place and that of its model."""
         self.watch()
-        for reference in self._models:
-            if all(of is not reference for _, of in self._watched.values()):
+        for i in range(len(models)):
+            if all(of != i for _, of in self._watched.values()):
                 raise ValueError(
                     "the optimizer has none of the model's parameters: make it from "
                     "model.parameters()"
@@ -95,11 +99,11 @@ class AveragedByDDP:
         hook = arrival_hook(weakref.ref(self))
         places = {id(p): i for i, p in enumerate(self._trained.parameters)}
         watched = {}
-        for reference in self._models:
+        for i, reference in enumerate(self._models):
             model = reference()
             for p in model.parameters() if model is not None else ():
                 if id(p) in places:
-                    watched[id(p)] = places[id(p)], reference
+                    watched[id(p)] = places[id(p)], i
                     if id(p) not in self._watched:
                         p.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
         self._watched = watched
@@ -119,14 +123,17 @@ class AveragedByDDP:
             self._last = last
         self._inside = True
 
+    def forward_passed(self, i: int, model: DistributedDataParallel) -> None:
+        """Note whether DDP averages at the backward pass: not if this was within no_sync()."""
+        if torch.is_grad_enabled():
+            self._averages[i] = model.require_backward_grad_sync
+
     def arrive(self, p: Tensor) -> None:
         """Remember the gradient of a parameter, if this backward pass is to average it."""
         if not self._inside or id(p) not in self._watched:
             return
-        place, reference = self._watched[id(p)]
-        model = reference()
-        # Set by the last forward pass, outside of no_sync().
-        if model is None or not model.require_forward_param_sync:
+        place, model = self._watched[id(p)]
+        if not self._averages[model]:
             self._waiting.add(place)
             return
         if self._last:
@@ -260,6 +267,17 @@ def arrival_hook(reference: "weakref.ref[AveragedByDDP]") -> Callable[[Tensor], 
 def call_after_backward(function: Callable[[], None]) -> None:
     """Call a function at the end of the backward pass that is under way."""
     torch.autograd.Variable._execution_engine.queue_callback(function)
+
+
+def forward_hook(reference: "weakref.ref[AveragedByDDP]", i: int) -> Callable[..., None]:
+    """Return a hook of the model with this place, which does nothing once its owner is gone."""
+
+    def forward_passed(model: nn.Module, *_: object) -> None:
+        gradients = reference()
+        if gradients is not None and isinstance(model, DistributedDataParallel):
+            gradients.forward_passed(i, model)
+
+    return forward_passed
 
 
 def refuse_unwatched(parameters: Sequence[Tensor]) -> Any:
