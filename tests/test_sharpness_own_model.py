@@ -310,6 +310,72 @@ def test_eigenvalues_trace_and_density_are_those_of_scipy() -> None:
         assert abs(float(moments.mean()) - (whole**power).mean()) < 3 * error
 
 
+# ---- what torch itself cannot differentiate twice
+
+
+class Normalised(nn.Module):
+    """The weight normalisation of `nn.Linear(6, 3)` after Tanh, written out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(3).double())
+        self.norm = nn.Parameter(torch.ones(3, 1).double())
+        self.direction = nn.Parameter(torch.linspace(-1, 2, 18).view(3, 6).double())
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the outputs [batch, 3]."""
+        norms = self.direction.square().sum(dim=1, keepdim=True).sqrt()
+        return F.linear(inputs, self.norm * self.direction / norms, self.bias).tanh()
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    "normalise", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm], ids=["new", "old"]
+)
+def test_weight_normalisation_has_its_own_curvature(normalise: Callable[..., nn.Module]) -> None:
+    """Torch's kernel takes the norm for a constant in the second derivative."""
+    own = Normalised()
+    model = nn.Sequential(normalise(nn.Linear(6, 3).double()), nn.Tanh())
+    for weight, value in zip(model.parameters(), own.parameters(), strict=True):
+        weight.data.copy_(value.data)
+    before = torch._weight_norm
+    with (
+        FrozenLoss.of(model, CRITERION, (X, Y)) as loss,
+        FrozenLoss.of(own, CRITERION, (X, Y)) as expected,
+    ):
+        vector = torch.linspace(-1, 1, loss.size).double()
+        torch.testing.assert_close(loss.flat_product(vector), expected.flat_product(vector))
+    assert torch._weight_norm is before
+
+
+def test_a_compiled_model_runs_as_it_was_written() -> None:
+    model = net("relu")
+    expected = largest(FrozenLoss.of(model, CRITERION, (X, Y)))
+    compiled = torch.compile(model, backend="aot_eager")
+    model[2].compile(backend="aot_eager")  # type: ignore[operator, union-attr]
+    compiled(X)
+    assert largest(FrozenLoss.of(compiled, CRITERION, (X, Y))) == expected
+
+
+def test_sparse_gradients_give_the_curvature_of_dense_ones() -> None:
+    words = torch.arange(400).view(100, 4) % 7
+    found = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        embed = nn.Embedding(7, 5, sparse=sparse)
+        model = nn.Sequential(embed, nn.Tanh(), nn.Flatten(), nn.Linear(20, 3)).double()
+        found.append(largest(FrozenLoss.of(model, CRITERION, (words, Y))))
+    assert found[0] == pytest.approx(found[1], rel=1e-9)
+
+
+def test_an_outer_inference_mode_changes_nothing() -> None:
+    model = net("relu")
+    expected = largest(FrozenLoss.of(model, CRITERION, (X, Y)))
+    with torch.inference_mode():
+        assert largest(FrozenLoss.of(model, CRITERION, (X, Y))) == expected
+        assert torch.is_inference_mode_enabled()
+
+
 # ---- low and mixed precision
 
 

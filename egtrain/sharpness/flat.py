@@ -12,8 +12,14 @@ from egtrain.optim.randomness import generator_for
 
 
 def flattened(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the tensors as one flat vector, on the device of the first."""
-    return torch.cat([t.detach().reshape(-1).to(tensors[0].device) for t in tensors])
+    """Return the tensors as one flat vector, on the device of the first; sparse ones as dense."""
+    device = tensors[0].device
+    with torch.no_grad():
+        return torch.cat([_dense(t).reshape(-1).to(device) for t in tensors])
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor.to_dense() if tensor.is_sparse else tensor
 
 
 def longest_type(tensors: Sequence[Tensor]) -> torch.dtype:

@@ -142,6 +142,7 @@ class FrozenLoss:
 
     def __enter__(self) -> "FrozenLoss":
         with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
             stand_in = stack.enter_context(held_in_type(self.model, self._type_of))
             stack.callback(setattr, self, "parameters", self.parameters)
             self.parameters = [stand_in(p) for p in self.parameters]

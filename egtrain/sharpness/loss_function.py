@@ -76,4 +76,5 @@ def _checked(result: Any) -> tuple[Tensor, Tensor | None]:
             )
     if metric is not None:
         metric = torch.as_tensor(metric).detach().reshape(())
-    return loss.reshape(()), metric
+    # A view would be differentiated twice, too.
+    return loss.reshape(()) if loss.ndim else loss, metric

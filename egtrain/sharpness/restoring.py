@@ -1,12 +1,17 @@
 """Blocks after which a model and torch's settings are exactly as before, even after an error."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+WEIGHT_NORM = ("torch", "torch.nn.utils.weight_norm")
+"""Modules in which weight normalisation, the new one and the old, finds its kernel."""
 
 
 @contextmanager
@@ -91,7 +96,9 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def twice_differentiable_kernels(model: nn.Module) -> Iterator[None]:
     """Use full float32 precision, and kernels that can be differentiated twice, inside the block.
 
-    Fused attention kernels and cuDNN's recurrent networks are therefore turned off.
+    Fused attention kernels and cuDNN's recurrent networks are therefore turned off, and so is the
+    kernel of weight normalisation, whose second derivative takes the norm for a constant. What is
+    compiled runs as it was written.
     """
     backends: Any = torch.backends
     precisions = (
@@ -103,12 +110,22 @@ def twice_differentiable_kernels(model: nn.Module) -> Iterator[None]:
             stack.enter_context(_with_attribute(place, "fp32_precision", "ieee"))
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             stack.enter_context(_with_attribute(backends.cudnn, "enabled", False))
+        for place in WEIGHT_NORM:
+            module = import_module(place)
+            stack.enter_context(_with_attribute(module, "_weight_norm", _weight_norm))
+        if "torch._dynamo" in sys.modules:  # slow to import, and imported by whoever compiles
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         # Without gradients, nn.MultiheadAttention's fast path would round differently.
         fast = backends.mha.get_fastpath_enabled()
         stack.callback(backends.mha.set_fastpath_enabled, fast)
         backends.mha.set_fastpath_enabled(False)
         yield
+
+
+def _weight_norm(direction: Tensor, norm: Tensor, dim: int = 0) -> Tensor:
+    """Return g·v/‖v‖, from operations that can be differentiated twice."""
+    return direction * (norm / torch.norm_except_dim(direction, 2, dim))
 
 
 @contextmanager
