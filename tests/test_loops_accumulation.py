@@ -360,6 +360,38 @@ def test_a_sum_that_the_loop_divides_is_a_mean_once_it_says_so(name: str) -> Non
     assert_same(found, train_naively(name, BLOCKS, workers=2))
 
 
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+def test_workers_share_a_gradient_that_has_a_graph() -> None:
+    model, optimizer, extrapolation = a_loop("local", 2)
+    found = []
+    for update, count in enumerate(BLOCKS):
+        optimizer.zero_grad()
+        for block in range(count):
+            for k in range(2):
+                with extrapolation.shifted(k):
+                    (loss_of(model, k, update, block) / 2).backward(create_graph=True)
+        optimizer.step()
+        found.append(flat(model))
+    assert_same(found, train_naively("local", BLOCKS, workers=2, share=1 / 2))
+
+
+def test_workers_do_not_share_a_gradient_that_is_replaced_by_hand() -> None:
+    """It cannot be told from one that was zeroed."""
+    model, _, extrapolation = a_loop("local", 2)
+
+    def block(k: int) -> None:
+        with extrapolation.shifted(k):
+            gradients = torch.autograd.grad(loss_of(model, k, 0, 0), list(model.parameters()))
+            for p, g in zip(model.parameters(), gradients, strict=True):
+                p.grad = g if p.grad is None else p.grad + g
+
+    block(0)
+    before = [p.grad.clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match=r"replaced in the block.*call backward\(\) in it"):
+        block(1)
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True))
+
+
 # Saved, copied, left out, interrupted.
 
 

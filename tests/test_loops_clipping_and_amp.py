@@ -196,6 +196,34 @@ def test_without_clipping_workers_remember_what_they_added(workers: int, form: s
             assert torch.equal(seen, before - past)
 
 
+@pytest.mark.parametrize("when", ["before", "after", "after the first update"])
+def test_clipping_by_a_hook_of_the_optimizer(when: str) -> None:
+    model = network()
+    optimizer = base_of("local")(model)
+
+    def clip(*_: object) -> None:
+        clip_norm(model)
+
+    if when == "before":
+        optimizer.register_step_pre_hook(clip)
+    extrapolation = Extrapolation(optimizer, DIRECTIONS["local"])
+    if when == "after":
+        optimizer.register_step_pre_hook(clip)
+    found = []
+    for update, count in enumerate(BLOCKS):
+        if when == "after the first update" and update == 1:
+            optimizer.register_step_pre_hook(clip)
+        optimizer.zero_grad()
+        for block in range(count):
+            with extrapolation.shifted():
+                torch.autograd.backward(loss_of(model, 0, update, block))
+        if when == "after the first update" and update == 0:
+            clip(model)
+        optimizer.step()
+        found.append(flat(model))
+    assert_same(found, train_naively("local", BLOCKS, clip=norm_clipped(LIMIT)))
+
+
 def test_the_factor_is_that_of_one_update() -> None:
     """X = 1, two workers, clipped in the first update alone."""
     x = nn.Parameter(torch.tensor([1.0], dtype=torch.float64))

@@ -132,6 +132,29 @@ def train_scaled(
     return found
 
 
+def train_with_closures(name: str) -> Trajectory:
+    """Train with the last block and clipping in the closure of the step."""
+    net = network()
+    wrapped = DistributedDataParallel(net)
+    optimizer = base_of(name)(net)
+    extrapolation = Extrapolation(optimizer, DIRECTIONS[name], model=wrapped)
+    found = []
+    for update, count in enumerate(BLOCKS):
+        optimizer.zero_grad()
+        for block in range(count - 1):
+            with extrapolation.shifted(), wrapped.no_sync():
+                backward(loss_of, wrapped, update, block)
+
+        def closure(update: int = update, count: int = count) -> None:
+            with extrapolation.shifted():
+                backward(loss_of, wrapped, update, count - 1)
+            nn.utils.clip_grad_norm_(net.parameters(), LIMIT)
+
+        optimizer.step(closure)  # type: ignore[arg-type]
+        found.append(flat(net))
+    return found
+
+
 def train_leaving_out(name: str, *, averaged: bool, none: bool) -> Trajectory:
     """Train, and leave out the update 2 after its last block, or before its average."""
     net = network()
@@ -512,6 +535,7 @@ def cases() -> dict[str, Callable[[], Any]]:
         )
     for name in OWN:
         found[f"clipped {name}"] = part(train, name, clip=LIMIT)
+        found[f"closures {name}"] = part(train_with_closures, name)
         found[f"clipped inside {name}"] = part(train, name, clip=LIMIT, inside=True)
         found[f"limit not reached {name}"] = part(train, name, clip=1e6)
         found[f"mixed {name}"] = part(train, name, base=mixed)
@@ -631,6 +655,7 @@ def test_the_own_gradient_is_clipped_by_the_factor_of_the_mean(name: str, ranks:
     expected = train_naively(name, BLOCKS, workers=2, clip=norm_clipped(LIMIT))
     assert_both(ranks, f"clipped {name}", expected)
     assert_both(ranks, f"clipped inside {name}", expected)
+    assert_both(ranks, f"closures {name}", expected)
     assert_both(ranks, f"by itself, clipped {name}", expected)
 
 

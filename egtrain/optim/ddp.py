@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from egtrain.optim.processes import process_count
-from egtrain.optim.remembering import Remember, shrinkage, version_of
+from egtrain.optim.remembering import Remember, shrinkage, version_of, versions
 from egtrain.optim.trained import Trained
 
 
@@ -183,7 +183,7 @@ class AveragedByDDP:
         if not self._arrivals:
             return
         self._averaged = True
-        self._last = [(p.grad, version_of(p.grad)) for p in self._trained.parameters]
+        self._last = versions(self._trained.parameters)
         if self._remember is not None:
             self._remember_the_rest(self._remember)
 

@@ -157,13 +157,13 @@ class Extrapolation:
             if unwatched is not None:
                 unwatched.remove()
         self._remembering.end_block(worker)
-        self._updates.blocks += 1
+        self._updates.end_block()
 
     def step(self, closure: Callable[[], Any]) -> Any:
         """Make the optimizer's step with a closure, as L-BFGS needs, each call of it in a block.
 
         The weights move within such a step, and ζ stays. What is remembered is the gradient of the
-        closure's last call. Blocks before the step are left out of its update.
+        closure's last call.
 
         Args:
             closure: computes the gradient and returns the loss.
@@ -176,8 +176,6 @@ class Extrapolation:
             with self.shifted(gradient=closure):
                 return closure()
 
-        if self._updates.blocks and not self._updates.inside_block:
-            self._updates.skip()
         return self.optimizer.step(shifted_closure)
 
     def averaged(self) -> None:
@@ -286,7 +284,7 @@ class Extrapolation:
         self._require_known_worker()
         if (
             self._updates.inside_step
-            and self._updates.blocks
+            and self._updates.blocks_in_step
             and isinstance(self._remembering, AveragedByDDP)
         ):
             raise RuntimeError(

@@ -209,8 +209,8 @@ class SeveralWorkers:
         """Handles of hooks, to be removed at the end of the block."""
         self._untouched: dict[int, Tensor] = {}
         """The block's own `.grad` of parameters that no gradient has come to, by their ids."""
-        self._zeroed = False
-        """Whether the block has zeroed its gradient in place."""
+        self._zeroed: list[bool] = []
+        """Whether the block had zeroed `.grad`, for each parameter that a gradient came to."""
 
     def begin_block(self, worker: int) -> None:
         """Begin a block, with a `.grad` of its own in place of what others have added.
@@ -221,15 +221,11 @@ class SeveralWorkers:
         if not self._added:
             return
         parameters = self._trained.parameters
-        if not all(
-            p.grad is grad and version_of(grad) == version
-            for p, (grad, version) in zip(parameters, self._last, strict=True)
-        ):
+        if changed(self._last, parameters):
             self._begin_at_zero(worker)
-            return
         self._before = [p.grad for p in parameters]
         self._own = [None if g is None else torch.zeros_like(g) for g in self._before]
-        self._zeroed = False
+        self._zeroed = []
         for p, own in zip(parameters, self._own, strict=True):
             p.grad = own
             if own is not None:
@@ -246,32 +242,27 @@ class SeveralWorkers:
         """Keep what the block has added, and add it to what was in `.grad` before.
 
         Raises:
-            RuntimeError: the worker's earlier gradient in this update was taken away.
+            RuntimeError: the worker's earlier gradient in this update was taken away, or it cannot
+                be told whether it was.
         """
         self._unwatch()
         parameters = self._trained.parameters
         contribution = self._trained.gradients()
-        if self._before:
-            replaced = [
-                p.grad is not own
-                for p, own in zip(parameters, self._own, strict=True)
-                if own is not None
-            ]
-            if self._zeroed or (replaced and all(replaced)):
-                self._begin_at_zero(worker)
-            elif any(replaced):
+        if any(self._zeroed):
+            if not all(self._zeroed):
                 self.leave_block()
                 raise RuntimeError(
-                    "a part of .grad was replaced in the block: call zero_grad() of the whole "
+                    "a part of .grad was zeroed in the block: call zero_grad() of the whole "
                     "optimizer, or outside of it"
                 )
-            else:
-                self._add_before()
+            self._begin_at_zero(worker)
+        elif self._before:
+            self._add_before()
         if worker in self._added:
             torch._foreach_add_(self._added[worker], contribution)
         else:
             self._added[worker] = [g.clone() for g in contribution]
-        self._last = [(p.grad, version_of(p.grad)) for p in parameters]
+        self._last = versions(parameters)
         self._before, self._own = [], []
 
     def leave_block(self) -> None:
@@ -321,9 +312,14 @@ class SeveralWorkers:
         return bool(self._added)
 
     def _arrive(self, p: Tensor) -> None:
-        """Note whether the gradient was zeroed in place before the first addition to it."""
+        """Note whether the gradient was zeroed before the first addition to it."""
         own = self._untouched.pop(id(p), None)
-        self._zeroed |= own is not None and p.grad is own and version_of(own) > 1
+        if own is None or p.grad is None:
+            return
+        if p.grad is own:  # zeroing in place is a change as the addition is
+            self._zeroed.append(version_of(own) > 1)
+        else:  # an addition with create_graph=True replaces it too
+            self._zeroed.append(not p.grad.requires_grad)
 
     def _unwatch(self) -> None:
         for watch in self._watches:
@@ -348,10 +344,39 @@ class SeveralWorkers:
 
     @torch.no_grad()
     def _add_before(self) -> None:
-        """Add the block's gradients to those before it, in `.grad` of the blocks before."""
-        for p, before, own in zip(self._trained.parameters, self._before, self._own, strict=True):
-            if before is not None and own is not None:
-                p.grad = before.add_(own)
+        """Add the block's gradients to those before it, in `.grad` of the blocks before.
+
+        Raises:
+            RuntimeError: one was replaced, by no backward pass.
+        """
+        pairs = list(zip(self._trained.parameters, self._before, self._own, strict=True))
+        if any(
+            p.grad is not own and not had_graph(p.grad) for p, _, own in pairs if own is not None
+        ):
+            self.leave_block()
+            raise RuntimeError(
+                ".grad was replaced in the block, so it cannot be told what the block has added: "
+                "call backward() in it, and zero_grad() outside of it"
+            )
+        for p, before, _ in pairs:
+            if before is not None and p.grad is not None:
+                p.grad = before.add_(p.grad)
+
+
+def versions(parameters: Sequence[Tensor]) -> list[tuple[Tensor | None, int]]:
+    """Return each parameter's `.grad` and how often it was changed in place."""
+    return [(p.grad, version_of(p.grad)) for p in parameters]
+
+
+def changed(before: list[tuple[Tensor | None, int]], parameters: Sequence[Tensor]) -> bool:
+    """Return whether `.grad` is another than it was, or was changed in place."""
+    pairs = zip(parameters, before, strict=True)
+    return any(p.grad is not old or version_of(old) != version for p, (old, version) in pairs)
+
+
+def had_graph(gradient: Tensor | None) -> bool:
+    """Return whether a gradient was made with create_graph=True."""
+    return gradient is not None and gradient.requires_grad
 
 
 def version_of(gradient: Tensor | None) -> int:

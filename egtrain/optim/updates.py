@@ -7,7 +7,7 @@ from torch import Tensor
 
 from egtrain.optim.direction import Direction
 from egtrain.optim.direction_state import DirectionState
-from egtrain.optim.remembering import Remembering
+from egtrain.optim.remembering import Remembering, changed, versions
 from egtrain.optim.shifting import Weights
 from egtrain.optim.trained import Trained
 from egtrain.optim.wrappers import watch_updates
@@ -46,6 +46,8 @@ class Updates:
         """Whether one was made by this object, and not only by that whose state was loaded."""
         self.blocks = 0
         """Blocks since the last update."""
+        self.blocks_in_step = 0
+        """Those of them that the closure of this step has made."""
         self.inside_block = False
         self.inside_step = False
         """Whether the optimizer is in a step with a closure."""
@@ -67,8 +69,20 @@ class Updates:
         self._remembering.skip()
         self.blocks, self.inside_step = 0, False
 
+    def end_block(self) -> None:
+        """Count a block."""
+        self._come_last()
+        self.blocks += 1
+        self.blocks_in_step += self.inside_step
+
     def _watch(self) -> None:
-        watch_updates(self._optimizer, self._begin, self._end)
+        self._hook = watch_updates(self._optimizer, self._begin, self._end)
+
+    def _come_last(self) -> None:
+        """See the gradients after all other hooks, which may clip them."""
+        hooks = self._optimizer._optimizer_step_pre_hooks
+        if next(reversed(hooks)) != self._hook:
+            hooks[self._hook] = hooks.pop(self._hook)
 
     @torch.no_grad()
     def _begin(
@@ -86,15 +100,10 @@ class Updates:
             self._note(copy=False)
             self._remember()
             return None
-        if self.blocks:
-            raise RuntimeError(
-                "the closure computes another gradient than the block's: put the shifted() block "
-                "into the closure, or call extrapolation.step(closure)"
-            )
         if self._direction.observes_updates:
             # Not `keep`, since there are further blocks before the update.
             self._before = [p.detach().clone() for p in self._trained.parameters]
-        self.inside_step = True
+        self.inside_step, self.blocks_in_step = True, 0
         return (
             tuple(self._noting(value) for value in args),
             {name: self._noting(value) for name, value in kwargs.items()},
@@ -106,7 +115,18 @@ class Updates:
             return value
 
         def noting() -> Any:
-            result = value()
+            before = versions(self._trained.parameters)
+            try:
+                result = value()
+                no_block = self.blocks and not self.blocks_in_step
+                if no_block and changed(before, self._trained.parameters):
+                    raise RuntimeError(
+                        "the closure computes another gradient than the block's: put the shifted() "
+                        "block into the closure, or call extrapolation.step(closure)"
+                    )
+            except BaseException:
+                self.skip()
+                raise
             self._note(copy=True)
             return result
 

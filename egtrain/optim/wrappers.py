@@ -44,14 +44,20 @@ def unwrapped(optimizer: object) -> torch.optim.Optimizer:
 
 def watch_updates(
     optimizer: torch.optim.Optimizer, before: Callable[..., Any], after: Callable[..., Any]
-) -> None:
+) -> int:
     """Call two hooks before and after each of the optimizer's steps.
 
     In a step that calls the step of its parent class, torch may call the hooks of both. Here the
     outer ones count.
+
+    Returns:
+        The number of the hook before steps.
     """
-    optimizer.register_step_pre_hook(lambda *args: None if _in_a_step() else before(*args))
+    pre_hook = optimizer.register_step_pre_hook(
+        lambda *args: None if _in_a_step() else before(*args)
+    )
     optimizer.register_step_post_hook(lambda *args: None if _in_a_step() else after(*args))
+    return pre_hook.id
 
 
 def _in_a_step() -> bool:
