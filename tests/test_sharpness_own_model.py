@@ -273,10 +273,11 @@ def test_vectors_have_the_shapes_of_the_weights_and_the_residuals_that_are_said(
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 def test_products_are_those_of_curvlinops() -> None:
-    from curvlinops import HessianLinearOperator
-
+    # Not in the extra `test`: a package that it needs for an example asks for torchvision, whose
+    # usual build does not go with a torch for the CPU alone.
+    curvlinops = pytest.importorskip("curvlinops")
     model = net("tanh").eval()
-    theirs = HessianLinearOperator(model, CRITERION, list(model.parameters()), in_two())
+    theirs = curvlinops.HessianLinearOperator(model, CRITERION, list(model.parameters()), in_two())
     vector = torch.randn(
         theirs.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64
     )
