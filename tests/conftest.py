@@ -9,6 +9,9 @@ import torch
 # The tests' tensors are tiny: more threads only wait for each other.
 torch.set_num_threads(1)
 
+# Models are made in the tests: Hugging Face's libraries shall ask for none.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 TRAINING_OR_STARTING_PROCESSES = {
     "test_bench",
     "test_cli",
@@ -16,6 +19,7 @@ TRAINING_OR_STARTING_PROCESSES = {
     "test_eval",
     "test_every_preset",
     "test_figures",
+    "test_integrations",
     "test_loops_accumulation",
     "test_loops_clipping_and_amp",
     "test_loops_closures",

@@ -174,6 +174,9 @@ def test_settings_of_the_prose_are_accepted(folder: Path) -> None:
         egtrain(f"train --preset resnet-eg --dry-run --offline --device cpu {setting}")
 
 
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")  # Lightning's advice
+@pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec")
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")  # transformers' default
 @pytest.mark.parametrize("page", sorted({page for page, _ in PYTHON}))
 def test_python_of_the_pages_runs_from_top_to_bottom(page: str, folder: Path) -> None:
     names: dict[str, Any] = {"torch": torch}

@@ -24,7 +24,7 @@ LAYERS = [
     {"run", "evaluate"},
     {"ranks", "run_directory", "logs", "figures"},
     {"workers", "checkpoint", "tables", "tasks"},
-    {"config"},
+    {"config", "integrations"},
     {"models", "data", "optim", "statistics"},
     {"progress"},
     {"formatting"},
@@ -41,6 +41,7 @@ TALKS_TO_RANKS = {
     "ranks/distributed.py",
     "ranks/torchrun.py",
     "optim/ddp.py",
+    "integrations/states.py",
     "optim/processes.py",
     "optim/sharded.py",
 }
@@ -155,6 +156,23 @@ def test_optim_imports_nothing_but_torch() -> None:
         if i.module.split(".")[0] not in allowed and not i.module.startswith("egtrain.optim.")
     ]
     assert not wrong, "egtrain.optim is for other people's loops too:\n" + "\n".join(wrong)
+
+
+def test_integrations_know_the_library_and_one_framework_each() -> None:
+    wrong = [
+        f"{name_of(path)}:{i.line} imports {i.module}"
+        for path in sources("integrations")
+        for i in imports_of(path)
+        if imported_room(i.module) not in {None, "integrations", "optim"}
+    ]
+    assert not wrong, "a framework's user has a loop already:\n" + "\n".join(wrong)
+    frameworks = {"accelerate", "lightning", "pytorch_lightning", "transformers"}
+    users = {
+        name_of(path)
+        for path in sources()
+        if any(i.module.split(".")[0] in frameworks for i in imports_of(path))
+    }
+    assert users == {"integrations/lightning.py"}
 
 
 def test_data_and_models_import_nothing_above_them() -> None:

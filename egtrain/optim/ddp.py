@@ -68,10 +68,12 @@ class AveragedByDDP:
         self._forget_past = forget_past
         # Weak, so that a model and its processes' connections go when the caller lets them go.
         self._models = [weakref.ref(model) for model in models]
-        self._averages = [True] * len(models)
-        """Whether each model averages at the backward pass of its last forward pass."""
+        self._averages: list[bool | None] = [True] * len(models)
+        """Whether each model averages at the backward pass of its last forward pass; None while
+        that forward pass is under way."""
         for i, model in enumerate(models):
-            model.register_forward_hook(forward_hook(weakref.ref(self), i))
+            model.register_forward_pre_hook(forward_hook(weakref.ref(self), i, begins=True))
+            model.register_forward_hook(forward_hook(weakref.ref(self), i, begins=False))
         self._inside = False
         self._averaged = False
         self._arrivals: Counter[int] = Counter()
@@ -123,17 +125,25 @@ class AveragedByDDP:
             self._last = last
         self._inside = True
 
-    def forward_passed(self, i: int, model: DistributedDataParallel) -> None:
+    def forward_pass(self, i: int, model: DistributedDataParallel, begins: bool) -> None:
         """Note whether DDP averages at the backward pass: not if this was within no_sync()."""
         if torch.is_grad_enabled():
-            self._averages[i] = model.require_backward_grad_sync
+            self._averages[i] = None if begins else model.require_backward_grad_sync
+
+    def _averages_now(self, i: int) -> bool:
+        """Return whether this backward pass is to be averaged."""
+        averages, model = self._averages[i], self._models[i]()
+        if averages is None and model is not None:
+            # Within the forward pass, as in Lightning's manual optimization, which has set this.
+            averages = model.require_forward_param_sync
+        return bool(averages)
 
     def arrive(self, p: Tensor) -> None:
         """Remember the gradient of a parameter, if this backward pass is to average it."""
         if not self._inside or id(p) not in self._watched:
             return
         place, model = self._watched[id(p)]
-        if not self._averages[model]:
+        if not self._averages_now(model):
             self._waiting.add(place)
             return
         if self._last:
@@ -269,15 +279,17 @@ def call_after_backward(function: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(function)
 
 
-def forward_hook(reference: "weakref.ref[AveragedByDDP]", i: int) -> Callable[..., None]:
+def forward_hook(
+    reference: "weakref.ref[AveragedByDDP]", i: int, begins: bool
+) -> Callable[..., None]:
     """Return a hook of the model with this place, which does nothing once its owner is gone."""
 
-    def forward_passed(model: nn.Module, *_: object) -> None:
+    def forward_pass(model: nn.Module, *_: object) -> None:
         gradients = reference()
         if gradients is not None and isinstance(model, DistributedDataParallel):
-            gradients.forward_passed(i, model)
+            gradients.forward_pass(i, model, begins)
 
-    return forward_passed
+    return forward_pass
 
 
 def refuse_unwatched(parameters: Sequence[Tensor]) -> Any:
