@@ -27,6 +27,7 @@ from torch.optim import (
     RMSprop,
 )
 
+from egtrain.optim import sharded
 from egtrain.optim.lamb import LAMB
 from egtrain.optim.lars import LARS
 from egtrain.optim.real_views import real_view
@@ -190,7 +191,7 @@ def muon(lot: Lot) -> list[Tensor]:
     """
     if not lot.of_layers:
         return lot.gradients
-    norms = list(torch._foreach_norm(lot.gradients))
+    norms = sharded.norms(lot.gradients)
     torch._foreach_clamp_min_(norms, lot.group["eps"])
     lengths = []
     for g in lot.gradients:
