@@ -199,6 +199,21 @@ class Evaluated(Loop):
         return super().weights() + self.outputs
 
 
+class Failing(Evaluated):
+    """A forward pass fails in a block; the loop goes on."""
+
+    def step(self, step: int) -> None:
+        handle = self.model[2].register_forward_pre_hook(run_out_of_memory)
+        with contextlib.suppress(MemoryError), self.extrapolation.shifted():
+            self.backward(step)
+        handle.remove()
+        super().step(step)
+
+
+def run_out_of_memory(*_: object) -> None:
+    raise MemoryError
+
+
 class Gathered(Loop):
     """The weights are gathered early, as FSDP2's documentation shows."""
 
@@ -262,6 +277,7 @@ class PartlyUnused(Loop):
 
 LOOPS: dict[str, type[Loop]] = {
     "evaluated": Evaluated,
+    "failing": Failing,
     "gathered": Gathered,
     "gathered in background": GatheredInBackground,
     "micro-batches": MicroBatches,
@@ -351,6 +367,7 @@ def refusals() -> dict[str, str]:
     loop.extrapolation = Extrapolation(optimizer, Whole(), model=model)
     found["a whole shift"] = message(loop.run)
     found["sharded afterwards"] = message(shard_after_the_extrapolation)
+    found["loaded in the block"] = message(load_in_the_block)
     found["not reduced"] = message(take_second_gradient_without_reduction)
     for flat in (True, False):
         first = FullyShardedDataParallel(
@@ -372,6 +389,14 @@ def shard_after_the_extrapolation() -> None:
     optimizer.param_groups[0]["params"] = list(model.parameters())
     with extrapolation.shifted():
         pass
+
+
+def load_in_the_block() -> None:
+    loop = Loop(by_layer)
+    state = {name: t.clone() for name, t in loop.model.state_dict().items()}
+    with loop.extrapolation.shifted():
+        loop.backward(0)
+        loop.model.load_state_dict(state)
 
 
 def take_second_gradient_without_reduction() -> None:
@@ -522,6 +547,7 @@ def test_weights_are_not_gathered_before_they_are_shifted(on_ranks: Any) -> None
         ("another model", r"pass Extrapolation\(..., model=model\)"),
         ("whole parameters too", "an optimizer and an Extrapolation for each kind"),
         ("sharded afterwards", r"pass Extrapolation\(..., model=model\)"),
+        ("loaded in the block", r"the weights were changed in the shifted\(\) block"),
         ("not reduced", r"no parameter has a gradient after gradient\(\)"),
         ("a whole shift", "make it from the parameter, as torch.zeros_like does"),
         ("FSDP1, True", "fully_shard instead"),

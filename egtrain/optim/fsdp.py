@@ -83,8 +83,10 @@ def _drop_gathered_weights(module: Any) -> None:
     state = module._get_fsdp_state()
     # torch 2.10 has one group in a module.
     groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-    if any(group is not None and group._all_gather_result is not None for group in groups):
+    groups = [group for group in groups if group is not None]
+    if any(group._all_gather_result is not None for group in groups):
         module.unshard()  # waits for what unshard(async_op=True) has begun
-    module.reshard()
+    for group in groups:
+        group._to_sharded()  # module.reshard() does nothing after a forward pass that has failed
     # If the loop has set one, the next gathering would wait for it, and not for the shift.
     module.set_post_optim_event(None)
