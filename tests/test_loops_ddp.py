@@ -465,6 +465,39 @@ def averaged_in_each_block() -> None:
             backward(loss_of, wrapped, 0, block)
 
 
+def one_model_after_the_other() -> None:
+    """Take the backward pass of each of two models in a block of its own."""
+    net = network()
+    parts = [DistributedDataParallel(net[i]) for i in (0, 2)]
+    extrapolation = Extrapolation(plain_sgd(net), LocalGradient(ratio=1.0), model=parts)
+    inputs = [inputs_of(dist.get_rank(), 0, 0), torch.ones(2, 4, dtype=torch.float64)]
+    for part, values in zip(parts, inputs, strict=True):
+        with extrapolation.shifted():
+            torch.autograd.backward(part(values).square().sum())
+
+
+def added_to_an_average() -> None:
+    """Add a micro-batch without an average to one with it."""
+    net = network()
+    wrapped = DistributedDataParallel(net)
+    extrapolation = Extrapolation(plain_sgd(net), LocalGradient(ratio=1.0), model=wrapped)
+    for block in range(2):
+        with extrapolation.shifted(), averaging(wrapped, block == 0):
+            backward(loss_of, wrapped, 0, block)
+
+
+def second_gradient_averaged(aware: bool) -> None:
+    net = network()
+    wrapped = DistributedDataParallel(net)
+    optimizer = plain_sgd(net)
+    extrapolation = Extrapolation(
+        optimizer, DIRECTIONS["extragradient"], model=wrapped if aware else None
+    )
+    again = functools.partial(backward, loss_of, wrapped, 0, 0)
+    with extrapolation.shifted(gradient=again):
+        again()
+
+
 def all_without_average() -> None:
     net = network()
     wrapped = DistributedDataParallel(net)
@@ -604,6 +637,10 @@ def mistakes() -> dict[str, Callable[[], object]]:
         "wrapped later, from a state": lambda: wrapped_later(state),
         "not said to be averaged": lambda: train_by_itself("local", says=False),
         "averaged in each block": averaged_in_each_block,
+        "one model after the other": one_model_after_the_other,
+        "added to an average": added_to_an_average,
+        "second gradient averaged": functools.partial(second_gradient_averaged, True),
+        "second gradient averaged, unaware": functools.partial(second_gradient_averaged, False),
         "never averaged": all_without_average,
         "L-BFGS": lbfgs_with_own_gradients,
         "model and workers": lambda: first_steps(local, workers=here, aware=True),
@@ -785,6 +822,10 @@ def test_a_ranks_noise_is_that_of_its_worker_in_one_process(ranks: Any) -> None:
         ("made before the processes", "model="),
         ("not said to be averaged", "averaged()"),
         ("averaged in each block", "no_sync()"),
+        ("one model after the other", "no_sync()"),
+        ("added to an average", "no_sync()"),
+        ("second gradient averaged", "no_sync()"),
+        ("second gradient averaged, unaware", "no_sync()"),
         ("never averaged", "no_sync()"),
         ("L-BFGS", "OptimisticGradient"),
         ("model and workers", "workers="),

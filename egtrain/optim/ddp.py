@@ -143,13 +143,13 @@ class AveragedByDDP:
         if not self._inside or id(p) not in self._watched:
             return
         place, model = self._watched[id(p)]
-        if not self._averages_now(model):
-            self._waiting.add(place)
-            return
         if self._last:
             # Neither replaced nor zeroed in place, which is one change more than the addition.
             averaged, version = self._last[place]
             self._twice |= p.grad is averaged and version_of(p.grad) == version + 1
+        if not self._averages_now(model):
+            self._waiting.add(place)
+            return
         self._arrivals[place] += 1
         self._waiting.discard(place)
         if self._remember is not None:
@@ -169,9 +169,7 @@ class AveragedByDDP:
     def end_second_gradient(self) -> None:
         """Raise RuntimeError if the second gradient was averaged."""
         if self._arrivals:
-            raise RuntimeError(
-                "the second gradient was averaged: take it, forward too, within model.no_sync()"
-            )
+            raise second_gradient_averaged()
         self._waiting.clear()
 
     def end_block(self, worker: int) -> None:
@@ -182,6 +180,11 @@ class AveragedByDDP:
                 the block.
         """
         self._inside = False
+        if self._last:  # where this block has added nothing, the average before must be gone
+            self._twice |= any(
+                p.grad is not None and p.grad is averaged and version_of(averaged) == version
+                for p, (averaged, version) in zip(self._trained.parameters, self._last, strict=True)
+            )
         if self._twice or max(self._arrivals.values(), default=0) > 1:
             self.skip()
             raise RuntimeError(
@@ -290,6 +293,33 @@ def forward_hook(
             gradients.forward_pass(i, model, begins)
 
     return forward_pass
+
+
+def refuse_averaged(parameters: Sequence[Tensor]) -> Any:
+    """Return a handle, to be removed, that refuses DDP around these parameters where it averages.
+
+    A second gradient is the process's own.
+    """
+    ours = set(map(id, parameters))
+
+    def refuse(module: nn.Module, _: Any) -> None:
+        if (
+            isinstance(module, DistributedDataParallel)
+            and module.require_backward_grad_sync
+            and torch.is_grad_enabled()
+            and torch.distributed.get_world_size(module.process_group) > 1
+            and not ours.isdisjoint(map(id, module.parameters()))
+        ):
+            raise second_gradient_averaged()
+
+    return nn.modules.module.register_module_forward_pre_hook(refuse)
+
+
+def second_gradient_averaged() -> RuntimeError:
+    """Return the error of a second gradient that DDP averages."""
+    return RuntimeError(
+        "the second gradient was averaged: take it, forward too, within model.no_sync()"
+    )
 
 
 def refuse_unwatched(parameters: Sequence[Tensor]) -> Any:

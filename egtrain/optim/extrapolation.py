@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from egtrain.optim.base_state import BaseState
-from egtrain.optim.ddp import AveragedByDDP, models_in, rank_in, refuse_unwatched
+from egtrain.optim.ddp import AveragedByDDP, models_in, rank_in, refuse_averaged, refuse_unwatched
 from egtrain.optim.direction import Direction, Point
 from egtrain.optim.direction_state import DirectionState
 from egtrain.optim.fsdp import require_one_worker
@@ -341,6 +341,10 @@ class Extrapolation:
         # Whether or not the function zeroes: what was in .grad is no part of its gradient.
         self._set_gradients([None] * len(before))
         forget_what_was_made_of_weights()
+        unaware = process_count() > 1 and not isinstance(self._remembering, AveragedByDDP)
+        refusal = None
+        if unaware and not self._updates.made_here:
+            refusal = refuse_averaged(self.parameters)
         try:
             gradient()
             self._remembering.end_second_gradient()
@@ -360,6 +364,8 @@ class Extrapolation:
                         torch._foreach_zero_(gradients)
         finally:
             self._set_gradients(before)
+            if refusal is not None:
+                refusal.remove()
         return second
 
     def _set_gradients(self, gradients: Sequence[Tensor | None]) -> None:
