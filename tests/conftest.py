@@ -36,6 +36,7 @@ TRAINING_OR_STARTING_PROCESSES = {
     "test_sharpness_own_model",
     "test_sharpness_pictures",
     "test_sharpness_spectrum",
+    "test_support",
     "test_sweep",
     "test_text_data",
     "test_text_extra",
