@@ -346,8 +346,8 @@ The tests try each combination of a base optimizer, a direction and a loop below
 ✓: it works, and loops that should come to the same weights do. A number: it is refused, with the
 message below the tables. The optimizers have their defaults, SGD and LARS `momentum=0.9`.
 
-L-BFGS goes with `extrapolation.step(closure)` and `precondition="none"`. Several loops at once, such
-as accumulation and clipping on two processes with a scaled loss, are tried in
+L-BFGS goes with `extrapolation.step(closure)` and `precondition="none"`. Several loops at once,
+such as accumulation and clipping on two processes with a scaled loss, are tried in
 [Lightning](lightning.md), in [Hugging Face's Trainer](transformers.md) and with
 [Accelerate](accelerate.md). [The library](library.md) shows the loops.
 """
