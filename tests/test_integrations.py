@@ -207,10 +207,15 @@ def test_lightning_trains_at_shifted_weights_and_validates_at_the_others() -> No
     assert validation[1] == module.network[0].weight[0, 0].item()
 
 
-def test_outside_of_fitting_the_block_of_the_callback_changes_nothing() -> None:
+def test_in_validation_the_block_of_the_callback_changes_nothing() -> None:
     module = Watched()
-    quiet_trainer().validate(module, batches(2), verbose=False)
-    assert module.seen == [("validation", module.network[0].weight[0, 0].item())] * 2
+    trainer = quiet_trainer(max_epochs=1, enable_checkpointing=False, val_check_interval=2)
+    trainer.validate(module, batches(2), verbose=False)
+    trainer.fit(module, batches(2), batches(2))
+    trainer.validate(module, batches(2), verbose=False)
+    seen = [weight for where, weight in module.seen if where == "validation"]
+    assert seen[:4] == [seen[0]] * 4
+    assert seen[4:] == [module.network[0].weight[0, 0].item()] * 4
 
 
 class Failing(Module):

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
+import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from egtrain.integrations.second_gradient import nothing_else_changes, refuse_scaled
@@ -78,9 +79,9 @@ class ExtrapolationCallback(Callback):  # type: ignore[misc]
     ) -> AbstractContextManager[None]:
         """Return the block for forward and backward in a module with manual optimization.
 
-        Outside of fitting, as in validation, it changes nothing.
+        Where no gradients are computed, as in validation, it changes nothing.
         """
-        if self.extrapolation is None:
+        if self.extrapolation is None or not torch.is_grad_enabled():
             return nullcontext()
         return self.extrapolation.shifted(gradient=gradient)
 
