@@ -17,7 +17,8 @@ from egtrain.optim.direction import Direction, Point
 from egtrain.optim.direction_state import DirectionState
 from egtrain.optim.fsdp import require_one_worker
 from egtrain.optim.processes import process_count
-from egtrain.optim.remembering import OneBlockEach, OneWorker, Remembering, SeveralWorkers
+from egtrain.optim.remembering import OneBlockEach, OneWorker, Remembering
+from egtrain.optim.several_workers import SeveralWorkers
 from egtrain.optim.sharded import copy_all
 from egtrain.optim.shifting import Weights, forget_what_was_made_of_weights
 from egtrain.optim.trained import Trained
