@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from egtrain.optim.base_scales import Lot, scale_of
+from egtrain.optim.base_scales import Lot, scale_of, sgd
 from egtrain.optim.real_views import complex_view, real_view
 
 
@@ -68,6 +68,8 @@ class BaseState:
             RuntimeError: it keeps no state of a parameter that it has updated.
         """
         scale = scale_of(self.optimizer)
+        if scale.scaled is sgd:  # nothing to scale, and no state to look up
+            return list(gradients)
         states = self._states()
         found = list(gradients)
         lots: dict[tuple[int, torch.device], list[int]] = {}
