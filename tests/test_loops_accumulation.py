@@ -3,8 +3,10 @@
 import contextlib
 import copy
 import functools
+import gc
 import io
 import pickle
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +25,7 @@ from naive_loop import (
 from torch import Tensor, nn
 
 from egtrain.optim import (
+    MSAM,
     Direction,
     Extrapolation,
     GaussianNoise,
@@ -30,6 +33,7 @@ from egtrain.optim import (
     LocalGradient,
     OptimisticGradient,
     SmoothOut,
+    State,
 )
 
 BLOCKS = (1, 3, 2, 1, 2)
@@ -695,6 +699,67 @@ def test_one_optimizer_may_have_two_extrapolations_in_turn() -> None:
         found.append(x.item())
     # Gradients 2·y at y = 1 and 0.8 − 0.2, and then 0.68 and 0.544 − 0.136.
     assert found == pytest.approx([0.8, 0.68, 0.544, 0.4624], abs=1e-15)
+
+
+def test_an_extrapolation_that_is_let_go_takes_its_memory_with_it() -> None:
+    """Its optimizer stays, and with it the hooks."""
+    model = network()
+    optimizer = base_of("optimistic")(model)
+    watched = []
+
+    class Watching(OptimisticGradient):
+        def observe_mean_gradient(self, state: State, gradients: list[Tensor]) -> None:
+            watched.append(self.ratio)
+            super().observe_mean_gradient(state, gradients)
+
+    first = Extrapolation(optimizer, Watching(ratio=0.5))
+    one_update((model, optimizer, first), 0, 1)
+    memory = weakref.ref(first._kept.shared["mean_gradient"][0])
+    del first
+    gc.collect()
+    second = Extrapolation(optimizer, Watching(ratio=0.25))
+    one_update((model, optimizer, second), 1, 1)
+    assert memory() is None
+    assert watched == [0.5, 0.25]
+
+
+def test_a_direction_may_be_set_to_another_length_between_updates() -> None:
+    lengths = (0.5, 0.5, 0.2, 0.2, 0.0)
+    x = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
+    optimizer = torch.optim.SGD([x], lr=0.1)
+    extrapolation = Extrapolation(optimizer, GradientAverage(ratio=lengths[0]))
+    weight, average = 1.0, 0.0
+    for ratio in lengths:
+        extrapolation.direction = GradientAverage(ratio=ratio)
+        optimizer.zero_grad()
+        with extrapolation.shifted():
+            torch.autograd.backward(x * x / 2)
+        optimizer.step()
+        gradient = weight - 0.1 * ratio * average
+        weight, average = weight - 0.1 * gradient, ratio * average + gradient
+        assert x.item() == pytest.approx(weight, abs=1e-15)
+
+
+class GradientAverage(OptimisticGradient):
+    """The ratio is the decay of the gradients' average as well."""
+
+    def observe_mean_gradient(self, state: State, gradients: list[Tensor]) -> None:
+        assert self.ratio is not None
+        torch._foreach_mul_(state["mean_gradient"], self.ratio)
+        torch._foreach_add_(state["mean_gradient"], gradients)
+
+
+def test_a_direction_of_another_kind_needs_an_extrapolation_of_its_own() -> None:
+    model = network()
+    extrapolation = Extrapolation(base_of("local")(model), LocalGradient(ratio=0.5))
+    with pytest.raises(ValueError, match="make a new Extrapolation"):
+        extrapolation.direction = OptimisticGradient(ratio=0.5)
+    rmsprop = torch.optim.RMSprop(model.parameters(), momentum=0.9)
+    extrapolation = Extrapolation(rmsprop, MSAM(radius=0.5))
+    rmsprop.param_groups[0]["momentum"] = 0.0
+    with pytest.raises(ValueError, match="needs momentum"):
+        extrapolation.direction = MSAM(radius=0.1)
+    assert extrapolation.direction == MSAM(radius=0.5)
 
 
 def plain_sgd(model: nn.Module) -> torch.optim.Optimizer:

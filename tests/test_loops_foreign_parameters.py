@@ -282,6 +282,49 @@ def test_a_block_that_adds_nothing_to_earlier_gradients_is_no_update_of_zeros(na
     assert flat(model).isfinite().all()
 
 
+@pytest.mark.parametrize("added", [False, True])
+def test_parameters_that_come_inside_a_block_are_refused(added: bool) -> None:
+    """They would get a gradient at shifted weights of the others, and none of their own."""
+    model = network()
+    first, last = list(model[0].parameters()), list(model[2].parameters())
+    optimizer = torch.optim.SGD(last if added else [*first, *last], lr=0.1)
+    extrapolation = Extrapolation(optimizer, DIRECTIONS["local"])
+    before = flat(model)
+    model[0].requires_grad_(added)
+
+    def take_in() -> None:
+        model[0].requires_grad_(True)
+        if added:
+            optimizer.add_param_group({"params": first})
+        torch.autograd.backward(loss_of(model, 0, 0, 0))
+
+    refused = pytest.raises(RuntimeError, match="added or unfrozen in the shifted")
+    with refused, extrapolation.shifted():
+        take_in()
+    assert torch.equal(flat(model), before)
+    optimizer.zero_grad()
+    with extrapolation.shifted():
+        torch.autograd.backward(loss_of(model, 0, 0, 0))
+    optimizer.step()
+
+
+def test_parameters_may_be_frozen_again_inside_a_block() -> None:
+    """As Lightning's toggle_model() does with those of other optimizers."""
+    model = network()
+    optimizer = base_of("local")(model)
+    extrapolation = Extrapolation(optimizer, DIRECTIONS["local"])
+    found = []
+    for update in range(4):
+        optimizer.zero_grad()
+        model.requires_grad_(True)
+        with extrapolation.shifted():
+            torch.autograd.backward(loss_of(model, 0, update, 0))
+            model.requires_grad_(False)
+        optimizer.step()
+        found.append(flat(model))
+    assert_same(found, train_naively("local", (1,) * 4))
+
+
 def test_frozen_parameters_are_not_seen_by_directions() -> None:
     seen = []
 

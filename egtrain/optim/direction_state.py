@@ -25,7 +25,7 @@ class DirectionState:
 
     @torch.no_grad()
     def __init__(self, direction: Direction, parameters: list[Tensor], workers: range) -> None:
-        self._direction = direction
+        self.direction = direction
         self._parameters = parameters
         self._types = [(p.dtype, p.device) for p in parameters]
         self.by_worker: dict[int, State] = {k: direction.worker_state(parameters) for k in workers}
@@ -62,7 +62,7 @@ class DirectionState:
             where: a scalar; the device does so if it is above zero. None: in any case.
         """
         for state in self.by_worker.values():
-            first = self._direction.worker_state(self._parameters)
+            first = self.direction.worker_state(self._parameters)
             if where is None:
                 copy_state(state, first)
             else:
@@ -81,9 +81,9 @@ class DirectionState:
             (p.dtype, p.device) if i is None else self._types[i]
             for p, i in zip(parameters, places, strict=True)
         ]
-        fresh = [self._direction.worker_state(parameters) for _ in self.by_worker]
+        fresh = [self.direction.worker_state(parameters) for _ in self.by_worker]
         for state, new in zip(
-            self._states, [*fresh, self._direction.shared_state(parameters)], strict=True
+            self._states, [*fresh, self.direction.shared_state(parameters)], strict=True
         ):
             for name, tensors in state.items():
                 state[name] = [

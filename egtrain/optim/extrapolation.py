@@ -71,7 +71,7 @@ class Extrapolation:
         model: nn.Module | Sequence[nn.Module] | None = None,
     ) -> None:
         self.optimizer = unwrapped(optimizer)
-        self.direction = direction
+        self._direction = direction
         self.seed = seed
         direction.check_base(self.optimizer)
         self._trained = Trained(self.optimizer)
@@ -95,6 +95,25 @@ class Extrapolation:
         self._updates = Updates(
             self.optimizer, direction, self._trained, self._kept, self._remembering, self._weights
         )
+
+    @property
+    def direction(self) -> Direction:
+        """The choice of ζ. Another of the same class may be set between updates, as a schedule.
+
+        Raises:
+            ValueError: it is of another class, or not defined for this optimizer.
+        """
+        return self._direction
+
+    @direction.setter
+    def direction(self, direction: Direction) -> None:
+        if type(direction) is not type(self._direction):
+            raise ValueError(
+                f"a {type(direction).__name__} has not the state of a "
+                f"{type(self._direction).__name__}: make a new Extrapolation"
+            )
+        direction.check_base(self.optimizer)
+        self._direction = self._kept.direction = self._updates.direction = direction
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -121,8 +140,8 @@ class Extrapolation:
         Raises:
             ValueError: the worker is not one of `workers`, or `gradient` is missing.
             RuntimeError: the blocks are nested, a gradient is sparse, there is no gradient at the
-                end of the block, or the weights were changed in it; or, with several processes, the
-                worker's own gradient cannot be told.
+                end of the block, or the weights were changed or parameters unfrozen in it; or, with
+                several processes, the worker's own gradient cannot be told.
         """
         worker = self._known(worker)
         if self._updates.inside_block:
@@ -149,6 +168,11 @@ class Extrapolation:
                 if all(p.grad is None for p in self.parameters):
                     raise RuntimeError(
                         "no parameter has a gradient: backward() belongs inside the block"
+                    )
+                if self._trained.has_missed_gradient():
+                    raise RuntimeError(
+                        "a parameter was added or unfrozen in the shifted() block, so it was not "
+                        "shifted: do that before the block"
                     )
         except BaseException:
             self._remembering.leave_block()

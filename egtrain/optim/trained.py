@@ -55,6 +55,15 @@ class Trained:
         self.parameters = [p for _, p in now]
         return [places.get(id(p)) for p in self.parameters]
 
+    def has_missed_gradient(self) -> bool:
+        """Return whether there is a gradient of a parameter that the last refresh did not find."""
+        known = set(map(id, self.parameters))
+        return any(
+            p.requires_grad and id(p) not in known and p.grad is not None
+            for group in self._optimizer.param_groups
+            for p in group["params"]
+        )
+
     def names(self) -> list[str] | None:
         """Return the parameters' names, if the optimizer was made from `named_parameters()`."""
         found = []

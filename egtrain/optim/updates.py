@@ -1,5 +1,6 @@
 """The optimizer's updates: their number, and what is remembered of each."""
 
+import weakref
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ class Updates:
         weights: Weights,
     ) -> None:
         self._optimizer = optimizer
-        self._direction = direction
+        self.direction = direction
         self._trained = trained
         self._kept = kept
         self._remembering = remembering
@@ -76,7 +77,20 @@ class Updates:
         self.blocks_in_step += self.inside_step
 
     def _watch(self) -> None:
-        self._hook = watch_updates(self._optimizer, self._begin, self._end)
+        # Weak, so that an extrapolation that the caller lets go takes its memory with it, and
+        # observes no further updates.
+        this = weakref.ref(self)
+
+        def begin(*arguments: Any) -> Any:
+            updates = this()
+            return None if updates is None else updates._begin(*arguments)
+
+        def end(*arguments: Any) -> None:
+            updates = this()
+            if updates is not None:
+                updates._end(*arguments)
+
+        self._hook = watch_updates(self._optimizer, begin, end)
 
     def _come_last(self) -> None:
         """See the gradients after all other hooks, which may clip them."""
@@ -95,12 +109,12 @@ class Updates:
         if self.inside_step:  # the step before has failed
             self.skip()
         if not any(callable(value) for value in (*args, *kwargs.values())):
-            if self._direction.observes_updates:
+            if self.direction.observes_updates:
                 self._before = self._weights.keep()
             self._note(copy=False)
             self._remember()
             return None
-        if self._direction.observes_updates:
+        if self.direction.observes_updates:
             # Not `keep`, since there are further blocks before the update.
             self._before = [p.detach().clone() for p in self._trained.parameters]
         self.inside_step, self.blocks_in_step = True, 0
@@ -151,7 +165,7 @@ class Updates:
         with self._kept.unchanged_where(overflow):
             self._remembering.remember(gradients)
             if self._kept.shared and gradients:
-                self._direction.observe_mean_gradient(self._kept.shared, gradients)
+                self.direction.observe_mean_gradient(self._kept.shared, gradients)
         self._remembering.leave_out_where(overflow)
         if self.blocks:
             if factor is not None and overflow is not None:
@@ -163,11 +177,11 @@ class Updates:
     def _end(self, *arguments: object) -> None:
         if self.inside_step:
             self._remember()
-        if self._direction.observes_updates and self._before:
+        if self.direction.observes_updates and self._before:
             _, overflow = self._trained.scaling()
             with self._kept.unchanged_where(overflow):
                 after = self._trained.parameters
-                self._direction.observe_update(self._kept.shared, self._before, after)
+                self.direction.observe_update(self._kept.shared, self._before, after)
         self._before = []
         self.steps += 1
         self.made_here = True
