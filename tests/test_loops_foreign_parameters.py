@@ -605,6 +605,42 @@ def test_a_state_of_names_leaves_out_what_was_frozen() -> None:
     assert torch.equal(rows["2.bias"][0], model[2].bias.grad)
 
 
+@pytest.mark.parametrize("names", [False, True])
+@pytest.mark.parametrize("name", ["local", "optimistic", "average of updates"])
+def test_a_loop_that_is_saved_while_its_parameters_are_frozen_is_saved_whole(
+    name: str, names: bool
+) -> None:
+    """As the discriminator of a GAN is frozen while the generator is trained."""
+
+    def loop() -> tuple[nn.Module, torch.optim.Optimizer, Extrapolation]:
+        model = network()
+        named = list(model.named_parameters())
+        of: Any = named if names else [p for _, p in named]
+        optimizer = torch.optim.SGD(of, lr=0.1, momentum=0.9, nesterov=True)
+        return model, optimizer, Extrapolation(optimizer, DIRECTIONS[name])
+
+    loops = [loop(), loop()]
+    found = []
+    for update in range(6):
+        model, optimizer, extrapolation = loops[update // 3]
+        model.requires_grad_(True)
+        optimizer.zero_grad()
+        with extrapolation.shifted():
+            torch.autograd.backward(loss_of(model, 0, update, 0))
+        model[0].requires_grad_(False)
+        if update % 2:
+            model[2].requires_grad_(False)
+        optimizer.step()
+        state = extrapolation.state_dict()
+        if update == 2:
+            resumed, another, its_extrapolation = loops[1]
+            resumed.load_state_dict(model.state_dict())
+            another.load_state_dict(optimizer.state_dict())
+            its_extrapolation.load_state_dict(state)
+        found.append(flat(model))
+    assert_same(found, train_naively(name, (1,) * 6))
+
+
 def saved_by(*, frozen: bool, names: bool) -> dict[str, Any]:
     model = network()
     model[0].requires_grad_(not frozen)

@@ -222,9 +222,11 @@ class Extrapolation:
     def state_dict(self) -> dict[str, Any]:
         """Return the state between two updates; blocks since the last one are not in it.
 
-        Tensors of `worker_state` are [workers, ...], in `workers`' order.
+        Parameters that were frozen since the last block are in it, so that a loop that freezes them
+        for a while, as GANs do, is saved whole, and goes on as if it had not been saved. Tensors of
+        `worker_state` are [workers, ...], in `workers`' order.
         """
-        if not self._updates.blocks:
+        if not self._updates.blocks and all(p.requires_grad for p in self.parameters):
             self._follow_parameters()
         names = self._trained.names()
         return {

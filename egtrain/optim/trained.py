@@ -66,13 +66,13 @@ class Trained:
 
     def names(self) -> list[str] | None:
         """Return the parameters' names, if the optimizer was made from `named_parameters()`."""
-        found = []
+        found = {}
         for group in self._optimizer.param_groups:
             if "param_names" not in group:
                 return None
-            named = zip(group["param_names"], group["params"], strict=True)
-            found += [name for name, p in named if p.requires_grad]
-        return found
+            for name, p in zip(group["param_names"], group["params"], strict=True):
+                found[id(p)] = name
+        return [found[id(p)] for p in self.parameters]
 
     def learning_rates(self) -> list[float]:
         """Return the learning rate of each parameter's group."""
