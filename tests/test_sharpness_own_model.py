@@ -754,3 +754,38 @@ def test_measure_takes_every_metric_of_one_model_and_names() -> None:
 def test_metrics_that_cannot_be_measured_are_refused(metrics: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         measure(net("relu"), CRITERION, (X, Y), metrics)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "targets", "reason"),
+    [
+        (nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 9.0])), [0, 1, 2, 1], "have weights"),
+        (partial(F.cross_entropy, weight=torch.ones(3)), [0, 1, 2, 1], "have weights"),
+        (nn.CrossEntropyLoss(), [0, 1, -100, 1], "some targets are -100"),
+        (partial(F.cross_entropy, ignore_index=2), [0, 1, 2, 1], "some targets are 2"),
+    ],
+)
+def test_batches_in_which_samples_do_not_count_alike_are_refused(
+    criterion: Any, targets: list[int], reason: str
+) -> None:
+    model, inputs, labels = nn.Linear(5, 3), torch.randn(4, 5), torch.tensor(targets)
+    halves = [(inputs[:2], labels[:2]), (inputs[2:], labels[2:])]
+    with pytest.raises(UsageError, match=reason):
+        FrozenLoss.of(model, criterion, halves)
+    with FrozenLoss.of(model, criterion, (inputs, labels)) as whole:
+        expected, _ = whole.value()
+    assert expected == pytest.approx(criterion(model(inputs), labels).item())
+    if "targets" in reason:
+        counts = [sum(t not in (-100, 2) for t in half) for half in (targets[:2], targets[2:])]
+        with FrozenLoss(model, criterion, zip(halves, counts, strict=True)) as loss:
+            assert loss.value()[0] == pytest.approx(expected)
+
+
+def test_targets_of_several_lengths_are_refused() -> None:
+    class Tagger(nn.Linear):
+        def forward(self, inputs: Tensor) -> Tensor:
+            return super().forward(inputs).transpose(1, 2)
+
+    batches = [(torch.randn(2, n, 5), torch.zeros(2, n, dtype=torch.long)) for n in (3, 4)]
+    with pytest.raises(UsageError, match="several lengths"):
+        FrozenLoss.of(Tagger(5, 3), nn.CrossEntropyLoss(), batches)

@@ -21,7 +21,7 @@ from egtrain.sharpness.checking import (
     require_symmetric,
 )
 from egtrain.sharpness.flat import flattened, longest_type, splitter
-from egtrain.sharpness.loss_function import LossFunction, called
+from egtrain.sharpness.loss_function import LossFunction, called, require_mean_over_samples
 from egtrain.sharpness.restoring import (
     buffers_kept,
     copy_into,
@@ -129,10 +129,12 @@ class FrozenLoss:
             dtype: as for `FrozenLoss`.
 
         Raises:
-            UsageError: as for `FrozenLoss`, or the samples of a batch cannot be counted.
+            UsageError: as for `FrozenLoss`, or the samples of a batch cannot be counted, or do not
+                count alike.
         """
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         pairs = batches_of(data, device)
+        require_mean_over_samples(loss_function, [batch for batch, _ in pairs])
         return cls(model, loss_function, pairs, names=names, dtype=dtype)
 
     @property

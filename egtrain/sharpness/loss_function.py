@@ -1,6 +1,6 @@
 """What a user gives as a loss, as one function from (model, batch) to the loss and a metric."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -37,6 +37,43 @@ def is_of_torch(loss_function: LossFunction) -> bool:
         isinstance(innermost, nn.Module)
         or getattr(innermost, "__module__", "") == nn.functional.__name__
     )
+
+
+def require_mean_over_samples(loss_function: LossFunction, batches: Sequence[Any]) -> None:
+    """Refuse several batches in which a loss of torch averages over something else than samples.
+
+    The mean of their means would depend on how the samples lie in batches.
+
+    Raises:
+        UsageError: classes have weights, targets are ignored, or have several lengths.
+    """
+    if len(batches) < 2 or not is_of_torch(loss_function):
+        return
+    settings = (
+        loss_function.keywords if isinstance(loss_function, partial) else vars_of(loss_function)
+    )
+    ignored = settings.get("ignore_index", -100)
+    targets = [b[1] for b in batches if isinstance(b, tuple | list) and len(b) == 2]
+    labels = [t for t in targets if isinstance(t, Tensor) and not t.is_floating_point()]
+    if settings.get("weight") is not None:
+        reason = "the classes have weights"
+    elif any(bool((t == ignored).any()) for t in labels):
+        reason = f"some targets are {ignored} and so ignored"
+    elif len({t.shape[1:] for t in targets if isinstance(t, Tensor)}) > 1:
+        reason = "targets have several lengths"
+    else:
+        return
+    raise UsageError(
+        f"{reason}, so the loss is no mean over samples: give all data as one batch, or how many "
+        "targets count in each, FrozenLoss(model, loss_function, [(batch, count), ...])"
+    )
+
+
+def vars_of(loss_function: LossFunction) -> dict[str, Any]:
+    """Return the settings of a loss that is a module, its buffers too; none of a function."""
+    if not isinstance(loss_function, nn.Module):
+        return {}
+    return {**vars(loss_function), **dict(loss_function.named_buffers())}
 
 
 def _require_mean(loss_function: LossFunction) -> None:
