@@ -47,7 +47,7 @@ PYTHON = [
     for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
 ]
 
-PLAIN, AROUND, _CLOSURE, _WORKERS, DDP, SECOND_GRADIENT, SHARDED, *_ = (
+PLAIN, AROUND, _CLOSURE, _SAM, _WORKERS, DDP, SECOND_GRADIENT, SHARDED, *_ = (
     block for page, block in PYTHON if page == "docs/library.md"
 )
 """A user's training loops; test_own_loop.py checks what two of them compute."""

@@ -44,6 +44,7 @@ from transformers import TrainingArguments
 
 from egtrain.integrations import lightning
 from egtrain.integrations.lightning import ExtrapolationCallback
+from egtrain.integrations.second_gradient import nothing_else_changes
 from egtrain.integrations.states import load_own, own_part
 from egtrain.optim import (
     Direction,
@@ -407,6 +408,23 @@ def test_a_second_gradient_leaves_random_states_and_statistics_in_transformers(
         trainer_of(models[-1], direction, tmp_path).train()
     for a, b in zip(*(model.state_dict().values() for model in models), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_second_gradient_leaves_random_states_and_statistics_in_a_loop_of_ones_own(
+    fails: bool,
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 1))
+    statistics = [b.clone() for b in model.buffers()]
+    random_state = torch.get_rng_state()
+    expected: Any = pytest.raises(MemoryError) if fails else contextlib.nullcontext()
+    with expected, nothing_else_changes(model):
+        model(torch.randn(8, 3)).sum().backward()
+        if fails:
+            raise MemoryError
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(map(torch.equal, model.buffers(), statistics))
 
 
 def test_a_transformers_trainer_may_train_twice_with_one_extrapolation(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The second gradient of directions such as SAM, by one more pass of a framework's own step."""
+"""The second gradient of directions such as SAM, by one more forward and backward pass."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +15,13 @@ def nothing_else_changes(model: nn.Module) -> Iterator[None]:
     """Put back the random states and the model's buffers, such as BatchNorm statistics."""
     buffers = [(b, b.clone()) for b in model.buffers()]
     cuda = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(cuda):
-        yield
-    with torch.no_grad():
-        for buffer, before in buffers:
-            buffer.copy_(before)
+    try:
+        with torch.random.fork_rng(cuda):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
 
 
 def refuse_scaled(direction: Direction, scaler: Any) -> None:
