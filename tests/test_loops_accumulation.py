@@ -701,6 +701,17 @@ def test_one_optimizer_may_have_two_extrapolations_in_turn() -> None:
     assert found == pytest.approx([0.8, 0.68, 0.544, 0.4624], abs=1e-15)
 
 
+def test_two_extrapolations_of_the_same_weights_at_once_are_refused() -> None:
+    model = network()
+    optimizer = base_of("local")(model)
+    first, second = (Extrapolation(optimizer, LocalGradient(ratio=1.0)) for _ in range(2))
+    before = flat(model)
+    refused = pytest.raises(RuntimeError, match="shift them by another Extrapolation, outside")
+    with refused, first.shifted(), second.shifted():
+        backward(model, 0, 0, 0)
+    assert torch.equal(flat(model), before)
+
+
 def test_an_extrapolation_that_is_let_go_takes_its_memory_with_it() -> None:
     """Its optimizer stays, and with it the hooks."""
     model = network()

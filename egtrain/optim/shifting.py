@@ -78,7 +78,8 @@ class Weights:
         if changed:
             raise RuntimeError(
                 "the weights were changed in the shifted() block, which puts them back: load a "
-                "state, or rescale weights as Embedding(max_norm=...) does, outside of it"
+                "state, rescale weights as Embedding(max_norm=...) does, or shift them by another "
+                "Extrapolation, outside of it"
             )
 
 
