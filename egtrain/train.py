@@ -101,7 +101,7 @@ def take_step(
         run.workers.add_gradient(worker)
     statistics = run.workers.average_gradients(stop_requested())
     if run.extrapolation is not None:
-        run.extrapolation.averaged()
+        run.extrapolation.averaged(run.workers.gradient_norm)
     if run.clip_norm is not None:
         run.workers.clip(run.clip_norm)
     run.optimizer.step()

@@ -78,6 +78,8 @@ class Workers:
         """The weights of each parameter at the start of the step."""
         self._previous_gradient = torch.zeros_like(self.parameters)
         """Worker 0's."""
+        self.gradient_norm = torch.zeros((), device=ranks.device)
+        """That of the last mean gradient, not clipped (a scalar)."""
         self._all_finite = torch.ones((), dtype=torch.bool, device=ranks.device)
         size = self.parameters.numel()
         self._collective = torch.zeros(
@@ -160,7 +162,7 @@ class Workers:
         elif self.ranks.count > 1:
             dist.all_reduce(self._collective)
         torch.div(self._gradient_sum, self.count, out=self.gradients)
-        norm = torch.linalg.vector_norm(self.gradients)
+        self.gradient_norm = norm = torch.linalg.vector_norm(self.gradients)
         self._all_finite &= torch.isfinite(self._reported.loss).all() & torch.isfinite(norm)
         return torch.cat([self._reported_flat, (norm * norm)[None]])
 

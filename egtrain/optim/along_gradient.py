@@ -69,7 +69,8 @@ class AlongGradient(Direction):
     ) -> list[Tensor]:
         """Return ζ along `gradients`, scaled first by `factor` (a scalar tensor) if given."""
         lengths = self._lengths(at)
-        if factor is not None and (self.size is not None or len(set(lengths)) > 1):
+        equal = len(set(lengths)) == 1
+        if factor is not None and (self.size is not None or not equal):
             gradients, factor = list(torch._foreach_mul(gradients, factor)), None
         if callable(self.precondition):
             gradients = self.precondition(at.base.optimizer, at.parameters, list(gradients))
@@ -80,7 +81,7 @@ class AlongGradient(Direction):
         # One pass over memory if all lengths are equal: on a CPU, memory is the cost of a shift.
         if factor is not None:
             return list(torch._foreach_mul(gradients, factor * lengths[0]))
-        return list(torch._foreach_mul(gradients, lengths))
+        return list(torch._foreach_mul(gradients, lengths[0] if equal else lengths))
 
     def _lengths(self, at: Point) -> list[float]:
         """Return the factor of each parameter's gradient if no size is given."""

@@ -205,7 +205,7 @@ class AveragedByDDP:
         self._inside = False
         self._averaged |= bool(self._arrivals)
 
-    def averaged(self) -> None:
+    def averaged(self, norm: Tensor | None) -> None:
         """Accept it: DDP has averaged already."""
 
     def clip_factor(self) -> Tensor | None:

@@ -203,14 +203,17 @@ class Extrapolation:
 
         return self.optimizer.step(shifted_closure)
 
-    def averaged(self) -> None:
+    def averaged(self, norm: Tensor | None = None) -> None:
         """Say that `.grad` now is the mean over all workers, in a loop that averages by itself.
 
         Call it before gradients are clipped. Loops with `model=`, and those with all workers in
         one process, need no call.
+
+        Args:
+            norm: that of `.grad`, a scalar, if it is known already.
         """
         if self._kept.has_worker_state:
-            self._remembering.averaged()
+            self._remembering.averaged(norm)
 
     def skip_update(self) -> None:
         """Say that the update is left out for which blocks were made.

@@ -30,8 +30,8 @@ class Remembering(Protocol):
     def leave_block(self) -> None:
         """Leave a block that an exception has ended."""
 
-    def averaged(self) -> None:
-        """Take the gradient in `.grad` as the mean over the workers, not clipped."""
+    def averaged(self, norm: Tensor | None) -> None:
+        """Take the gradient in `.grad`, of this norm if it is given, as the mean, not clipped."""
 
     def clip_factor(self) -> Tensor | None:
         """Return the factor by which `.grad` has shrunk since it was the mean (a scalar).
@@ -73,7 +73,7 @@ class OneWorker:
     def leave_block(self) -> None:
         """Leave a block that an exception has ended."""
 
-    def averaged(self) -> None:
+    def averaged(self, norm: Tensor | None) -> None:
         """Accept that the mean over one worker is its own."""
 
     def clip_factor(self) -> None:
@@ -119,6 +119,8 @@ class OneBlockEach:
         self._forget_past = forget_past
         self._seen: set[int] = set()
         self._norm: Tensor | None = None
+        self._mean: list[tuple[Tensor | None, int]] = []
+        """`.grad` and its version when it was the mean."""
 
     def begin_block(self, worker: int) -> None:
         """Begin the worker's block.
@@ -143,9 +145,10 @@ class OneBlockEach:
     def leave_block(self) -> None:
         """Leave a block that an exception has ended."""
 
-    def averaged(self) -> None:
+    def averaged(self, norm: Tensor | None) -> None:
         """Note the norm of the mean gradient."""
-        self._norm = self._trained.norm()
+        self._norm = self._trained.norm() if norm is None else norm
+        self._mean = versions(self._trained.parameters)
 
     def clip_factor(self) -> Tensor | None:
         """Return the factor by which the mean gradient was clipped.
@@ -155,7 +158,10 @@ class OneBlockEach:
         """
         if self._seen and self._norm is None:
             raise not_said_to_be_averaged()
-        return None if self._norm is None else shrinkage(self._norm, self._trained)
+        # Nothing is computed where nothing has happened.
+        if self._norm is None or not changed(self._mean, self._trained.parameters):
+            return None
+        return shrinkage(self._norm, self._trained)
 
     def remember(self, gradients: list[Tensor]) -> None:
         """Begin the next update: the workers have remembered their gradients."""

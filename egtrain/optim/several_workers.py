@@ -109,9 +109,9 @@ class SeveralWorkers:
             p.grad = before
         self._before, self._own = [], []
 
-    def averaged(self) -> None:
+    def averaged(self, norm: Tensor | None) -> None:
         """Note the norm of the mean gradient."""
-        self._norm = self._trained.norm()
+        self._norm = self._trained.norm() if norm is None else norm
 
     def clip_factor(self) -> Tensor | None:
         """Return the factor by which the gradient was clipped.
