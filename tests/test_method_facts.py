@@ -420,6 +420,7 @@ def mean_squared_gradient_and_bound(
             if extrapolation is None:
                 gradients.append(take_gradient())
                 continue
+            optimizer.zero_grad()
             with extrapolation.shifted(worker):
                 squared_shifts.append(float((x - weights.detach()).square().sum(dim=1).mean()))
                 gradients.append(take_gradient())
@@ -629,6 +630,7 @@ def shifted_weights(
     for _ in range(2):
         with extrapolation.shifted(0, gradient=lambda: backward(0.0)):
             backward(0.0)
+        optimizer.zero_grad()
         with extrapolation.shifted(1, gradient=backward):
             inside = [p.detach().clone() for p in parameters]
             backward()
