@@ -15,6 +15,7 @@ from egtrain.cost import seconds_taken, take_steps, warmed_up, with_peak_bytes
 from egtrain.errors import UsageError, did_you_mean
 from egtrain.ranks.distributed import pick_device
 from egtrain.run import Run
+from egtrain.task_file import TaskFile
 from egtrain.workers import Ranks
 
 
@@ -71,6 +72,7 @@ def compare_costs(
     workers: int = 1,
     rounds: int = 20,
     wanted: Sequence[str] | None = None,
+    task: TaskFile | None = None,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Comparison:
     """Time a step of each variant of a preset in every round, in an order that turns.
@@ -81,6 +83,7 @@ def compare_costs(
         workers: K. Each gradient has its shift, so the ratios hardly depend on K.
         rounds: repetitions; each gives one ratio.
         wanted: names from `VARIANTS`; None for all that are defined. `none` is always measured.
+        task: a task file, whose model, data and loss replace the preset's.
         progress: called after each timed variant with (done, total).
 
     Raises:
@@ -97,7 +100,7 @@ def compare_costs(
     left_out: dict[str, str] = {}
     for name in VARIANTS if wanted is None else dict.fromkeys(["none", *wanted]):
         try:
-            configs[name] = config_of(preset, name, [*overrides, f"workers={workers}"])
+            configs[name] = config_of(preset, name, [*overrides, f"workers={workers}"], task)
         except UsageError as error:
             if wanted is not None or name == "none":
                 raise
@@ -141,16 +144,18 @@ def compare_costs(
     )
 
 
-def config_of(preset: str, variant: str, overrides: Sequence[str]) -> Config:
+def config_of(
+    preset: str, variant: str, overrides: Sequence[str], task: TaskFile | None = None
+) -> Config:
     """Return the preset's configuration with another choice of ζ, acting in every step."""
     settings = [*VARIANTS[variant], "post_local.period=null"]
     if (
         "sgd" in SECTIONS[variant.split()[0]].momentum_of
-        and load_config(preset, list(overrides)).optimizer.name == "sgd"
+        and load_config(preset, list(overrides), task).optimizer.name == "sgd"
     ):
         # Its base is heavy-ball momentum, which takes as long as Nesterov's.
         settings.append("optimizer.nesterov=false")
-    return load_config(preset, [*settings, "steps=1000000", *overrides])
+    return load_config(preset, [*settings, "steps=1000000", *overrides], task)
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float, float]:

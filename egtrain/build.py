@@ -11,12 +11,13 @@ from torch import nn
 from egtrain.config.extrapolations import DIRECTIONS
 from egtrain.config.optimizers import Optimizer
 from egtrain.config.schema import Config
-from egtrain.config.tasks import LanguageSettings, TranslationSettings
+from egtrain.config.tasks import LanguageSettings, TranslationSettings, UserSettings
 from egtrain.data.finding import locate
 from egtrain.data.images import ImageData, load_images
 from egtrain.data.pairs import PairData, load_pairs
 from egtrain.data.sets import OF_TASK
 from egtrain.data.text import TextData, load_text
+from egtrain.data.user import UserData, load_user_data
 from egtrain.logs.environment import cores
 from egtrain.models.lstm import LSTMLanguageModel
 from egtrain.models.resnet import ResNet
@@ -34,10 +35,12 @@ from egtrain.run import DataSummary, Run
 from egtrain.tasks import Task
 from egtrain.tasks.image import ImageTask
 from egtrain.tasks.language import LanguageTask
+from egtrain.tasks.loading import set_random_state
 from egtrain.tasks.translation import TranslationTask
-from egtrain.workers import Ranks, Workers
+from egtrain.tasks.user import UserTask, try_out, user_model
+from egtrain.workers import Ranks, Workers, carried_by
 
-Data = ImageData | TextData | PairData
+Data = ImageData | TextData | PairData | UserData
 
 TASKS: dict[str, type[ImageTask | LanguageTask | TranslationTask]] = {
     "image": ImageTask,
@@ -76,6 +79,13 @@ def load_data(config: Config, offline: bool = False) -> Data:
             max_length=task.max_length,
             train_samples=limit,
         )
+    if isinstance(task, UserSettings):
+        return load_user_data(
+            task.code,
+            task.settings,
+            train_samples=limit,
+            validation=config.data.validation,
+        )
     return load_images(
         name,
         data_dir=folder,
@@ -87,17 +97,21 @@ def load_data(config: Config, offline: bool = False) -> Data:
 
 def locate_data(config: Config) -> str:
     """Return in a few words where the data are, or where they would come from."""
+    if isinstance(config.task, UserSettings):
+        return f"dataset() of {config.task.file}"
     folder = Path(config.data.dir) if config.data.dir else None
     data_set = OF_TASK[config.task.name].get(config.data.name)
     return locate(config.data.name, data_set, folder, config.data.offline)
 
 
-def build_task(config: Config, data: Data, device: torch.device) -> Task:
-    """Return the task of a configuration, with its data on the device.
+def build_task(config: Config, data: Data, ranks: Ranks) -> Task:
+    """Return the task of a configuration for a rank, with its data on the rank's device.
 
     Raises:
-        UsageError: the batch is larger than the data.
+        UsageError: the batch is larger than the data, or a task file is not as it must be.
+        TaskFileError: the code of a task file raised an exception.
     """
+    device = ranks.device
     workers, share, seed, task = config.workers, config.worker_batch_size, config.seed, config.task
     if isinstance(task, LanguageSettings):
         assert isinstance(data, TextData)
@@ -114,6 +128,27 @@ def build_task(config: Config, data: Data, device: torch.device) -> Task:
             label_smoothing=task.label_smoothing,
             device=device,
         )
+    if isinstance(task, UserSettings):
+        assert isinstance(data, UserData)
+        if data.metrics is None:
+            try_out(
+                data,
+                lambda: build_model(config, 0, device),
+                seed=seed,
+                worker_batch_size=share,
+                device=device,
+            )
+        return UserTask(
+            data,
+            workers=workers,
+            worker_batch_size=share,
+            seed=seed,
+            loaders=config.data.loaders,
+            channels_last=config.channels_last,
+            carried=carried_by(ranks, workers),
+            sharing=ranks.count,
+            device=device,
+        )
     assert isinstance(data, ImageData)
     return ImageTask(
         data,
@@ -128,6 +163,8 @@ def build_task(config: Config, data: Data, device: torch.device) -> Task:
 
 def summary_of(data: Data) -> DataSummary:
     """Return what a checkpoint keeps of the data."""
+    if isinstance(data, UserData):
+        return DataSummary(data.digest)
     if isinstance(data, TextData):
         return DataSummary(data.digest, len(data.vocabulary), vocabulary=data.vocabulary)
     if isinstance(data, PairData):
@@ -136,9 +173,18 @@ def summary_of(data: Data) -> DataSummary:
 
 
 def build_model(config: Config, outputs: int, device: torch.device) -> nn.Module:
-    """Return the model with the seed's initial weights, drawn on the CPU for every device."""
+    """Return the model with the seed's initial weights, drawn on the CPU for every device.
+
+    Raises:
+        TaskFileError: the code of a task file raised an exception.
+        UsageError: what its model() returns cannot be trained.
+    """
     torch.manual_seed(seed_for(config.seed, "weights"))
     model: nn.Module
+    if isinstance(config.task, UserSettings):
+        set_random_state(seed_for(config.seed, "weights"))
+        model = user_model(config.task.code, config.task.settings)
+        return _placed(model, device, config.channels_last)
     shape = config.model
     match shape.name:
         case "lstm":
@@ -162,9 +208,15 @@ def build_model(config: Config, outputs: int, device: torch.device) -> nn.Module
             model = VGG(shape.depth, shape.width, outputs)
         case "resnet":
             model = ResNet(shape.depth, shape.width, outputs, shape.shortcut)
+        case "user":
+            raise AssertionError("a task file's model was built above")
         case _:
             assert_never(shape)
-    if config.channels_last and config.task.name == "image":
+    return _placed(model, device, config.channels_last and config.task.name == "image")
+
+
+def _placed(model: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:
+    if channels_last:
         return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
     return model.to(device)
 
@@ -253,7 +305,7 @@ def build_run(config: Config, ranks: Ranks, data: Data | None = None) -> Run:
     set_numerics(config, ranks)
     if data is None:
         data = first_rank_first(ranks, lambda: load_data(config))
-    task = build_task(config, data, ranks.device)
+    task = build_task(config, data, ranks)
     config = with_fitting_warmup(config, task.steps_per_epoch)
     plan = build_plan(config, task.steps_per_epoch)
     summary = summary_of(data)

@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-import torch
-
 from egtrain.build import build_model, build_task, load_data, native_precision, summary_of
 from egtrain.config.schema import Config
 from egtrain.cost import estimated_cost
@@ -40,7 +38,7 @@ def print_plan(config: Config, directory: Path, nproc: int | None, as_json: bool
         if isinstance(error, MissingExtra):
             facts["notes"] = [str(error)]
     else:
-        task = build_task(config, data, torch.device("cpu"))
+        task = build_task(config, data, Ranks(device=device))
         fitting = with_fitting_warmup(config, task.steps_per_epoch)
         seconds, most = estimated_cost(fitting, data, Ranks(device=device), ranks)
         model = build_model(config, summary_of(data).outputs, device)

@@ -10,7 +10,7 @@ from torch import nn
 from egtrain.build import build_direction, locate_data
 from egtrain.config.extrapolations import length_key
 from egtrain.config.schema import Config
-from egtrain.config.tasks import LanguageSettings
+from egtrain.config.tasks import LanguageSettings, UserSettings
 from egtrain.config.tasks import Task as TaskSettings
 from egtrain.formatting import counted, learning_rate_text
 from egtrain.plan import build_plan, build_schedule
@@ -29,7 +29,9 @@ def run_facts(
     return {
         "directory": str(directory),
         "model": config.model.text(),
-        "data": f"{config.data.name}, {locate_data(config)}",
+        "data": locate_data(config)
+        if isinstance(config.task, UserSettings)
+        else f"{config.data.name}, {locate_data(config)}",
         "batch_size": config.batch_size,
         "workers": config.workers,
         "worker_batch_size": config.worker_batch_size,
@@ -135,7 +137,11 @@ def samples_noun(task: TaskSettings) -> str:
     """Return what a task counts as samples."""
     if isinstance(task, LanguageSettings):
         return f"windows of {task.bptt} words"
-    return {"image": "training images", "translation": "pairs of sentences"}[task.name]
+    return {
+        "image": "training images",
+        "translation": "pairs of sentences",
+        "user": "training samples",
+    }[task.name]
 
 
 def extrapolation_text(config: Config) -> str:

@@ -10,16 +10,18 @@ from torch import nn
 
 from egtrain.build import TASKS, build_model, build_task, load_data, native_precision
 from egtrain.checkpoint import CheckpointStore
-from egtrain.config.files import config_file_of, load_config
+from egtrain.config.files import load_run_config
 from egtrain.config.schema import Config
-from egtrain.config.tasks import TranslationSettings
+from egtrain.config.tasks import TranslationSettings, UserSettings
 from egtrain.config.yaml_text import write_value
 from egtrain.errors import DataError, UsageError
 from egtrain.evaluate import evaluate, evaluating
 from egtrain.models.loading import load_weights
 from egtrain.run import DataSummary
-from egtrain.tasks import Split, Task
+from egtrain.task_file import TaskFile, load_task_file
+from egtrain.tasks import LOSS, Split, Task
 from egtrain.tasks.translation import TranslationTask
+from egtrain.tasks.user import UserTask
 from egtrain.workers import Ranks
 
 
@@ -50,7 +52,7 @@ class SavedRun:
                 f"the data are not those that {self.directory} was trained on: name the folder "
                 "that has those, with --data-dir"
             )
-        return build_task(self.config, data, self._device)
+        return build_task(self.config, data, Ranks(device=self._device))
 
     @property
     def _device(self) -> torch.device:
@@ -75,6 +77,32 @@ class SavedRun:
             )
         ranks, precision = Ranks(device=self._device), self.config.precision
         return evaluate(self.task, self.model, split, ranks, precision, progress)
+
+    def decode(
+        self,
+        split: Split = "test",
+        progress: Callable[[int, int], object] = lambda done, total: None,
+    ) -> list[str] | None:
+        """Return a text for each sample of a split, as the task file decodes it.
+
+        None if there is no task file, or it has no decode(). `progress` is called with the numbers
+        of batches done and in all.
+
+        Raises:
+            TaskFileError: decode() raised an exception.
+            UsageError: it did not return one text for each sample.
+        """
+        settings = self.config.task
+        if not isinstance(settings, UserSettings) or not settings.code.has("decode"):
+            return None
+        assert isinstance(self.task, UserTask)
+        texts: list[str] = []
+        batches = self.task.evaluation_batches(split)
+        with evaluating(self.model, self._device, self.config.precision):
+            for index in range(batches):
+                texts += self.task.decode_batch(self.model, split, index)
+                progress(index + 1, batches)
+        return texts
 
     def translate(
         self,
@@ -134,6 +162,8 @@ def load_run(
     data_dir: str | Path | None = None,
     offline: bool = False,
     device: str = "cpu",
+    task: TaskFile | str | Path | None = None,
+    allow_changes: bool = False,
 ) -> SavedRun:
     """Return the model and configuration of a run directory; data are read only when needed.
 
@@ -143,19 +173,26 @@ def load_run(
         data_dir: the folder of the data, if they have moved.
         offline: never download the data.
         device: where the model and the data go.
+        task: the run's task file, which runs only where it is named here.
+        allow_changes: take a task file that has changed since the run.
 
     Raises:
-        UsageError: the directory holds no run, or the checkpoint does not fit its configuration.
+        UsageError: the directory holds no run, the checkpoint does not fit its configuration, or
+            the task file is not the run's.
+        TaskFileError: the code of the task file raised an exception.
         DataError: the checkpoint is missing or damaged.
     """
     directory = Path(path)
-    file = config_file_of(directory)
     overrides = (
         [] if data_dir is None else [f"data.dir={write_value(str(Path(data_dir).absolute()))}"]
     )
-    config = load_config(file, overrides)
+    if isinstance(task, str | Path):
+        task = load_task_file(Path(task))
+    config = load_run_config(directory, overrides, task, allow_changes)
+    metric = getattr(TASKS.get(config.task.name), "metric", LOSS)
     store = CheckpointStore(
-        directory / "checkpoints", higher_is_better=TASKS[config.task.name].metric.higher_is_better
+        directory / "checkpoints",
+        higher_is_better=metric.higher_is_better,
     )
     if checkpoint == "last":
         newest = store.load_newest()

@@ -55,7 +55,7 @@ class Workers:
         self.count = count
         self.ranks = ranks
         share = count // ranks.count
-        self.carried = range(ranks.rank * share, (ranks.rank + 1) * share)
+        self.carried = carried_by(ranks, count)
         """The workers of this rank."""
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -289,6 +289,12 @@ class Workers:
     def rows_of_carried(self, rows: Tensor) -> Tensor:
         """Return this rank's rows of those of all workers [K, ...]."""
         return rows[self.carried.start : self.carried.stop]
+
+
+def carried_by(ranks: Ranks, count: int) -> range:
+    """Return the workers that a rank carries of `count`, which the ranks divide."""
+    share = count // ranks.count
+    return range(ranks.rank * share, (ranks.rank + 1) * share)
 
 
 def sum_over_ranks(tensor: Tensor, ranks: Ranks) -> Tensor:

@@ -20,6 +20,7 @@ from egtrain.sharpness.report import tables_of
 from egtrain.sharpness.results import warnings_of
 from egtrain.sharpness.runs import Checkpoint, Comparison, Run
 from egtrain.tables import table_lines
+from egtrain.tasks import ACCURACY
 
 
 def measured_run(number: int, label: str, loss: float = 0.01, checkpoints: int = 1) -> Run:
@@ -60,7 +61,7 @@ def measured_run(number: int, label: str, loss: float = 0.01, checkpoints: int =
     config = load_config("resnet-eg", [f"seed={number % 2}", f"workers={2 ** (number // 2)}"])
     steps = [100 * step for step in range(1, checkpoints + 1)]
     found = [Checkpoint(Path("file"), step, records) for step in steps]
-    return Run(label, Path("runs"), config, found)
+    return Run(label, Path("runs"), config, found, (ACCURACY, ACCURACY))
 
 
 @pytest.mark.parametrize(("count", "length"), [(1, 3), (2, 10), (3, 10), (5, 30), (8, 120)])

@@ -59,7 +59,8 @@ def facts_of(config: Config) -> Facts:
         second = range(
             0, round((config.extrapolation.until or 1) * steps), config.extrapolation.every
         )
-    return Facts(samples, steps_per_epoch, steps, second, ACCURACY)
+    held_out = config.data.validation > 0 or config.task.name != "image"
+    return Facts(samples, steps_per_epoch, steps, second, ACCURACY, held_out)
 
 
 def plan_of(

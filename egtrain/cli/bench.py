@@ -14,10 +14,12 @@ from egtrain.cli.options import (
     Device,
     Offline,
     Settings,
+    TaskPath,
     batch_option,
     complete_preset,
     length_option,
     overrides_of,
+    task_file,
     what_option,
 )
 from egtrain.errors import UsageError
@@ -47,6 +49,7 @@ def bench(
     workers: Annotated[
         int, batch_option(min=1, metavar="K", help="Number K of logical workers.")
     ] = 1,
+    task: TaskPath = None,
     settings: Settings = None,
     data: DataName = None,
     data_dir: DataDir = None,
@@ -64,12 +67,13 @@ def bench(
     wanted = None if variants is None else [name.strip() for name in variants.split(",")]
     if wanted is not None and "" in wanted:
         raise UsageError("--variants takes names with commas between them, such as local,sam")
+    file = task_file(task, data)
     overrides = overrides_of(data, data_dir, offline, device, {})
     overrides += settings or []
     from egtrain.config.files import load_config
 
     # A wrong setting is reported before torch is imported.
-    load_config(preset, overrides)
+    load_config(preset, overrides, file)
     with ending_at_interrupt():
         from egtrain.bench import compare_costs
         from egtrain.progress import Progress
@@ -81,6 +85,7 @@ def bench(
             workers=workers,
             rounds=rounds,
             wanted=wanted,
+            task=file,
             progress=partial(progress.report, "timing the variants"),
         )
     if as_json:

@@ -9,7 +9,16 @@ from typing import Annotated, Literal
 import typer
 
 from egtrain.cli.importing import ending_at_interrupt
-from egtrain.cli.options import AsJson, Device, MovedDataDir, Offline, what_option
+from egtrain.cli.options import (
+    AsJson,
+    ChangedTask,
+    Device,
+    MovedDataDir,
+    Offline,
+    RunTaskPath,
+    task_file,
+    what_option,
+)
 from egtrain.formatting import counted
 
 EXAMPLES = 3
@@ -35,6 +44,8 @@ def evaluate_run(
             help="Hypotheses kept in translating; 1 is greedy. Default: as configured.",
         ),
     ] = None,
+    task: RunTaskPath = None,
+    allow_changes: ChangedTask = False,
     data_dir: MovedDataDir = None,
     offline: Offline = False,
     device: Device = None,
@@ -42,7 +53,8 @@ def evaluate_run(
 ) -> None:
     """Evaluate a run's checkpoint on held-out data.
 
-    Translations are made with beam search and written to the run's directory.
+    Translations are made with beam search and written to the run's directory, and so is what
+    decode() of a task file returns.
 
     Example: egtrain eval runs/quickstart-20260101-120000 --json
     """
@@ -54,12 +66,15 @@ def evaluate_run(
         from egtrain.saved_run import load_run
         from egtrain.tasks import LOSS, metrics_text
 
+    file = task_file(task)
     saved = load_run(
         run,
         checkpoint=checkpoint,
         data_dir=data_dir,
         offline=offline,
         device=str(pick_device(device or "auto")),
+        task=file,
+        allow_changes=allow_changes,
     )
     told: dict[str, object] = {}
     translations = None
@@ -69,14 +84,21 @@ def evaluate_run(
             translations = saved.translate(
                 split, beam, partial(progress.report, f"translating {split}")
             )
+        decoded = saved.decode(split, partial(progress.report, f"decoding {split}"))
+    if decoded is not None:
+        lines = run / f"decoded-{split}.txt"
+        write_atomically(lines, "".join(f"{line}\n" for line in decoded).encode())
+        told = {"decoded": str(lines)}
     if translations:
-        file = run / f"hypotheses-{split}-beam{translations.beam}.txt"
-        write_atomically(file, "".join(f"{line}\n" for line in translations.hypotheses).encode())
+        hypotheses = run / f"hypotheses-{split}-beam{translations.beam}.txt"
+        write_atomically(
+            hypotheses, "".join(f"{line}\n" for line in translations.hypotheses).encode()
+        )
         metrics["bleu"] = translations.bleu
         told = {
             "beam": translations.beam,
             "signature": translations.signature,
-            "hypotheses": str(file),
+            "hypotheses": str(hypotheses),
         }
     precision = saved.config.precision
     if as_json:
@@ -86,8 +108,11 @@ def evaluate_run(
     limit = saved.task.best_possible if split == "test" else None
     text = metrics_text(metrics, [saved.task.metric, LOSS], limit)
     print(f"{split}: {text} after {counted(saved.step, 'step')}, in {precision}")
+    if decoded is not None:
+        print(f"the decoded samples are in {lines}")
     if translations:
-        print(f"beam {translations.beam}, {translations.signature}; the hypotheses are in {file}")
+        how = f"beam {translations.beam}, {translations.signature}"
+        print(f"{how}; the hypotheses are in {hypotheses}")
         for number in range(min(EXAMPLES, len(translations.sources))):
             print(f"\nsource:     {translations.sources[number]}")
             print(f"reference:  {translations.references[number]}")

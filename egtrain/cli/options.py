@@ -3,13 +3,16 @@
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from egtrain.data.sets import IMAGES, PAIRS, TEXTS
 from egtrain.errors import UsageError
+
+if TYPE_CHECKING:
+    from egtrain.task_file import TaskFile
 
 what_option = partial(typer.Option, rich_help_panel="What")
 length_option = partial(typer.Option, rich_help_panel="How long")
@@ -34,6 +37,24 @@ PresetName = Annotated[
         help="A preset (`egtrain presets` lists them) or a YAML file.",
         autocompletion=complete_preset,
     ),
+]
+TaskPath = Annotated[
+    Path | None,
+    what_option(
+        "--task",
+        metavar="FILE",
+        help="A Python file with your own model(), dataset(split) and loss(model, batch).",
+    ),
+]
+RunTaskPath = Annotated[
+    Path | None,
+    what_option(
+        "--task", metavar="FILE", help="The run's task file, which runs only where it is named."
+    ),
+]
+ChangedTask = Annotated[
+    bool,
+    what_option("--allow-changes", help="Take a task file that has changed since the run."),
 ]
 Settings = Annotated[
     list[str] | None,
@@ -101,6 +122,25 @@ class OnceEach(TyperCommand):
                     value = option.metavar or "VALUE"
                     raise UsageError(f"{option.opts[0]} is missing: add {option.opts[0]} {value}")
         return super().parse_args(ctx, args)
+
+
+def task_file(path: Path | None, data: str | None = None) -> "TaskFile | None":
+    """Return the task file that an option names, after running it.
+
+    Raises:
+        UsageError: it is no task file, or `data` are named too.
+        TaskFileError: its code raised an exception.
+    """
+    if path is None:
+        return None
+    if data is not None:
+        raise UsageError("a task file has its own data: leave out --data")
+    # Imported here, so that --help does not wait for it.
+    from egtrain.cli.importing import ending_at_interrupt
+    from egtrain.task_file import load_task_file
+
+    with ending_at_interrupt():
+        return load_task_file(path)
 
 
 def overrides_of(

@@ -8,10 +8,13 @@ import typer
 from egtrain.cli.importing import ending_at_interrupt
 from egtrain.cli.options import (
     AsJson,
+    ChangedTask,
     MovedDataDir,
     Offline,
+    RunTaskPath,
     output_option,
     place_option,
+    task_file,
     what_option,
 )
 from egtrain.sharpness.metrics import METRICS
@@ -56,6 +59,8 @@ def plot_sharpness(
             help="Folder of the results; what it already holds is not measured again.",
         ),
     ] = Path("sharpness"),
+    task: RunTaskPath = None,
+    allow_changes: ChangedTask = False,
     data_dir: MovedDataDir = None,
     offline: Offline = False,
     device: Annotated[
@@ -88,6 +93,7 @@ def plot_sharpness(
         ]
         arguments += ["--output", str(output), "--device", device]
         arguments += [] if metrics is None else ["--metrics", metrics]
+        arguments += [] if task is None else ["--task", str(task)]
         arguments += [] if data_dir is None else ["--data-dir", str(data_dir)]
         arguments += [part for text in label or [] for part in ("--label", text)]
         arguments += [
@@ -96,6 +102,7 @@ def plot_sharpness(
                 ("--thorough", thorough),
                 ("--offline", offline),
                 ("--json", as_json),
+                ("--allow-changes", allow_changes),
             )
             if wanted
         ]
@@ -113,4 +120,6 @@ def plot_sharpness(
         offline=offline,
         device=device,
         json_wanted=as_json,
+        task=task_file(task),
+        allow_changes=allow_changes,
     )

@@ -14,12 +14,14 @@ from egtrain.cli.options import (
     Device,
     Offline,
     Settings,
+    TaskPath,
     batch_option,
     complete_preset,
     length_option,
     output_option,
     overrides_of,
     place_option,
+    task_file,
     what_option,
 )
 from egtrain.errors import UsageError
@@ -43,6 +45,7 @@ def sweep_batch(
     seeds: Annotated[
         int, what_option(metavar="N", help="Runs of each combination, with consecutive seeds.")
     ] = 1,
+    task: TaskPath = None,
     settings: Settings = None,
     data: DataName = None,
     data_dir: DataDir = None,
@@ -142,6 +145,7 @@ def sweep_batch(
 
     if not within >= 0:
         raise UsageError("--within takes a percentage of at least 0, such as 1")
+    file = task_file(task, data)
     given = overrides_of(data, data_dir, offline, device, {"epochs": epochs, "steps": steps}) + (
         settings or []
     )
@@ -155,6 +159,7 @@ def sweep_batch(
         grow=grow,
         scaling=lr_scaling,
         validation=validation,
+        task=file,
     )
     presets = checked_presets(request)
     folder_path = output or Path("runs", "sweep-" + "-".join(one.name for one in presets))

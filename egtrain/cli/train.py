@@ -15,17 +15,20 @@ from egtrain.cli.options import (
     Offline,
     PresetName,
     Settings,
+    TaskPath,
     batch_option,
     length_option,
     output_option,
     overrides_of,
     place_option,
+    task_file,
     what_option,
 )
 from egtrain.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from egtrain.config.schema import Config
+    from egtrain.task_file import TaskFile
 
 
 def train(
@@ -36,6 +39,7 @@ def train(
             metavar="DIR", help="A run directory to go on with, from its newest checkpoint."
         ),
     ] = None,
+    task: TaskPath = None,
     settings: Settings = None,
     data: DataName = None,
     data_dir: DataDir = None,
@@ -112,10 +116,13 @@ def train(
     """Train a preset, or go on with a run; one of --preset and --resume is required.
 
     Example: egtrain train --preset quickstart --seed 1 --set optimizer.lr=0.2
+
+    Your own net and data: egtrain train --task flowers.py --preset eg --batch-size 2048
     """
     # Imported here, like torch below, so that --help does not wait for it.
-    from egtrain.config.files import config_file_of, load_config
+    from egtrain.config.files import config_file_of, load_config, load_run_config
 
+    file = task_file(task, data)
     overrides = overrides_of(
         data,
         data_dir,
@@ -135,7 +142,7 @@ def train(
     before: bytes | None = None
     if rank_of is not None:
         directory = rank_of
-        config = load_config(config_file_of(directory))
+        config = load_run_config(directory, task=file)
     elif resume is not None:
         if preset is not None or output is not None:
             raise UsageError(
@@ -143,10 +150,11 @@ def train(
             )
         directory = resume
         before = config_file_of(directory).read_bytes()
-        config = resumed_config(directory, overrides, workers, batch_size, allow_changes)
+        config = resumed_config(directory, overrides, workers, batch_size, allow_changes, file)
     elif preset is not None:
-        config = with_batch(load_config(preset, overrides), workers, batch_size)
-        directory = output or Path("runs", f"{config.preset}-{datetime.now():%Y%m%d-%H%M%S}")
+        config = with_batch(load_config(preset, overrides, file), workers, batch_size)
+        name = config.preset if file is None else f"{file.path.stem}-{config.preset}"
+        directory = output or Path("runs", f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
     else:
         raise UsageError(
             "name what to train: --preset NAME (see `egtrain presets`), or --resume DIR"
@@ -176,6 +184,7 @@ def train(
         launch.require_dividing(config.workers, ranks)
         if ranks > 1 or max_restarts:
             arguments = ["train", "--rank-of", str(directory), *(["--json"] if as_json else [])]
+            arguments += [] if file is None else ["--task", str(file.path)]
             with run_directory:
                 run_directory.write_config(config_to_yaml(config))
                 code = launch.launch(ranks, arguments, max_restarts, run_directory.lock_file)
@@ -224,18 +233,19 @@ def resumed_config(
     workers: int | None,
     batch_size: int | None,
     allow_changes: bool,
+    task: "TaskFile | None" = None,
 ) -> "Config":
     """Return the configuration of a run directory, with changes where they are allowed.
 
     Raises:
         UsageError: there is no run, or settings differ and `allow_changes` was not given.
     """
-    from egtrain.config.files import config_file_of, load_config
+    from egtrain.config.files import load_run_config
     from egtrain.config.schema import differences
 
-    file = config_file_of(directory)
-    saved = load_config(file)
-    config = with_batch(load_config(file, overrides), workers, batch_size)
+    saved = load_run_config(directory)
+    config = load_run_config(directory, overrides, task, allow_changes=True)
+    config = with_batch(config, workers, batch_size)
     changes = differences(saved, config)
     if changes:
         for line in changes:

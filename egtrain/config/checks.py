@@ -1,12 +1,17 @@
 """From settings to a configuration; every error is a sentence with the place and the fix."""
 
+from collections.abc import Mapping
+
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from egtrain.config.schema import DEFAULT_NAMES, UNIONS, Config
 from egtrain.config.section import Section
+from egtrain.config.tasks import USER, UserSettings
+from egtrain.config.user_task import checked, parameters_of
 from egtrain.config.yaml_text import Key, Settings, describe
 from egtrain.errors import UsageError, did_you_mean
+from egtrain.task_file import Parameter, TaskFile
 
 
 def _known_keys() -> dict[str, list[str]]:
@@ -29,20 +34,44 @@ DOTTED_KEYS = [
 ]
 
 
-def validated(settings: Settings) -> Config:
-    """Return the configuration, or raise UsageError about the first wrong setting."""
-    _check_keys(settings)
+def validated(settings: Settings, file: TaskFile | None = None) -> Config:
+    """Return the configuration, or raise UsageError about the first wrong setting.
+
+    `file` is the task file that the command line names: its own settings are checked too.
+    """
+    own = None if file is None else parameters_of(file)
+    _check_keys(settings, own)
     values = dict(settings.values)
     for section, default in DEFAULT_NAMES.items():
         if section in values:
             values[section] = {"name": default, **values[section]}
+    if own is not None and values["task"]["name"] == USER:
+        values["task"] = _with_own_settings(values["task"], own, settings)
     try:
-        return Config.model_validate(values)
+        config = Config.model_validate(values)
     except ValidationError as error:
         raise UsageError(_translated(error, settings)) from None
+    if file is None or not isinstance(config.task, UserSettings):
+        return config
+    return config.model_copy(update={"task": config.task.with_code(file)})
 
 
-def _check_keys(settings: Settings) -> None:
+def _with_own_settings(
+    task: Mapping[str, object], own: Mapping[str, Parameter], settings: Settings
+) -> dict[str, object]:
+    """Return the section `task` with every setting of the task file, checked."""
+    values = dict(task)
+    for name, parameter in own.items():
+        try:
+            values[name] = checked(parameter, values.get(name, parameter.default))
+        except ValidationError as error:
+            wishes = dict.fromkeys(_wish(e) for e in error.errors(include_url=False))
+            problem = f"task.{name} must be {' or '.join(wishes)}, not {describe(values[name])}"
+            raise UsageError(_placed(settings, ("task", name), problem)) from None
+    return values
+
+
+def _check_keys(settings: Settings, own: Mapping[str, Parameter] | None) -> None:
     for name, value in settings.values.items():
         at = settings.place((name,))
         if name == "inherits" or name not in KNOWN_KEYS[""]:
@@ -59,10 +88,18 @@ def _check_keys(settings: Settings) -> None:
         if members:
             member = _member(name, value, settings)
             allowed = list(members[member].model_fields)
+        if (name, member) == ("task", USER):
+            if own is None:
+                continue  # they were checked when the run began
+            allowed += own
         for key in value:
             if key in allowed:
                 continue
             at = settings.place((name, key))
+            if (name, member) == ("task", USER):
+                hint = did_you_mean(key, list(own or ()))
+                known = f"; it has {', '.join(own)}" if own else ""
+                raise UsageError(f"{at}: the task file has no setting 'task.{key}'{hint or known}")
             if key in KNOWN_KEYS[name]:
                 owners = [other for other, model in members.items() if key in model.model_fields]
                 raise UsageError(

@@ -10,6 +10,7 @@ from pathlib import Path
 from egtrain.config.checks import DOTTED_KEYS, KNOWN_KEYS, unknown_key, validated
 from egtrain.config.extrapolations import LENGTHS
 from egtrain.config.schema import DEFAULT_NAMES, Config
+from egtrain.config.tasks import USER, UserSettings
 from egtrain.config.yaml_text import (
     Key,
     Settings,
@@ -19,6 +20,7 @@ from egtrain.config.yaml_text import (
     read_settings,
 )
 from egtrain.errors import UsageError, did_you_mean
+from egtrain.task_file import TaskFile
 
 _MAX_INHERITANCE = 20
 
@@ -71,8 +73,13 @@ def preset_families() -> dict[str, list[str]]:
     return _families(presets_dir())
 
 
-def load_config(presets: str | Path, overrides: list[str] | None = None) -> Config:
+def load_config(
+    presets: str | Path, overrides: list[str] | None = None, task: TaskFile | None = None
+) -> Config:
     """Return the configuration of a shipped preset or a .yaml file, with KEY=VALUE overrides.
+
+    With a task file its model, data and loss replace the preset's, and a variant such as `eg` is a
+    preset too. For the config.yaml of a run it must be the run's.
 
     Raises:
         UsageError: a name, file, key or value is wrong; the message says where it was set.
@@ -81,14 +88,30 @@ def load_config(presets: str | Path, overrides: list[str] | None = None) -> Conf
         path = Path(presets)
         label, name = str(presets), path.stem
     else:
-        path = _shipped(presets)
+        path = _shipped(presets, task is not None)
         label, name = _label(path), presets.replace("/", "-")
     settings = _inherited(_read(path, label), path, label, {}, {})
     if _is_family(path):
         settings.values.pop("variants", None)
-    _merge(settings, _overrides(overrides or []))
+    if task is not None:
+        settings = _of_task_file(task, settings)
+    _merge(settings, _overrides(overrides or [], own_task=task is not None))
     settings.values.setdefault("preset", name)
-    return validated(settings)
+    if task is not None and settings.values["task"].get("sha256") != task.sha256:
+        raise UsageError(
+            f"{settings.place(('task', 'sha256'))}: {task.name} has changed since: bring it back "
+            "as it was"
+        )
+    return validated(settings, task)
+
+
+def _of_task_file(task: TaskFile, settings: Settings) -> Settings:
+    """Return settings for the task of a file, with its settings among them kept."""
+    named = {"name": USER, "file": str(task.path), "sha256": task.sha256}
+    result = Settings({"task": {"name": USER}}, {(): f"--task {task.name}"})
+    _merge(result, settings)
+    _merge(result, Settings({"task": named, "model": {"name": USER}, "data": {"name": USER}}))
+    return result
 
 
 def config_file_of(directory: Path) -> Path:
@@ -103,6 +126,37 @@ def config_file_of(directory: Path) -> Path:
             f"{directory} holds no run: there is no config.yaml; name a directory that `train` made"
         )
     return file
+
+
+def load_run_config(
+    directory: Path,
+    overrides: list[str] | None = None,
+    task: TaskFile | None = None,
+    allow_changes: bool = False,
+) -> Config:
+    """Return the configuration of a run directory, with KEY=VALUE overrides.
+
+    Args:
+        directory: the run's.
+        overrides: of its settings.
+        task: the run's task file; without it the code of the task does not run.
+        allow_changes: take a task file that has changed since.
+
+    Raises:
+        UsageError: the directory holds no run, the task file is not the run's, or an override is
+            wrong.
+    """
+    file = config_file_of(directory)
+    if task is not None:
+        saved = load_config(file).task
+        if not isinstance(saved, UserSettings):
+            raise UsageError(f"{directory} was not trained with a task file: leave out --task")
+        if saved.sha256 != task.sha256 and not allow_changes:
+            raise UsageError(
+                f"{task.name} is not as it was when {directory} was trained with it: name that "
+                "file, or add --allow-changes"
+            )
+    return load_config(file, overrides, task)
 
 
 def config_from_yaml_text(text: str, source: str) -> Config:
@@ -165,15 +219,29 @@ def _composed() -> dict[str, tuple[str, str]]:
     }
 
 
-def _shipped(name: str) -> Path:
-    """Return the file of a shipped preset, or where a composed one's would be."""
+def _shipped(name: str, for_task_file: bool = False) -> Path:
+    """Return the file of a shipped preset, or where a composed one's would be.
+
+    For a task file, a variant is a preset.
+    """
     folder = presets_dir()
     known = {str(path.relative_to(folder).with_suffix("")): path for path in folder.rglob("*.yaml")}
     if name in known:
         return known[name]
     if name in _composed():
         return folder / f"{name}.yaml"
-    hint = _other_families(name) or did_you_mean(name, [*preset_names(), *known])
+    variant = f"variant/{name}"
+    if for_task_file and variant in known:
+        return known[variant]
+    names = [*preset_names(), *known]
+    if for_task_file:
+        names += [known_name.removeprefix("variant/") for known_name in known]
+    hint = _other_families(name) or did_you_mean(name, names)
+    if variant in known:
+        family = next(
+            (f for f, variants in preset_families().items() if name in variants), "resnet"
+        )
+        hint = f"; it is a variant: add --task FILE, or name a family's, such as {family}-{name}"
     if _is_file(Path(f"{name}.yaml")):
         hint = f"; did you mean the file '{name}.yaml'?"
     raise UsageError(f"unknown preset {describe(name)}{hint or '; `egtrain presets` lists them'}")
@@ -265,8 +333,11 @@ def _inherited(
     return result
 
 
-def _overrides(overrides: list[str]) -> Settings:
-    """Return KEY=VALUE overrides as one layer; their order matters only for equal keys."""
+def _overrides(overrides: list[str], own_task: bool) -> Settings:
+    """Return KEY=VALUE overrides as one layer; their order matters only for equal keys.
+
+    With `own_task` the keys of `task` are those of a task file, which are checked later.
+    """
     settings = Settings()
     for override in overrides:
         typed = getattr(override, "typed", f"--set {override}")
@@ -284,7 +355,8 @@ def _overrides(overrides: list[str]) -> Settings:
             raise UsageError(
                 f"{source}: '{dotted}' is a group; set one of its keys, such as {example}"
             )
-        if dotted not in DOTTED_KEYS:
+        of_task = own_task and dotted.startswith("task.") and dotted.count(".") == 1
+        if dotted not in DOTTED_KEYS and not of_task:
             raise UsageError(f"{source}: {unknown_key(dotted)}")
         key = tuple(dotted.split("."))
         target = settings.values

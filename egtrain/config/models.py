@@ -111,7 +111,20 @@ class TransformerModel(Section):
         return f"Transformer of {self.layers} + {self.layers} layers"
 
 
-Model = ResnetModel | VggModel | LstmModel | TransformerModel
+class UserModel(Section):
+    """The network of a task file, which is what its model() returns."""
+
+    task: ClassVar[str] = "user"
+
+    name: Literal["user"] = "user"
+    """user: model() of the task file, whose settings are keys of task."""
+
+    def text(self) -> str:
+        """Return how people call the network."""
+        return "model()"
+
+
+Model = ResnetModel | VggModel | LstmModel | TransformerModel | UserModel
 
 
 def models_of(task: str) -> list[str]:

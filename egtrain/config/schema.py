@@ -10,11 +10,11 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, field_validator, model_validator
 
 from egtrain.config.extrapolations import SECTIONS, AnyExtrapolation
-from egtrain.config.models import Model, ResnetModel, models_of
+from egtrain.config.models import Model, ResnetModel, UserModel, models_of
 from egtrain.config.optimizers import Optimizer, SgdOptimizer
 from egtrain.config.schedule import PostLocalConfig, ScheduleConfig
 from egtrain.config.section import Count, Positive, Section, wrong
-from egtrain.config.tasks import DATA, DataConfig, ImageSettings, Task
+from egtrain.config.tasks import DATA, USER, DataConfig, ImageSettings, Task, UserSettings
 from egtrain.config.yaml_text import describe, write_settings, write_value
 from egtrain.errors import did_you_mean
 
@@ -87,13 +87,10 @@ class Config(Section):
         return self.workers * self.worker_batch_size
 
     @property
-    def has_validation(self) -> bool:
-        """Whether there is a validation split; texts always have one."""
-        return self.task.name != "image" or self.data.validation > 0
-
-    @property
     def title(self) -> str:
         """Model and data in a few words, such as `resnet-20 (width 16) on cifar10`."""
+        if isinstance(self.task, UserSettings) or isinstance(self.model, UserModel):
+            return Path(getattr(self.task, "file", "")).name
         model = self.model.model_dump()
         size = "{name}-{depth}" if "depth" in model else "{layers}-layer {name}"
         kind, _, place = self.data.name.partition(":")
@@ -132,6 +129,8 @@ class Config(Section):
                 f"{' or '.join(models_of(task))}, or task.name to {self.model.task}",
             )
         names, own = DATA[task]
+        if task == USER and self.data.name != USER:
+            raise wrong("data.name", "a task file has its own data: leave data.name out")
         name, prefix = self.data.name, own.partition(":")[0] + ":"
         if name not in names and not (name.startswith(prefix) and name != prefix):
             file = Path(name).name
@@ -140,7 +139,7 @@ class Config(Section):
             raise wrong(
                 "data.name", f"data.name must be {', '.join(names)} or {own}, not {name!r}{hint}"
             )
-        if task != "image" and self.data.validation:
+        if task in ("language", "translation") and self.data.validation:
             raise wrong(
                 "data.validation",
                 "data.validation must be 0, because texts have a validation part already; "
@@ -232,12 +231,15 @@ def config_to_yaml(config: Config) -> str:
 
 
 def differences(a: Config, b: Config) -> list[str]:
-    """Return what changes from a to b, as `optimizer.lr: 0.1 -> 0.2`, except `preset`."""
+    """Return what changes from a to b, as `optimizer.lr: 0.1 -> 0.2`.
+
+    Names do not count: `preset`, and `task.file`, of which the content counts.
+    """
     old, new = flat_settings(a), flat_settings(b)
     keys = [
         key
         for key in dict.fromkeys([*old, *new])
-        if key != "preset" and old.get(key) != new.get(key)
+        if key not in ("preset", "task.file") and old.get(key) != new.get(key)
     ]
     return [f"{key}: {old.get(key, '(not set)')} -> {new.get(key, '(not set)')}" for key in keys]
 

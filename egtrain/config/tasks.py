@@ -1,11 +1,13 @@
 """The sections `task` and `data`: what is learned, and from what."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field, PrivateAttr
 
 from egtrain.config.section import Count, NotNegative, Section
 from egtrain.data.sets import OF_TASK
+from egtrain.errors import UsageError
+from egtrain.task_file import TaskFile
 
 
 class DataConfig(Section):
@@ -24,7 +26,9 @@ class DataConfig(Section):
     train_samples: Count | None = None
     """Number of samples to train on (images, windows of text, pairs of sentences); null: all."""
     validation: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
-    """Training images held out for validation; texts come with a validation part."""
+    """Training samples held out for validation; texts come with a validation part."""
+    loaders: Annotated[int, Field(ge=0, le=1024)] = 0
+    """Processes that fetch the samples of a task file for each rank; 0: the rank fetches them."""
 
 
 class ImageSettings(Section):
@@ -68,7 +72,52 @@ class TranslationSettings(Section):
     """Exponent of the length by which a hypothesis's log-probability is divided."""
 
 
-Task = ImageSettings | LanguageSettings | TranslationSettings
+class UserSettings(Section):
+    """A task file of one's own: model(), dataset(split) and loss(model, batch); a sample is one of
+    its data set. Its functions' keyword parameters are keys too.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    name: Literal["user"] = "user"
+    """user: what --task FILE says."""
+    file: str = ""
+    """Path of the task file; it runs only where a command names it with --task."""
+    sha256: str = ""
+    """SHA-256 of the task file."""
+
+    _code: TaskFile | None = PrivateAttr(None)
+
+    @property
+    def code(self) -> TaskFile:
+        """The task file, where the command line names it.
+
+        Raises:
+            UsageError: it does not.
+        """
+        if self._code is None:
+            raise UsageError(
+                f"the task is in {self.file or 'a task file'}, which runs only where it is named: "
+                f"add --task {self.file or 'FILE'}"
+            )
+        return self._code
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The task file's own settings."""
+        return dict(self.model_extra or {})
+
+    def with_code(self, code: TaskFile) -> "UserSettings":
+        """Return the same settings, which may run the task file."""
+        permitted = self.model_copy()
+        permitted._code = code
+        return permitted
+
+
+Task = ImageSettings | LanguageSettings | TranslationSettings | UserSettings
+
+USER = UserSettings.model_fields["name"].default
+"""The name of the task, model and data of a task file."""
 
 DATA: dict[str, tuple[list[str], str]] = {
     task: ([*OF_TASK[task], "synthetic"], form)
@@ -77,5 +126,5 @@ DATA: dict[str, tuple[list[str], str]] = {
         ("language", "text:FOLDER"),
         ("translation", "pairs:FOLDER"),
     )
-}
+} | {USER: ([USER], "")}
 """The data that a task reads: the names, and the form of a user's data."""

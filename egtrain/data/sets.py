@@ -22,5 +22,6 @@ OF_TASK: dict[str, Mapping[str, DataSet]] = {
     "image": IMAGES,
     "language": TEXTS,
     "translation": PAIRS,
+    "user": {},
 }
 """The data sets for each task."""

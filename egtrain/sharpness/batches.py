@@ -1,7 +1,6 @@
 """A user's data as batches that are read once, with the number of samples of each."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from copy import copy
+from collections.abc import Iterable, Mapping
 from numbers import Integral
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from egtrain.errors import UsageError
+from egtrain.nested import tensors_in, with_tensors
 
 NUMBERS = "give pairs (batch, number of samples) to FrozenLoss(model, loss_function, pairs)"
 """The way out where the samples of a batch cannot be counted."""
@@ -81,38 +81,6 @@ def checked_pairs(batches: Iterable[Any]) -> list[tuple[Any, int]]:
         if pair[1] < 0:
             raise UsageError(f"a batch cannot have {pair[1]} samples: count them from zero up")
     return [(batch, int(size)) for batch, size in pairs if size]
-
-
-def tensors_in(batch: Any) -> Iterator[Tensor]:
-    """Yield the tensors of a batch, in an order that depends on nothing but the batch."""
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for key in sorted(batch, key=str):
-            yield from tensors_in(batch[key])
-    elif isinstance(batch, list | tuple):
-        for part in batch:
-            yield from tensors_in(part)
-
-
-def with_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Return a batch with each tensor changed; the batch itself if that changes none."""
-    if isinstance(batch, Tensor):
-        return change(batch)
-    if isinstance(batch, MutableMapping):
-        changed = {key: with_tensors(value, change) for key, value in batch.items()}
-        if all(changed[key] is value for key, value in batch.items()):
-            return batch
-        result = copy(batch)  # of its own class
-        result.update(changed)
-        return result
-    if isinstance(batch, list | tuple):
-        parts = [with_tensors(part, change) for part in batch]
-        if all(part is before for part, before in zip(parts, batch, strict=True)):
-            return batch
-        named = hasattr(batch, "_fields")
-        return type(batch)(*parts) if named else type(batch)(parts)
-    return batch
 
 
 def _is_counted(pair: Any) -> bool:

@@ -20,6 +20,7 @@ from egtrain.sharpness.report import print_comparison
 from egtrain.sharpness.results import write_results, write_tensorboard
 from egtrain.sharpness.runs import Comparison, find_runs
 from egtrain.sharpness.sample import load
+from egtrain.task_file import TaskFile
 
 
 def plot(
@@ -35,8 +36,12 @@ def plot(
     offline: bool,
     device: str,
     json_wanted: bool,
+    task: TaskFile | None = None,
+    allow_changes: bool = False,
 ) -> None:
     """Measure runs, write the results and pictures into `output`, and print a table.
+
+    `task` and `allow_changes` are as for `load_run`.
 
     Raises:
         UsageError: an option is wrong, or the runs cannot be compared.
@@ -62,7 +67,10 @@ def plot(
                 torch.set_num_threads(threads_of_a_rank())  # torchrun leaves them one
             distributed.only_first_rank(ranks, lambda: closing.enter_context(RunLock(output)))
             saved, sample = distributed.first_rank_first(
-                ranks, lambda: load(runs, samples, data_dir, offline, str(ranks.device))
+                ranks,
+                lambda: load(
+                    runs, samples, data_dir, offline, str(ranks.device), task, allow_changes
+                ),
             )
             jobs += jobs_of(runs, settings, sample)
             stream = sys.stderr if json_wanted else None

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from egtrain.errors import UsageError
-from egtrain.sharpness.batches import batches_of, checked_pairs, with_tensors
+from egtrain.nested import with_tensors
+from egtrain.sharpness.batches import batches_of, checked_pairs
 from egtrain.sharpness.checking import (
     no_second_derivatives,
     own_operations,

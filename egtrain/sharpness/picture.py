@@ -10,6 +10,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from egtrain.config.tasks import USER
 from egtrain.figures import STYLE, write_title
 from egtrain.sharpness.drawing import draw_over_steps, marker_of, rows_and_columns, style_of
 from egtrain.sharpness.metric import Panel
@@ -92,7 +93,7 @@ def title_of(comparison: Comparison) -> str:
     parts = [
         f"{len(runs)} runs of " if len(runs) > 1 else "",
         networks.pop() if len(networks) == 1 else "several networks",
-        f" on {kind}{colon}{Path(file).name}, ",
+        ", " if kind == USER else f" on {kind}{colon}{Path(file).name}, ",
         f"seed {seeds[0]}" if len(seeds) == 1 else several,
         f": sharpness over {comparison.sample['size']:,} training samples",
     ]

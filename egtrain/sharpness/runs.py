@@ -11,10 +11,11 @@ from egtrain.build import TASKS
 from egtrain.checkpoint import CheckpointStore, read_checkpoint
 from egtrain.config.files import config_file_of, load_config
 from egtrain.config.schema import Config
+from egtrain.config.tasks import UserSettings
 from egtrain.errors import DataError, UsageError, did_you_mean
 from egtrain.sharpness.metrics import LEVEL, metric_of
 from egtrain.sharpness.records import Record, Row
-from egtrain.tasks import Metric
+from egtrain.tasks import LOSS, Metric
 
 WHICH = ("last", "best", "all")
 
@@ -47,6 +48,8 @@ class Run:
     directory: Path
     config: Config
     checkpoints: list[Checkpoint]
+    metrics: tuple[Metric, ...] = ()
+    """The task's metrics of held-out data and of training data, known once the run is loaded."""
 
     @property
     def records(self) -> dict[str, Record]:
@@ -59,15 +62,11 @@ class Run:
         return float(self.records[LEVEL].values["train"]["loss"])
 
     @property
-    def metrics(self) -> tuple[Metric, Metric]:
-        """The task's metrics of held-out data and of training data; they may be the same."""
-        task = TASKS[self.config.task.name]
-        return task.metric, task.training_metric
-
-    @property
     def network(self) -> dict[str, Any]:
         """The settings that, with the data, determine the shapes of the weights."""
         model = self.config.model.model_dump()
+        if isinstance(self.config.task, UserSettings):
+            model |= {"name": self.config.title, **self.config.task.settings}
         return {name: value for name, value in model.items() if not isinstance(value, float)}
 
     def measured(self) -> list[tuple[Checkpoint, str]]:
@@ -167,8 +166,10 @@ def _run(path: Path, label: str, which: str) -> Run:
     if path.suffix == ".pt" and not path.exists():
         raise DataError(f"there is no checkpoint file {path}")
     config = load_config(config_file_of(path))
+    metric = getattr(TASKS.get(config.task.name), "metric", LOSS)
     store = CheckpointStore(
-        path / "checkpoints", higher_is_better=TASKS[config.task.name].metric.higher_is_better
+        path / "checkpoints",
+        higher_is_better=metric.higher_is_better,
     )
     # Loaded to find the newest or best intact one.
     step, _ = store.load("best" if which == "best" else "last")

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from egtrain.config.schema import Config
 from egtrain.errors import UsageError
+from egtrain.nested import tensors_in
 from egtrain.optim.randomness import generator_for
 from egtrain.saved_run import SavedRun, load_run
-from egtrain.sharpness.batches import tensors_in
 from egtrain.sharpness.runs import Run
+from egtrain.task_file import TaskFile
 from egtrain.tasks import Task
 
 SAMPLE_SEED = 0
@@ -31,9 +32,17 @@ class FrozenSample:
 
 
 def load(
-    runs: Sequence[Run], samples: int, data_dir: Path | None, offline: bool, device: str
+    runs: Sequence[Run],
+    samples: int,
+    data_dir: Path | None,
+    offline: bool,
+    device: str,
+    task: TaskFile | None = None,
+    allow_changes: bool = False,
 ) -> tuple[list[SavedRun], FrozenSample]:
     """Return each run at its compared checkpoint, and one frozen sample for all.
+
+    The runs are told the metrics of their task. `task` and `allow_changes` are as for `load_run`.
 
     Raises:
         UsageError: the runs cannot be compared, or there are fewer samples than asked for.
@@ -47,10 +56,14 @@ def load(
             data_dir=data_dir,
             offline=offline,
             device=device,
+            task=task,
+            allow_changes=allow_changes,
         )
         for run in runs
     ]
     require_comparable(runs, [{"training data": f"{run.data.digest[:12]}…"} for run in saved])
+    for run in runs:
+        run.metrics = (saved[0].task.metric, saved[0].task.training_metric)
     return saved, frozen_sample(saved[0].task, samples, runs[0].label)
 
 
@@ -58,6 +71,7 @@ def comparable_settings(config: Config) -> dict[str, object]:
     """Return the settings that compared runs must have in common."""
     return {
         "tasks": config.task.name,
+        "task files": getattr(config.task, "sha256", None),
         "data": config.data.name,
         "training samples": config.data.train_samples or "all",
         "validation samples": config.data.validation,

@@ -194,7 +194,12 @@ def measured_speed(cell: Cell, gpus: Sequence[str], scratch: Path) -> Speed:
     """
     directory = scratch / cell.name
     arguments = cell.arguments(directory)
-    for setting in (f"steps={MEASURED_STEPS}", "log.every=1", "log.tensorboard=false"):
+    for setting in (
+        f"steps={MEASURED_STEPS}",
+        "schedule.shorten_warmup=true",
+        "log.every=1",
+        "log.tensorboard=false",
+    ):
         arguments += ["--set", setting]
     started = time.monotonic()
     log = scratch / f"{cell.name}.log"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from egtrain.config.extrapolations import length_key
 from egtrain.config.files import load_config
 from egtrain.config.schema import Config, config_to_yaml, flat_settings
+from egtrain.config.tasks import USER, UserSettings
 from egtrain.config.yaml_text import write_value
 from egtrain.errors import UsageError
 from egtrain.sweep.request import Preset, Request, batch_setting
@@ -41,6 +42,8 @@ class Facts:
     second_gradients: range
     """The steps that take two gradients."""
     metric: "Metric"
+    has_validation: bool
+    """Whether there is a validation split."""
     data: str = ""
     """A digest of the data."""
 
@@ -79,6 +82,10 @@ class Cell:
     def arguments(self, directory: Path) -> list[str]:
         """Return the arguments of `egtrain` that make the run in a directory."""
         settings = [part for setting in self.settings for part in ("--set", setting)]
+        task = self.config.task
+        if isinstance(task, UserSettings):
+            # With its content, lest it changes during the sweep.
+            settings = ["--task", task.file, "--set", f"task.sha256={task.sha256}", *settings]
         return ["train", "--preset", self.source, *settings, "--output", str(directory)]
 
     @property
@@ -107,6 +114,8 @@ class Plan:
 
     cells: tuple[Cell, ...]
     metric: "Metric"
+    watched_split: str
+    """The split evaluated during training."""
     has_grid: bool
     rule: str
     """How rates and lengths follow the batch size, in words."""
@@ -124,11 +133,6 @@ class Plan:
     def batch_sizes(self) -> tuple[int, ...]:
         """From the smallest to the largest."""
         return tuple(sorted({cell.batch_size for cell in self.cells}))
-
-    @property
-    def watched_split(self) -> str:
-        """The split evaluated during training."""
-        return "validation" if self.cells[0].config.has_validation else "test"
 
     def as_json(self, directory: Path) -> dict[str, Any]:
         """Return what sweep.json holds: the identity, and each cell's command."""
@@ -156,9 +160,11 @@ def make_plan(
     """
     shared = presets[0].config
     validation = request.validation
-    if validation is None and request.has_grid and not shared.has_validation:
+    if validation is None and request.has_grid:
         smallest = batch_setting(request, presets[0], min(request.batch_sizes))
-        validation = max(1, facts_of(shared.model_copy(update=smallest)).samples // 10)
+        without = facts_of(shared.model_copy(update=smallest))
+        if not without.has_validation:
+            validation = max(1, without.samples // 10)
     cells = [
         _cell(request, preset, batch_size, number, rate, length, validation, facts_of)
         for number in range(request.seeds)
@@ -172,6 +178,7 @@ def make_plan(
     return Plan(
         cells=tuple(cells),
         metric=first.metric,
+        watched_split="validation" if first.has_validation else "test",
         has_grid=request.has_grid,
         rule=_rule(request, presets, equal_steps),
         notes=_notes(cells, first, request.has_grid, equal_steps),
@@ -194,6 +201,8 @@ def facts_from_data(offline: bool = False) -> Callable[[Config], Facts]:
 
     from egtrain.build import build_direction, build_task, load_data
     from egtrain.plan import build_plan
+    from egtrain.ranks.distributed import pick_device
+    from egtrain.workers import Ranks
 
     loaded: dict[str, Any] = {}
 
@@ -202,7 +211,9 @@ def facts_from_data(offline: bool = False) -> Callable[[Config], Facts]:
         if key not in loaded:
             loaded[key] = load_data(config, offline)
         try:
-            task = build_task(config, loaded[key], torch.device("cpu"))
+            # A task file is tried out, and may need the device; other data stay off it here.
+            device = pick_device(config.device) if config.task.name == USER else "cpu"
+            task = build_task(config, loaded[key], Ranks(device=torch.device(device)))
         except UsageError as error:
             raise UsageError(f"at batch size {config.batch_size}, {error}") from None
         plan, direction = build_plan(config, task.steps_per_epoch), build_direction(config)
@@ -221,6 +232,7 @@ def facts_from_data(offline: bool = False) -> Callable[[Config], Facts]:
             steps=plan.steps,
             second_gradients=plan.extrapolated_steps if twice else range(0),
             metric=task.metric,
+            has_validation=task.evaluation_size("validation") > 0,
             data=loaded[key].digest,
         )
 
@@ -266,7 +278,7 @@ def _cell(
         values["precision"] = request.native_precision
     if base.device == "cpu" and base.threads is None:
         values["threads"] = 1  # a constant: the number of threads changes the order of sums
-    config = load_config(preset.source, _all_settings(request, base, values))
+    config = load_config(preset.source, _all_settings(request, base, values), request.task)
     facts = facts_of(config)
     evaluate_every = facts.steps / facts.steps_per_epoch / EVALUATIONS
     if base.steps is not None:
@@ -281,7 +293,7 @@ def _cell(
     if not request.sets("evaluate_every"):
         values["evaluate_every"] = evaluate_every
     settings = _all_settings(request, base, values)
-    config = load_config(preset.source, settings)
+    config = load_config(preset.source, settings, request.task)
     if base.steps is not None:
         facts = facts_of(config)
     name = f"{preset.name}-b{batch_size}"

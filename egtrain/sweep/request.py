@@ -12,6 +12,7 @@ from egtrain.config.extrapolations import length_key
 from egtrain.config.files import load_config
 from egtrain.config.schema import Config
 from egtrain.errors import UsageError
+from egtrain.task_file import TaskFile
 
 Scaling = Literal["linear", "sqrt", "none"]
 Growth = Literal["workers", "worker-batch"]
@@ -36,6 +37,8 @@ class Request:
     """None: as each preset says."""
     validation: int | None = None
     """None: a tenth of the training samples with a grid, else what the preset says."""
+    task: TaskFile | None = None
+    """The task file of all presets."""
     native_precision: str | None = None
     """What `auto` means on the device; a sweep continued elsewhere keeps it."""
 
@@ -116,7 +119,7 @@ def checked_presets(request: Request) -> list[Preset]:
     """
     presets: list[Preset] = []
     for source in request.presets:
-        config = load_config(source, list(request.settings))
+        config = load_config(source, list(request.settings), request.task)
         # With a rate for the preset's batch, `none` means that it is used unscaled.
         as_it_is = (
             config.optimizer.base_batch_size is None and config.optimizer.lr_scaling == "none"

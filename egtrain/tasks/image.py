@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from egtrain.data.augment import normalise, random_crop_flip
 from egtrain.data.images import ImageData
-from egtrain.errors import UsageError
 from egtrain.optim.randomness import generator_for
 from egtrain.tasks import ACCURACY, Split
+from egtrain.tasks.order import Order
 
 Batch = tuple[Tensor, Tensor]
 
@@ -17,28 +17,12 @@ FROZEN_BATCH = 256
 """Smaller, since second derivatives keep the graphs of two passes."""
 
 
-def steps_in_epoch(samples: int, workers: int, worker_batch_size: int) -> int:
-    """Return the number of whole batches of K·b in N samples.
-
-    Raises:
-        UsageError: there is none.
-    """
-    steps = samples // (workers * worker_batch_size)
-    if steps == 0:
-        raise UsageError(
-            f"a batch of {workers} x {worker_batch_size} = {workers * worker_batch_size} is larger "
-            f"than the {samples} training samples: take fewer workers or a smaller batch"
-        )
-    return steps
-
-
 class ImageTask:
     """Batches, loss and metric of an image classifier.
 
     Args:
         data: the images; they are moved to the device once.
-        workers: K. An epoch is a new permutation of the training images, split into ⌊N/(K·b)⌋
-            batches; worker k takes slots [k·b, (k+1)·b) of each, and the rest is dropped.
+        workers: K, which share the training images as `Order` says.
         worker_batch_size: b.
         seed: the run's.
         augment: random crops (padded by an eighth of the height: 4 pixels at 32) and horizontal
@@ -63,7 +47,8 @@ class ImageTask:
         device: torch.device,
     ) -> None:
         self.samples = len(data.y_train)
-        self.steps_per_epoch = steps_in_epoch(self.samples, workers, worker_batch_size)
+        self._order = Order(self.samples, workers, worker_batch_size, seed, device)
+        self.steps_per_epoch = self._order.steps_per_epoch
         self.worker_batch_size = worker_batch_size
         self.batch_size = workers * worker_batch_size
         self.seed = seed
@@ -77,25 +62,14 @@ class ImageTask:
             "validation": (data.x_validation.to(device), data.y_validation.to(device)),
             "test": (data.x_test.to(device), data.y_test.to(device)),
         }
-        self._order: tuple[int, Tensor] | None = None
 
     def batch(self, worker: int, step: int) -> Batch:
         """Return the worker's mini-batch: images [b, 3, height, width] and labels [b]."""
-        epoch, slot = divmod(step, self.steps_per_epoch)
-        start = slot * self.batch_size + worker * self.worker_batch_size
-        return self._augmented(
-            self._permutation(epoch)[start : start + self.worker_batch_size],
-            "augment",
-            worker,
-            step,
-        )
+        return self._augmented(self._order.indices(worker, step), "augment", worker, step)
 
     def extra_batch(self, worker: int, step: int) -> Batch:
         """Return b independently drawn images for the step's second gradient."""
-        generator = generator_for(self.seed, "extra samples", worker, step, device=self.device)
-        chosen = torch.randint(
-            self.samples, (self.worker_batch_size,), generator=generator, device=self.device
-        )
+        chosen = self._order.extra_indices(worker, step)
         return self._augmented(chosen, "extra augment", worker, step)
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -147,12 +121,3 @@ class ImageTask:
             generator = generator_for(self.seed, purpose, worker, step, device=self.device)
             images = random_crop_flip(images, generator, self.padding)
         return self._normalised(images), self._train[1][chosen]
-
-    def _permutation(self, epoch: int) -> Tensor:
-        if self._order is None or self._order[0] != epoch:
-            generator = generator_for(self.seed, "order", epoch, device=self.device)
-            self._order = (
-                epoch,
-                torch.randperm(self.samples, generator=generator, device=self.device),
-            )
-        return self._order[1]

@@ -14,7 +14,7 @@ from egtrain.formatting import FRACTION
 from egtrain.models.decoding import Decodable, beam_search
 from egtrain.optim.randomness import generator_for
 from egtrain.tasks import Metric, Split
-from egtrain.tasks.image import steps_in_epoch
+from egtrain.tasks.order import steps_in_epoch
 
 EVALUATION_BATCH = 100
 FROZEN_BATCH = 32

@@ -1,0 +1,191 @@
+"""Batches of a user's data set: fetched by index, ahead of time, and always the same.
+
+The random state of Python, NumPy and torch is set before each sample is fetched, as a function of
+(seed, purpose, numbers, index). So a sample does not depend on who fetches it, or after what.
+"""
+
+import atexit
+import multiprocessing
+import os
+import random
+import signal
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import wait
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
+
+from egtrain.data.user import UserData
+from egtrain.errors import UsageError
+from egtrain.nested import tensors_in, with_tensors
+from egtrain.optim.randomness import seed_for
+from egtrain.task_file import TaskFileError
+
+Place = TypeVar("Place")
+
+
+class Key(NamedTuple):
+    """What a batch consists of; a sample's random state is a function of this and the seed."""
+
+    purpose: str
+    numbers: tuple[int, ...]
+    """What the random state depends on besides, such as the epoch."""
+    indices: list[int]
+
+
+def fetched(data: UserData, split: str, key: Key, seed: int) -> Any:
+    """Fetch the samples of a batch and put them together.
+
+    Raises:
+        TaskFileError: the task file's code raised an exception.
+        UsageError: the samples have different forms.
+    """
+    dataset, samples = data.datasets[split], []
+    for index in key.indices:
+        set_random_state(seed_for(seed, key.purpose, *key.numbers, index))
+        with data.file.running(f"dataset({split!r})[{index}]"):
+            samples.append(dataset[index])
+    if data.file.has("collate"):
+        return data.file.call("collate", samples, settings=data.settings)
+    try:
+        return default_collate(samples)
+    except (RuntimeError, TypeError, KeyError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise data.file.wrong(
+            f"the samples of dataset({split!r}) do not fit into one batch ({reason}): give all of "
+            "them one form, or define collate(samples)"
+        ) from None
+
+
+def set_random_state(seed: int) -> None:
+    """Set the random state of Python, NumPy and torch on the CPU."""
+    random.seed(seed)
+    # The old interface, since its state is the one that a user's code may draw from.
+    np.random.seed(seed & 0xFFFF_FFFF)  # noqa: NPY002
+    torch.default_generator.manual_seed(seed)
+
+
+def on_device(batch: Any, device: torch.device, channels_last: bool) -> Any:
+    """Return a batch with its tensors on a device, images channels-last if asked for."""
+
+    def move(tensor: Tensor) -> Tensor:
+        if channels_last and tensor.ndim == 4 and tensor.is_floating_point():
+            return tensor.to(device, non_blocking=True, memory_format=torch.channels_last)
+        return tensor.to(device, non_blocking=True)
+
+    moved = with_tensors(batch, move)
+    if moved is batch and hasattr(batch, "to") and not next(tensors_in(batch), None):
+        moved = batch.to(device)  # a class of its own, such as a graph
+    return moved
+
+
+class Batches(Generic[Place]):
+    """The batches of a split in the order in which they are asked for, fetched ahead of time.
+
+    Args:
+        fetch: returns the batch of a place, in any process.
+        following: returns the place that will be asked for after another; None at the end. Asking
+            for another place is right too, and starts the loaders anew.
+        loaders: processes that fetch; with 0 nothing is fetched ahead.
+        pinned: keep batches in pinned memory, from which a GPU copies faster.
+    """
+
+    def __init__(
+        self,
+        fetch: Callable[[Place], Any],
+        following: Callable[[Place], Place | None],
+        *,
+        loaders: int,
+        pinned: bool,
+    ) -> None:
+        self._fetch = fetch
+        self._following = following
+        self._loaders = loaders
+        self._pinned = pinned
+        self._expected: Place | None = None
+        self._fetched: Iterator[Any] = iter(())
+        # In order: a loader that is killed at the end of the process is reported as a failure.
+        atexit.register(_end, weakref.ref(self))
+
+    def at(self, place: Place) -> Any:
+        """Return the batch of a place.
+
+        Raises:
+            EgtrainError: what `fetch` raised.
+        """
+        if not self._loaders:
+            return self._fetch(place)
+        if place != self._expected:
+            self._fetched = self._loading_from(place)
+        batch = next(self._fetched)
+        if isinstance(batch, Exception):
+            raise batch
+        self._expected = self._following(place)
+        if self._expected is None:
+            self.end()
+        return batch
+
+    def end(self) -> None:
+        """End the loaders."""
+        self._fetched = iter(())
+
+    def _loading_from(self, place: Place) -> Iterator[Any]:
+        loader: DataLoader[Any] = DataLoader(
+            _Fetched(self._fetch),  # type: ignore[arg-type]
+            batch_size=None,
+            sampler=self._places(place),
+            num_workers=self._loaders,
+            collate_fn=_as_it_is,
+            pin_memory=self._pinned,
+            worker_init_fn=_begin_loader,
+            # What a user's data set holds need not be picklable, and may be large.
+            multiprocessing_context="fork",
+            generator=torch.Generator(),  # lest it draws from torch's own
+        )
+        return iter(loader)
+
+    def _places(self, place: Place | None) -> Iterator[Place]:
+        while place is not None:
+            yield place
+            place = self._following(place)
+
+
+class _Fetched:
+    """Fetches by place in a loader; what goes wrong is a result there, raised where it is read."""
+
+    def __init__(self, fetch: Callable[[Any], Any]) -> None:
+        self._fetch = fetch
+
+    def __getitem__(self, place: Any) -> Any:
+        try:
+            return self._fetch(place)
+        except (TaskFileError, UsageError) as error:
+            return type(error)(str(error))  # without its traceback, which cannot be sent
+
+
+def _end(batches: weakref.ref[Batches[Any]]) -> None:
+    if (alive := batches()) is not None:
+        alive.end()
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _begin_loader(number: int) -> None:
+    """Let a loader end with the process that it loads for, and by nothing else."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's, which that process handles
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
