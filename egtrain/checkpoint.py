@@ -11,13 +11,12 @@ import math
 import os
 import pickle
 import re
-import shutil
 import signal
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -26,8 +25,8 @@ from typing import IO, Any, BinaryIO, Literal, Self, cast
 import torch
 from torch import Tensor
 
-from egtrain.disk import FULL, sync_folder
-from egtrain.errors import DataError, EgtrainError, UsageError
+from egtrain.disk import cannot_write, replacing, write_atomically
+from egtrain.errors import DataError, UsageError
 
 FORMAT = 2
 """Version of the layout; files of other versions are refused."""
@@ -91,7 +90,7 @@ class CheckpointStore:
         path = self.file_of(step)
         content = {"format": FORMAT, "step": step, "state": _portable(state, "state")}
         kill_at("save-before-write")
-        with _replacing(path, kill_at) as file:
+        with replacing(path, kill_at) as file:
             _write(content, file, kill_at)
         kill_at("save-before-index")
         if metric is not None and not math.isfinite(metric):
@@ -216,7 +215,7 @@ class CheckpointStore:
             for leftover in self.directory.glob("*.tmp"):
                 leftover.unlink()
         except OSError as error:
-            raise _cannot_write(self.directory, error) from error
+            raise cannot_write(self.directory, error) from error
 
 
 @dataclass(frozen=True, order=True)
@@ -260,16 +259,6 @@ def read_checkpoint(path: Path) -> tuple[int, dict[str, Any]]:
     if not isinstance(step, int) or not isinstance(state, dict):
         raise not_ours
     return step, state
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a kill, a power cut or a full disk leaves the old content or the new.
-
-    Raises:
-        EgtrainError: it could not be written.
-    """
-    with _replacing(path) as file:
-        file.write(data)
 
 
 def _write(content: dict[str, Any], file: BinaryIO, kill_at: Callable[[str], None]) -> None:
@@ -404,40 +393,6 @@ def _refuse_other_formats(path: Path, found: Any) -> None:
             f"{path} has format {found}, and this egtrain reads {FORMAT}: use the egtrain that "
             "wrote it, or start a new run"
         )
-
-
-@contextmanager
-def _replacing(
-    path: Path, kill_at: Callable[[str], object] = lambda point: None
-) -> Iterator[BinaryIO]:
-    """Open a temporary file beside `path`, which replaces `path` once it is on the disk."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            kill_at("save-before-sync")
-            os.fsync(file.fileno())
-        kill_at("save-before-rename")
-        temporary.replace(path)
-        sync_folder(path.parent)
-    except BaseException as error:
-        with suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError):
-            raise _cannot_write(path, error) from error
-        raise
-
-
-def _cannot_write(path: Path, error: OSError) -> EgtrainError:
-    """Return the error for the user; call it once the temporary file is gone."""
-    folder = next(folder for folder in [*path.parents, Path()] if folder.is_dir())
-    remedy = "free some space" if error.errno in FULL else "make the folder writable"
-    return EgtrainError(
-        f"cannot write {path}: {error.strerror or error}, {shutil.disk_usage(folder).free} bytes "
-        f"are free there; {remedy}, then start again, or go on with --resume: what was saved "
-        "before is intact"
-    )
 
 
 def _kill_at(point: str, save: int) -> None:

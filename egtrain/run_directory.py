@@ -5,17 +5,20 @@ trains in it, changes its settings or deletes it.
 """
 
 import fcntl
+import json
 import os
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
-from egtrain.checkpoint import write_atomically
-from egtrain.errors import UsageError
+from egtrain.disk import write_atomically
+from egtrain.errors import EgtrainError, UsageError
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 CHECKPOINTS, LOCK = "checkpoints", ".lock"
+FAILURE = "failure.json"
+"""How the training failed, until it goes on: `exit_code` and `message`."""
 
 
 class RunDirectory:
@@ -169,3 +172,35 @@ class RunLock:
                 return file
         os.close(file)
         return None
+
+
+def is_held(directory: Path) -> bool:
+    """Return whether a process holds a run directory.
+
+    The holder is not disturbed, and a run that starts in this very moment waits for it to pass. A
+    file system without locks cannot tell, and nobody holds anything there.
+    """
+    try:
+        file = os.open(directory / LOCK, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(file)
+    return False
+
+
+def note_failure(directory: Path, error: Exception) -> None:
+    """Write down how a run failed, for those who look at its files; a full disk does not matter."""
+    said = " ".join(str(error).split())[:500]
+    record = {
+        "exit_code": error.exit_code if isinstance(error, EgtrainError) else 1,
+        "message": said if isinstance(error, EgtrainError) else f"{type(error).__name__}: {said}",
+    }
+    with suppress(EgtrainError):
+        write_atomically(directory / FAILURE, f"{json.dumps(record, indent=1)}\n".encode())

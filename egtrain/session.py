@@ -22,7 +22,7 @@ from egtrain.logs.training_display import TrainingDisplay
 from egtrain.plan import with_fitting_warmup
 from egtrain.ranks import distributed, signals, torchrun
 from egtrain.run import Run
-from egtrain.run_directory import CHECKPOINTS, SUMMARY, RunDirectory
+from egtrain.run_directory import CHECKPOINTS, FAILURE, SUMMARY, RunDirectory, note_failure
 from egtrain.tasks import LOSS, Metric, Split, metrics_text
 from egtrain.train import train
 from egtrain.workers import Ranks
@@ -113,6 +113,10 @@ def _train_until(
             final = train(run, recorders[0] if first else NoRecorder(ranks), stop)
         except InterruptedRun as error:
             raise InterruptedRun(f"{error}; go on with --resume {directory}") from None
+        except Exception as error:
+            if first:
+                note_failure(directory, error)
+            raise
         if first:
             summary = recorders[0].finish(run, final)
             closing.close()
@@ -231,6 +235,7 @@ class Recorder:
             )
         )
         self._log.text("config", f"```yaml\n{config_to_yaml(config)}```")
+        (directory / FAILURE).unlink(missing_ok=True)
 
     def trained(self, run: Run, step: int, metrics: dict[str, float]) -> None:
         """Log the metrics of an update."""
@@ -257,17 +262,22 @@ class Recorder:
     def finish(self, run: Run, final: dict[Split, dict[str, float]]) -> dict[str, Any]:
         """Write and return the summary."""
         ranks = self._ranks
-        best = self._store.best()
+        best, metric = self._store.best(), run.task.metric
         summary = {
             "name": self._directory.resolve().name,
             "preset": self._config.preset,
+            "metric": {
+                "name": metric.name,
+                "unit": metric.unit,
+                "higher_is_better": metric.higher_is_better,
+            },
             "final": final,
             "best_possible": None
             if run.task.best_possible is None
-            else {"test": {run.task.metric.name: run.task.best_possible}},
+            else {"test": {metric.name: run.task.best_possible}},
             "best": None
             if best is None
-            else {"step": best[0], "validation": {run.task.metric.name: best[1]}},
+            else {"step": best[0], "validation": {metric.name: best[1]}},
             "steps": run.step,
             "epochs": self._epoch(run, run.step),
             "samples": run.step * run.task.batch_size,

@@ -23,8 +23,8 @@ from egtrain.checkpoint import (
     MAGIC,
     CheckpointStore,
     read_checkpoint,
-    write_atomically,
 )
+from egtrain.disk import write_atomically
 from egtrain.errors import DataError, EgtrainError, UsageError
 
 FAULT_POINTS = [

@@ -27,8 +27,8 @@ LAYERS = [
     {"config", "integrations"},
     {"models", "data", "optim", "statistics"},
     {"progress"},
-    {"formatting", "task_file"},
-    {"disk", "errors", "nested", "__init__"},
+    {"formatting", "task_file", "disk", "over_seeds"},
+    {"errors", "nested", "__init__"},
 ]
 """Rooms of the package, the highest first. A room may import those below it, and its own files."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from egtrain.errors import UsageError
-from egtrain.run_directory import LOCK, RunDirectory, RunLock
+from egtrain.run_directory import LOCK, RunDirectory, RunLock, is_held
 
 
 def test_a_second_run_in_one_directory_is_refused(tmp_path: Path) -> None:
@@ -131,3 +131,13 @@ def test_a_directory_is_held_until_the_last_process_that_inherits_its_lock_ends(
         rank.kill()
     with RunLock(tmp_path / "run"):
         pass
+
+
+def test_looking_at_whether_a_directory_is_held_leaves_the_lock_as_it_is(tmp_path: Path) -> None:
+    assert not is_held(tmp_path)
+    with RunLock(tmp_path):
+        assert is_held(tmp_path)
+        assert is_held(tmp_path)
+    assert not is_held(tmp_path)
+    with RunLock(tmp_path, patience_seconds=0):
+        assert (tmp_path / LOCK).read_text() == f"{os.getpid()}\n"

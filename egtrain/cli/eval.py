@@ -59,7 +59,7 @@ def evaluate_run(
     Example: egtrain eval runs/quickstart-20260101-120000 --json
     """
     with ending_at_interrupt():
-        from egtrain.checkpoint import write_atomically
+        from egtrain.disk import write_atomically
         from egtrain.logs.runlog import finite
         from egtrain.progress import Progress
         from egtrain.ranks.distributed import pick_device

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from egtrain.checkpoint import write_atomically
+from egtrain.disk import write_atomically
 from egtrain.errors import EgtrainError
 from egtrain.logs.events import Events
 from egtrain.logs.growing_file import GrowingFile

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from egtrain.checkpoint import write_atomically
+from egtrain.disk import write_atomically
 
 FORMAT = 1
 """Version of the stored measurements; those of another version are measured again."""

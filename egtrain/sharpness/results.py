@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from egtrain.checkpoint import write_atomically
+from egtrain.disk import write_atomically
 from egtrain.formatting import number, percent
 from egtrain.logs.environment import versions
 from egtrain.logs.events import Events

@@ -18,9 +18,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from egtrain.checkpoint import write_atomically
 from egtrain.config.files import load_config
 from egtrain.config.schema import differences
+from egtrain.disk import write_atomically
 from egtrain.errors import DivergedError, InterruptedRun, UsageError
 from egtrain.sweep.plan import Cell, Plan
 

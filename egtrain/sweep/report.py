@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from egtrain.checkpoint import write_atomically
+from egtrain.disk import write_atomically
 from egtrain.formatting import (
     NOTHING,
     count,

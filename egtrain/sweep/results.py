@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from egtrain.over_seeds import deviation_of, mean_of
 from egtrain.sweep.cells import Folder, Status
 from egtrain.sweep.plan import Cell, Plan
 
@@ -143,7 +144,7 @@ class Results:
                 one, other = (self._test_values(name, batch_size) for name in (first, preset))
                 pairs = [other[seed] - one[seed] for seed in one if seed in other]
                 if pairs:
-                    deviation, mean = _deviation(pairs), statistics.fmean(pairs)
+                    deviation, mean = deviation_of(pairs), statistics.fmean(pairs)
                     error = None if deviation is None else deviation / math.sqrt(len(pairs))
                     found.append(Difference(preset, batch_size, len(pairs), mean, error))
         return found
@@ -262,14 +263,14 @@ def _row(
     cell = members[0].cell
     done = [result for result in members if result.status is Status.done]
     values = [v for r in done if (v := r.metric("test", plan.metric.name)) is not None]
-    mean = _mean(values)
+    mean = mean_of(values)
     reached = [
         step
         for result in done
         if target is not None
         and (step := result.steps_to(target, plan.metric.higher_is_better)) is not None
     ]
-    steps_to_target = _mean(reached) if len(reached) == len(members) else None
+    steps_to_target = mean_of(reached) if len(reached) == len(members) else None
     gradients = [cell.gradients_until(step) for step in reached]
     return Row(
         preset=cell.preset,
@@ -283,14 +284,14 @@ def _row(
         seeds=len(done),
         failed=sum(result.status in (Status.failed, Status.diverged) for result in members),
         mean=mean,
-        standard_deviation=_deviation(values),
+        standard_deviation=deviation_of(values),
         gap=None if mean is None or smallest_mean is None else mean - smallest_mean,
-        steps=_mean([result.steps for result in done]),
-        gradient_evaluations=_mean([result.gradient_evaluations for result in done]),
+        steps=mean_of([result.steps for result in done]),
+        gradient_evaluations=mean_of([result.gradient_evaluations for result in done]),
         reached=len(reached),
         steps_to_target=steps_to_target,
         samples_to_target=None if steps_to_target is None else steps_to_target * cell.batch_size,
-        gradient_evaluations_to_target=None if steps_to_target is None else _mean(gradients),
+        gradient_evaluations_to_target=None if steps_to_target is None else mean_of(gradients),
     )
 
 
@@ -301,14 +302,6 @@ def _shared_target(results: Sequence[CellResult], higher_is_better: bool) -> flo
     if higher_is_better:
         return min(max(value for _, value in result.curve) for result in results)
     return max(min(value for _, value in result.curve) for result in results)
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return statistics.fmean(values) if values else None
-
-
-def _deviation(values: Sequence[float]) -> float | None:
-    return statistics.stdev(values) if len(values) > 1 else None
 
 
 def _quartiles(values: Sequence[float]) -> tuple[float, float, float] | None:
