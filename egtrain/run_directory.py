@@ -9,6 +9,7 @@ import json
 import os
 import time
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Self
 
@@ -21,6 +22,10 @@ FAILURE = "failure.json"
 """How the training failed, until it goes on: `exit_code` and `message`."""
 
 
+class _TakenError(UsageError):
+    """A directory that belongs to another run."""
+
+
 class RunDirectory:
     """The directory of one run, which holds it in a `with` block.
 
@@ -29,6 +34,8 @@ class RunDirectory:
         goes_on_from: the bytes of config.yaml that this run's settings were compared with; None: a
             new run, in a directory without one.
         held_by_launcher: whether the process that started this rank holds the directory for it.
+        numbered: whether to take `path`-2, `path`-3 and so on if others have the directory: for
+            runs that start in the same second.
 
     Raises:
         UsageError: on entering: another process holds the directory, or it cannot be written; it
@@ -36,24 +43,36 @@ class RunDirectory:
     """
 
     def __init__(
-        self, path: Path, *, goes_on_from: bytes | None = None, held_by_launcher: bool = False
+        self,
+        path: Path,
+        *,
+        goes_on_from: bytes | None = None,
+        held_by_launcher: bool = False,
+        numbered: bool = False,
     ) -> None:
         self.path = path
+        """That of the directory which is held in the end, once it is."""
         self.held_by_launcher = held_by_launcher
         self.goes_on = held_by_launcher or goes_on_from is not None
         self._before = goes_on_from
-        self._lock = None if held_by_launcher else RunLock(path)
+        self._numbered = numbered
+        self._lock = None if held_by_launcher else self._lock_of(path)
         self._metrics: tuple[int, int] | None = None
 
     def __enter__(self) -> Self:
         if self._lock is None:
             return self
-        self._lock.__enter__()
-        try:
-            self._require_as_it_was()
-        except BaseException:
-            self._lock.__exit__()
-            raise
+        wanted = self.path
+        for number in count(2):
+            try:
+                self._claim(self._lock)
+            except _TakenError:
+                if not self._numbered:
+                    raise
+                self.path = wanted.with_name(f"{wanted.name}-{number}")
+                self._lock = self._lock_of(self.path)
+            else:
+                break
         self._metrics = self._stamp_of_metrics()
         return self
 
@@ -86,13 +105,25 @@ class RunDirectory:
             (self.path / LOCK).unlink()
             self.path.rmdir()
 
+    def _lock_of(self, path: Path) -> "RunLock":
+        # Where there is another directory to take, there is nothing to wait for.
+        return RunLock(path, patience_seconds=0) if self._numbered else RunLock(path)
+
+    def _claim(self, lock: "RunLock") -> None:
+        lock.__enter__()
+        try:
+            self._require_as_it_was()
+        except BaseException:
+            lock.__exit__()
+            raise
+
     def _require_as_it_was(self) -> None:
         file = self.path / CONFIG
         found = file.read_bytes() if file.exists() else None
         if found == self._before:
             return
         if self._before is None:
-            raise UsageError(
+            raise _TakenError(
                 f"{self.path} holds a run already: go on with --resume {self.path}, or choose "
                 "another --output"
             )
@@ -130,7 +161,7 @@ class RunLock:
                 owner = ""
                 with suppress(OSError):
                     owner = self._path.read_text(encoding="ascii", errors="replace").strip()
-                raise UsageError(
+                raise _TakenError(
                     f"another run (process {owner or 'unknown'}) is writing to "
                     f"{self._path.parent}: "
                     "wait for it to end, or choose another directory with --output"

@@ -54,7 +54,6 @@ def _train_until(
                 made_before, goes_on_from=config_file_of(made_before).read_bytes()
             )
         going_on = run_directory.goes_on
-        directory = Path(distributed.agreed(str(run_directory.path), ranks))
         config = config.model_copy(
             update={"precision": native_precision(config.precision, ranks.device)}
         )
@@ -64,9 +63,10 @@ def _train_until(
             closing.enter_context(run_directory)
             run_directory.write_config(config_to_yaml(config))
             if not run_directory.held_by_launcher:
-                torchrun.remember_directory(directory)
+                torchrun.remember_directory(run_directory.path)
 
         distributed.only_first_rank(ranks, begin)
+        directory = Path(distributed.agreed(str(run_directory.path), ranks))
         try:
             run = build_run(config, ranks)
             given, config = config, with_fitting_warmup(config, run.task.steps_per_epoch)

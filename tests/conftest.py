@@ -11,6 +11,8 @@ torch.set_num_threads(1)
 
 # Models are made in the tests: Hugging Face's libraries shall ask for none.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Where the user's runs are, is none of the tests' business.
+os.environ.pop("EGTRAIN_RUNS", None)
 
 TRAINING_OR_STARTING_PROCESSES = {
     "test_bench",
@@ -33,6 +35,7 @@ TRAINING_OR_STARTING_PROCESSES = {
     "test_progress",
     "test_ranks",
     "test_resume",
+    "test_runs",
     "test_sharpness_own_model",
     "test_sharpness_pictures",
     "test_sharpness_spectrum",

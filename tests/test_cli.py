@@ -710,8 +710,8 @@ def test_every_option_of_the_design_is_there(
     options = (
         "data data-dir offline epochs steps workers batch-size seed nproc device precision "
         "compile no-compile "
-        "deterministic checkpoint-every max-restarts output dry-run json set preset resume "
-        "allow-changes"
+        "deterministic checkpoint-every max-restarts output output-root name dry-run json set "
+        "preset resume allow-changes"
     )
     for option in options.split():
         assert f"--{option}" in text

@@ -89,6 +89,21 @@ def test_a_new_run_takes_no_directory_that_holds_one(tmp_path: Path) -> None:
         pass
 
 
+def test_runs_of_one_name_get_directories_of_their_own(tmp_path: Path) -> None:
+    wanted = tmp_path / "run"
+    with RunDirectory(wanted, numbered=True) as first, RunDirectory(wanted, numbered=True) as other:
+        assert (first.path, other.path) == (wanted, tmp_path / "run-2")
+        other.write_config("seed: 2\n")
+    with RunDirectory(wanted, numbered=True) as third:  # the first has withdrawn, as it were
+        assert third.path == wanted
+        third.write_config("seed: 3\n")
+    with RunDirectory(wanted, numbered=True) as last:
+        assert last.path == tmp_path / "run-3"
+        last.withdraw()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run-2"]
+    assert (tmp_path / "run-2/config.yaml").read_text() == "seed: 2\n"
+
+
 def test_a_run_whose_settings_have_changed_since_they_were_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_bytes(b"seed: 2\n")
     with pytest.raises(UsageError, match=r"has just changed .*: give the command again"):

@@ -1,5 +1,6 @@
 """Options that several commands share, and how options become settings."""
 
+import os
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -75,6 +76,13 @@ MovedDataDir = Annotated[
 ]
 Offline = Annotated[bool, what_option("--offline", help="Never download data.")]
 Device = Annotated[str | None, place_option(metavar="auto|cpu|cuda", help="Where to compute.")]
+OutputRoot = Annotated[
+    Path | None,
+    output_option(
+        metavar="ROOT",
+        help="ROOT of the default folder; without it $EGTRAIN_RUNS, or else runs.",
+    ),
+]
 AsJson = Annotated[bool, output_option("--json", help="Print the result as JSON.")]
 
 
@@ -122,6 +130,11 @@ class OnceEach(TyperCommand):
                     value = option.metavar or "VALUE"
                     raise UsageError(f"{option.opts[0]} is missing: add {option.opts[0]} {value}")
         return super().parse_args(ctx, args)
+
+
+def runs_root(given: Path | None = None) -> Path:
+    """Return the folder of runs: as given, or else $EGTRAIN_RUNS, or else `runs`."""
+    return given or Path(os.environ.get("EGTRAIN_RUNS") or "runs")
 
 
 def task_file(path: Path | None, data: str | None = None) -> "TaskFile | None":

@@ -13,6 +13,7 @@ from egtrain.cli.options import (
     DataName,
     Device,
     Offline,
+    OutputRoot,
     Settings,
     TaskPath,
     batch_option,
@@ -21,6 +22,7 @@ from egtrain.cli.options import (
     output_option,
     overrides_of,
     place_option,
+    runs_root,
     task_file,
     what_option,
 )
@@ -107,10 +109,11 @@ def sweep_batch(
         Path | None,
         output_option(
             metavar="DIR",
-            help="Folder of the sweep; default: runs/sweep-PRESETS. An existing one is continued, "
+            help="Folder of the sweep; default: ROOT/sweep-PRESETS. An existing one is continued, "
             "and may grow.",
         ),
     ] = None,
+    output_root: OutputRoot = None,
     target: Annotated[
         float | None,
         output_option(
@@ -145,6 +148,8 @@ def sweep_batch(
 
     if not within >= 0:
         raise UsageError("--within takes a percentage of at least 0, such as 1")
+    if output is not None and output_root is not None:
+        raise UsageError("--output names the folder itself: leave out --output-root")
     file = task_file(task, data)
     given = overrides_of(data, data_dir, offline, device, {"epochs": epochs, "steps": steps}) + (
         settings or []
@@ -162,7 +167,8 @@ def sweep_batch(
         task=file,
     )
     presets = checked_presets(request)
-    folder_path = output or Path("runs", "sweep-" + "-".join(one.name for one in presets))
+    default = "sweep-" + "-".join(one.name for one in presets)
+    folder_path = output or runs_root(output_root) / default
 
     # Everything above needs no torch, so a wrong option is reported at once.
     with ending_at_interrupt():

@@ -13,6 +13,7 @@ from egtrain.cli.options import (
     DataName,
     Device,
     Offline,
+    OutputRoot,
     PresetName,
     Settings,
     TaskPath,
@@ -21,6 +22,7 @@ from egtrain.cli.options import (
     output_option,
     overrides_of,
     place_option,
+    runs_root,
     task_file,
     what_option,
 )
@@ -98,8 +100,13 @@ def train(
     ] = 0,
     output: Annotated[
         Path | None,
-        output_option(metavar="DIR", help="The run directory; default: runs/NAME-TIME."),
+        output_option(metavar="DIR", help="The run directory; default: ROOT/NAME-TIME."),
     ] = None,
+    name: Annotated[
+        str | None,
+        output_option(metavar="NAME", help="NAME of the default folder; without it the preset's."),
+    ] = None,
+    output_root: OutputRoot = None,
     checkpoint_every: Annotated[
         int | None, output_option(metavar="STEPS", help="Steps between checkpoints.")
     ] = None,
@@ -139,6 +146,11 @@ def train(
         },
     )
     overrides += settings or []
+    if (name is not None or output_root is not None) and (resume or output) is not None:
+        raise UsageError(
+            f"{'--output' if resume is None else '--resume'} names the run directory itself: leave "
+            "out --name and --output-root"
+        )
     before: bytes | None = None
     if rank_of is not None:
         directory = rank_of
@@ -153,8 +165,8 @@ def train(
         config = resumed_config(directory, overrides, workers, batch_size, allow_changes, file)
     elif preset is not None:
         config = with_batch(load_config(preset, overrides, file), workers, batch_size)
-        name = config.preset if file is None else f"{file.path.stem}-{config.preset}"
-        directory = output or Path("runs", f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
+        default = config.preset if file is None else f"{file.path.stem}-{config.preset}"
+        directory = output or runs_root(output_root) / named(default if name is None else name)
     else:
         raise UsageError(
             "name what to train: --preset NAME (see `egtrain presets`), or --resume DIR"
@@ -174,7 +186,10 @@ def train(
     if rank_of is not None and not torchrun.has_launcher():
         raise UsageError(f"--rank-of is for the processes of --nproc: use --resume {rank_of}")
     run_directory = RunDirectory(
-        directory, goes_on_from=before, held_by_launcher=rank_of is not None
+        directory,
+        goes_on_from=before,
+        held_by_launcher=rank_of is not None,
+        numbered=preset is not None and output is None,
     )
     if torchrun.started_by_torchrun():
         if nproc is not None:
@@ -183,15 +198,33 @@ def train(
         ranks = nproc if nproc is not None else launch.default_ranks(config.device, config.workers)
         launch.require_dividing(config.workers, ranks)
         if ranks > 1 or max_restarts:
-            arguments = ["train", "--rank-of", str(directory), *(["--json"] if as_json else [])]
-            arguments += [] if file is None else ["--task", str(file.path)]
             with run_directory:
+                arguments = ["train", "--rank-of", str(run_directory.path)]
+                arguments += ["--json"] if as_json else []
+                arguments += [] if file is None else ["--task", str(file.path)]
                 run_directory.write_config(config_to_yaml(config))
                 code = launch.launch(ranks, arguments, max_restarts, run_directory.lock_file)
                 if code in (UsageError.exit_code, DataError.exit_code):
                     run_directory.withdraw()
             raise typer.Exit(code)
     session.train_in(run_directory, config, as_json=as_json)
+
+
+def named(name: str) -> str:
+    """Return `NAME-TIME`.
+
+    Raises:
+        UsageError: the name cannot be that of a run.
+    """
+    from egtrain.config.schema import can_name_a_folder
+
+    if not can_name_a_folder(name) or not name or name.startswith("."):
+        shown = repr(name if len(name) <= 60 else f"{name[:60]}…")
+        raise UsageError(
+            "--name takes at most 200 printable characters without '/', and none that begin with "
+            f"'.', not {shown}"
+        )
+    return f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def with_batch(config: "Config", workers: int | None, batch_size: int | None) -> "Config":

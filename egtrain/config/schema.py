@@ -111,7 +111,7 @@ class Config(Section):
     @classmethod
     def _no_path(cls, preset: str) -> str:
         # It names run directories.
-        if "/" in preset or not preset.isprintable() or len(preset) > 200:
+        if not can_name_a_folder(preset):
             raise wrong(
                 "preset",
                 "preset must be a name of at most 200 characters without '/', not "
@@ -210,6 +210,11 @@ class Config(Section):
                 f"to at most {start:g}",
             )
         return self
+
+
+def can_name_a_folder(name: str) -> bool:
+    """Return whether a name is printable, of at most 200 characters and without a '/'."""
+    return "/" not in name and name.isprintable() and len(name) <= 200
 
 
 UNIONS: dict[str, dict[str, type[Section]]] = {
