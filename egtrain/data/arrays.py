@@ -5,6 +5,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+SPLIT_SEED = 20_200_620
+"""Fixed: all runs must hold out the same samples, or their results would not be comparable."""
+
 
 class ImageArrays(NamedTuple):
     """Images, uint8 `[images, height, width, 3]`, and labels, int64 `[images]`, before a split."""

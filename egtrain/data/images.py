@@ -8,16 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from egtrain.data.arrays import ImageArrays, fixed_order
+from egtrain.data.arrays import SPLIT_SEED, ImageArrays, fixed_order
 from egtrain.data.download import find_or_download
 from egtrain.data.finding import note_of_part, require_own
 from egtrain.data.npz import read_npz
 from egtrain.data.sets import IMAGES
 from egtrain.data.synthetic_images import make_synthetic_images
 from egtrain.errors import UsageError
-
-_SPLIT_SEED = 20_200_620
-"""Fixed: all runs must hold out the same images, or their accuracies would not be comparable."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +96,7 @@ def _split(
         )
     kept, held_out = np.arange(count), np.arange(0)
     if validation or train_samples is not None:
-        order = fixed_order(count, _SPLIT_SEED)
+        order = fixed_order(count, SPLIT_SEED)
         end = count if train_samples is None else validation + train_samples
         held_out, kept = np.sort(order[:validation]), np.sort(order[validation:end])
     whole = len(kept) == count

@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, Subset, TensorDataset
 
-from egtrain.data.arrays import fixed_order
+from egtrain.data.arrays import SPLIT_SEED, fixed_order
 from egtrain.errors import UsageError
 from egtrain.task_file import TaskFile
 
-_SPLIT_SEED = 20_261_127
-"""Fixed: all runs hold out the same samples."""
 SPLITS = ("train", "validation", "test")
 
 
@@ -78,7 +76,7 @@ def load_user_data(
             f"{count - validation}, or null for all"
         )
     if validation or train_samples is not None:
-        order = fixed_order(count, _SPLIT_SEED).tolist()
+        order = fixed_order(count, SPLIT_SEED).tolist()
         used = count - validation if train_samples is None else train_samples
         train = datasets["train"]
         if validation:

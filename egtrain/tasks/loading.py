@@ -79,7 +79,7 @@ def on_device(batch: Any, device: torch.device, channels_last: bool) -> Any:
         return tensor.to(device, non_blocking=True)
 
     moved = with_tensors(batch, move)
-    if moved is batch and hasattr(batch, "to") and not next(tensors_in(batch), None):
+    if moved is batch and hasattr(batch, "to") and next(tensors_in(batch), None) is None:
         moved = batch.to(device)  # a class of its own, such as a graph
     return moved
 
