@@ -61,11 +61,16 @@ TINY_TEXT = (
     "--data synthetic --steps 2 --workers 2 --device cpu "
     "--set model.layers=1 --set model.width=16 --set threads=1"
 )
+TINY_TASK = (
+    "--steps 2 --workers 2 --device cpu --set worker_batch_size=8 --set task.samples=64 "
+    "--set threads=1 --set schedule.shorten_warmup=true"
+)
 RUNS = {
     "sgd": "quickstart-sgd",
     "eg": "quickstart",
     "resnet-eg": "resnet-eg",
     "transformer-eg": "transformer-eg",
+    "spirals": "eg",
 }
 """The runs that the pages speak of, and their presets."""
 
@@ -89,13 +94,27 @@ def make_runs(arguments: str) -> None:
     """Make small versions of the runs that a command reads."""
     for name in sorted(set(re.findall(r"runs/([\w-]+)", re.sub(r"--output \S+", "", arguments)))):
         if preset := RUNS.get(name):
+            if Path(f"{name}.py").is_file():  # its task file
+                egtrain(
+                    f"train --task {name}.py --preset {preset} --output runs/{name} {TINY_TASK}"
+                )
+                continue
             text = preset.startswith("transformer")
             size = f"{TINY_TEXT} --set task.subwords=200" if text else TINY
             egtrain(f"train --preset {preset} --output runs/{name} {size}")
 
 
+def write_files(folder: Path) -> None:
+    """Write the files that begin with their name, such as `# flowers.py`, in the pages."""
+    for text in PAGES.values():
+        for block in re.findall(r"```(?:python|yaml)\n(.*?)```", text, flags=re.DOTALL):
+            if named := re.match(r"# (\w+\.(?:py|yaml))\n", block):
+                (folder / named[1]).write_text(block)
+
+
 def make_data(folder: Path, arguments: str) -> None:
-    """Make small versions of the user's data that a command names."""
+    """Make small versions of the user's data that a command names, and the files of the pages."""
+    write_files(folder)
     if "images.npz" in arguments:
         (block,) = (block for _, block in PYTHON if "images.npz" in block)
         exec(compile(block, "docs/data.md", "exec"), {})
@@ -108,6 +127,17 @@ def make_data(folder: Path, arguments: str) -> None:
 def made_small(arguments: str) -> str:
     """Return the arguments of a command that takes seconds and downloads nothing."""
     command = arguments.split()[0]
+    if "--task" in arguments:
+        return (
+            arguments
+            + {
+                "train": " --dry-run --device cpu",
+                "eval": " --device cpu",
+                "plot-sharpness": " --samples 8 --device cpu --metrics trace",
+                "bench": " --rounds 2 --variants local --device cpu",
+                "sweep-batch": " --dry-run --no-estimate --device cpu",
+            }[command]
+        )
     if command == "plot-sharpness":
         arguments = re.sub(r" --samples \d+", "", arguments) + " --samples 8 --device cpu"
         return arguments + ("" if "--metrics" in arguments else " --metrics trace,line")
@@ -151,8 +181,8 @@ def test_a_command_runs(command: Command, folder: Path) -> None:
         launcher, _, arguments = arguments.partition("-m egtrain ")
         assert re.fullmatch(r"(--nnodes 2 --node-rank [01] )?--nproc-per-node 8 .*", launcher)
         arguments += " --nproc 8"
-    make_runs(arguments)
     make_data(folder, arguments)
+    make_runs(arguments)
     assert egtrain(made_small(arguments))
 
 
@@ -180,6 +210,7 @@ def test_settings_of_the_prose_are_accepted(folder: Path) -> None:
 @pytest.mark.parametrize("page", sorted({page for page, _ in PYTHON}))
 def test_python_of_the_pages_runs_from_top_to_bottom(page: str, folder: Path) -> None:
     names: dict[str, Any] = {"torch": torch}
+    write_files(folder)
     make_runs(PAGES[page])
     for block in (block for of, block in PYTHON if of == page):
         if "torch.distributed" in block:
