@@ -781,6 +781,34 @@ def test_batches_in_which_samples_do_not_count_alike_are_refused(
             assert loss.value()[0] == pytest.approx(expected)
 
 
+def partial_of_partial(loss: nn.Module) -> Any:
+    inner = partial(loss)
+    inner.name = "inner"  # type: ignore[attr-defined] # functools merges those without attributes
+    outer = partial(inner)
+    assert outer.func is inner
+    return outer
+
+
+@pytest.mark.parametrize("wrap", [partial, partial_of_partial])
+@pytest.mark.parametrize(
+    ("criterion", "reason"),
+    [
+        (nn.CrossEntropyLoss(reduction="sum"), "reduction='sum'"),
+        (nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 9.0])), "have weights"),
+        (nn.CrossEntropyLoss(ignore_index=2), "some targets are 2"),
+    ],
+    ids=["reduction", "weight", "ignore_index"],
+)
+def test_settings_are_found_in_a_partial_of_a_module_too(
+    criterion: nn.Module, reason: str, wrap: Callable[[nn.Module], Any]
+) -> None:
+    model, inputs, labels = nn.Linear(5, 3), torch.randn(4, 5), torch.tensor([0, 1, 2, 1])
+    halves = [(inputs[:2], labels[:2]), (inputs[2:], labels[2:])]
+    for loss_function in (criterion, wrap(criterion)):
+        with pytest.raises(UsageError, match=reason):
+            FrozenLoss.of(model, loss_function, halves)
+
+
 def test_targets_of_several_lengths_are_refused() -> None:
     class Tagger(nn.Linear):
         def forward(self, inputs: Tensor) -> Tensor:

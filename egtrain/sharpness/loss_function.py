@@ -32,7 +32,9 @@ def called(loss_function: LossFunction) -> Called:
 
 def is_of_torch(loss_function: LossFunction) -> bool:
     """Tell whether a loss compares outputs with targets, as torch's own do."""
-    innermost = loss_function.func if isinstance(loss_function, partial) else loss_function
+    innermost: Any = loss_function
+    while isinstance(innermost, partial):
+        innermost = innermost.func
     return (
         isinstance(innermost, nn.Module)
         or getattr(innermost, "__module__", "") == nn.functional.__name__
@@ -49,13 +51,10 @@ def require_mean_over_samples(loss_function: LossFunction, batches: Sequence[Any
     """
     if len(batches) < 2 or not is_of_torch(loss_function):
         return
-    settings = (
-        loss_function.keywords if isinstance(loss_function, partial) else vars_of(loss_function)
-    )
-    ignored = settings.get("ignore_index", -100)
+    ignored = _setting(loss_function, "ignore_index", -100)
     targets = [b[1] for b in batches if isinstance(b, tuple | list) and len(b) == 2]
     labels = [t for t in targets if isinstance(t, Tensor) and not t.is_floating_point()]
-    if settings.get("weight") is not None:
+    if _setting(loss_function, "weight", None) is not None:
         reason = "the classes have weights"
     elif any(bool((t == ignored).any()) for t in labels):
         reason = f"some targets are {ignored} and so ignored"
@@ -69,17 +68,17 @@ def require_mean_over_samples(loss_function: LossFunction, batches: Sequence[Any
     )
 
 
-def vars_of(loss_function: LossFunction) -> dict[str, Any]:
-    """Return the settings of a loss that is a module, its buffers too; none of a function."""
-    if not isinstance(loss_function, nn.Module):
-        return {}
-    return {**vars(loss_function), **dict(loss_function.named_buffers())}
+def _setting(loss_function: LossFunction, name: str, default: Any) -> Any:
+    """Return a setting of a loss: a keyword of a partial, or else what its module holds."""
+    while isinstance(loss_function, partial):
+        if name in loss_function.keywords:
+            return loss_function.keywords[name]
+        loss_function = loss_function.func
+    return getattr(loss_function, name, default)
 
 
 def _require_mean(loss_function: LossFunction) -> None:
-    reduction = getattr(loss_function, "reduction", "mean")
-    if isinstance(loss_function, partial):
-        reduction = loss_function.keywords.get("reduction", "mean")
+    reduction = _setting(loss_function, "reduction", "mean")
     if reduction not in ("mean", "batchmean"):
         raise UsageError(
             f"the loss has reduction={reduction!r}, and the mean over the samples of a batch is "
