@@ -7,13 +7,13 @@ import torch
 import torch.distributed as dist
 
 from egtrain.optim import Extrapolation
+from egtrain.optim.processes import process_count
 
 
 def this_process() -> tuple[int, int]:
     """Return this process's rank and the number of processes."""
-    if not dist.is_available() or not dist.is_initialized():
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
+    count = process_count()
+    return dist.get_rank() if count > 1 else 0, count
 
 
 def save_own(extrapolation: Extrapolation, folder: str | Path) -> None:

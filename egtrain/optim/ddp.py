@@ -14,7 +14,7 @@ from egtrain.optim.remembering import Remember, shrinkage, version_of, versions
 from egtrain.optim.trained import Trained
 
 
-def models_in(model: nn.Module | Sequence[nn.Module]) -> list[DistributedDataParallel]:
+def models_in(models: Sequence[nn.Module]) -> list[DistributedDataParallel]:
     """Return the wrapped models, also where torch.compile has wrapped them once more.
 
     In a loop of one process the models need not be wrapped: there the list is empty.
@@ -22,7 +22,6 @@ def models_in(model: nn.Module | Sequence[nn.Module]) -> list[DistributedDataPar
     Raises:
         ValueError: a model is not a DistributedDataParallel, in a loop of several processes.
     """
-    models = [model] if isinstance(model, nn.Module) else list(model)
     models = [getattr(m, "_orig_mod", m) for m in models]
     wrapped = [m for m in models if isinstance(m, DistributedDataParallel)]
     if process_count() > 1 and len(wrapped) < len(models):
@@ -295,49 +294,41 @@ def forward_hook(
     return forward_pass
 
 
-def refuse_averaged(parameters: Sequence[Tensor]) -> Any:
-    """Return a handle, to be removed, that refuses DDP around these parameters where it averages.
+def refuse_averaging(
+    parameters: Sequence[Tensor], error: Callable[[], RuntimeError], within_no_sync: bool
+) -> Any:
+    """Return a handle, to be removed, that refuses DDP around these parameters at its forward pass.
 
-    A second gradient is the process's own.
+    Args:
+        parameters: a model with none of them may be used.
+        error: makes what is raised.
+        within_no_sync: whether to refuse it also where it averages no gradient: within no_sync(),
+            or where none is taken.
     """
     ours = set(map(id, parameters))
 
     def refuse(module: nn.Module, _: Any) -> None:
         if (
             isinstance(module, DistributedDataParallel)
-            and module.require_backward_grad_sync
-            and torch.is_grad_enabled()
+            and (within_no_sync or (module.require_backward_grad_sync and torch.is_grad_enabled()))
             and torch.distributed.get_world_size(module.process_group) > 1
             and not ours.isdisjoint(map(id, module.parameters()))
         ):
-            raise second_gradient_averaged()
+            raise error()
 
     return nn.modules.module.register_module_forward_pre_hook(refuse)
 
 
-def second_gradient_averaged() -> RuntimeError:
-    """Return the error of a second gradient that DDP averages."""
+def not_watched() -> RuntimeError:
+    """Return the error of a process that would take the mean for its own gradient."""
     return RuntimeError(
-        "the second gradient was averaged: take it, forward too, within model.no_sync()"
+        "this direction needs the process's gradient before DistributedDataParallel "
+        "averages it: pass Extrapolation(..., model=model)"
     )
 
 
-def refuse_unwatched(parameters: Sequence[Tensor]) -> Any:
-    """Return a handle, to be removed, that refuses DDP around these parameters at its forward pass.
-
-    A process that does not watch its gradients would take the mean for its own.
-    """
-    ours = set(map(id, parameters))
-
-    def refuse(module: nn.Module, _: Any) -> None:
-        if (
-            isinstance(module, DistributedDataParallel)
-            and torch.distributed.get_world_size(module.process_group) > 1
-            and not ours.isdisjoint(map(id, module.parameters()))
-        ):
-            raise RuntimeError(
-                "this direction needs the process's gradient before DistributedDataParallel "
-                "averages it: pass Extrapolation(..., model=model)"
-            )
-
-    return nn.modules.module.register_module_forward_pre_hook(refuse)
+def second_gradient_averaged() -> RuntimeError:
+    """Return the error of a second gradient that DDP averages, which is the process's own."""
+    return RuntimeError(
+        "the second gradient was averaged: take it, forward too, within model.no_sync()"
+    )

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from egtrain.optim.base_state import BaseState
-from egtrain.optim.ddp import AveragedByDDP, models_in, rank_in, refuse_averaged, refuse_unwatched
+from egtrain.optim.ddp import (
+    AveragedByDDP,
+    models_in,
+    not_watched,
+    rank_in,
+    refuse_averaging,
+    second_gradient_averaged,
+)
 from egtrain.optim.direction import Direction, Point
 from egtrain.optim.direction_state import DirectionState
 from egtrain.optim.fsdp import require_one_worker
@@ -71,7 +78,6 @@ class Extrapolation:
         model: nn.Module | Sequence[nn.Module] | None = None,
     ) -> None:
         self.optimizer = unwrapped(optimizer)
-        self._direction = direction
         self.seed = seed
         direction.check_base(self.optimizer)
         self._trained = Trained(self.optimizer)
@@ -93,7 +99,7 @@ class Extrapolation:
         self._remembering = self._of_this_loop(unshifted is not None, others, wrapped)
         self._weights = Weights(self._trained, unshifted, models if sharded else [])
         self._updates = Updates(
-            self.optimizer, direction, self._trained, self._kept, self._remembering, self._weights
+            self.optimizer, self._trained, self._kept, self._remembering, self._weights
         )
 
     @property
@@ -103,17 +109,17 @@ class Extrapolation:
         Raises:
             ValueError: it is of another class, or not defined for this optimizer.
         """
-        return self._direction
+        return self._kept.direction
 
     @direction.setter
     def direction(self, direction: Direction) -> None:
-        if type(direction) is not type(self._direction):
+        if type(direction) is not type(self.direction):
             raise ValueError(
                 f"a {type(direction).__name__} has not the state of a "
-                f"{type(self._direction).__name__}: make a new Extrapolation"
+                f"{type(self.direction).__name__}: make a new Extrapolation"
             )
         direction.check_base(self.optimizer)
-        self._direction = self._kept.direction = self._updates.direction = direction
+        self._kept.direction = direction
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -324,7 +330,7 @@ class Extrapolation:
             )
         if self._updates.made_here or isinstance(self._remembering, AveragedByDDP):
             return None
-        return refuse_unwatched(self.parameters)
+        return refuse_averaging(self.parameters, not_watched, within_no_sync=True)
 
     def _require_known_worker(self) -> None:
         if self._kept.has_worker_state and not self._worker_is_given and process_count() > 1:
@@ -374,7 +380,9 @@ class Extrapolation:
         unaware = process_count() > 1 and not isinstance(self._remembering, AveragedByDDP)
         refusal = None
         if unaware and not self._updates.made_here:
-            refusal = refuse_averaged(self.parameters)
+            refusal = refuse_averaging(
+                self.parameters, second_gradient_averaged, within_no_sync=False
+            )
         try:
             gradient()
             self._remembering.end_second_gradient()

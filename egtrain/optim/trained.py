@@ -127,10 +127,6 @@ class Trained:
         )
         return scale, overflow
 
-    def with_gradient(self) -> list[bool]:
-        """Return for each parameter whether it has a gradient."""
-        return [p.grad is not None for p in self.parameters]
-
     def norm(self) -> Tensor:
         """Return the norm of all gradients together, a scalar on the device of the first."""
         return total_norm([p.grad for p in self.parameters if p.grad is not None])

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from egtrain.optim.direction import Direction
 from egtrain.optim.direction_state import DirectionState
 from egtrain.optim.remembering import Remembering, changed, versions
 from egtrain.optim.shifting import Weights
@@ -19,9 +18,8 @@ class Updates:
 
     Args:
         optimizer: its `step` calls the hooks that are registered here.
-        direction: observes the mean gradient and the update.
         trained: the parameters.
-        kept: the direction's state.
+        kept: the direction, which observes the mean gradient and the update, and its state.
         remembering: how the workers' gradients come out of this kind of loop.
         weights: the parameters' weights.
     """
@@ -29,14 +27,12 @@ class Updates:
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        direction: Direction,
         trained: Trained,
         kept: DirectionState,
         remembering: Remembering,
         weights: Weights,
     ) -> None:
         self._optimizer = optimizer
-        self.direction = direction
         self._trained = trained
         self._kept = kept
         self._remembering = remembering
@@ -109,12 +105,12 @@ class Updates:
         if self.inside_step:  # the step before has failed
             self.skip()
         if not any(callable(value) for value in (*args, *kwargs.values())):
-            if self.direction.observes_updates:
+            if self._kept.direction.observes_updates:
                 self._before = self._weights.keep()
             self._note(copy=False)
             self._remember()
             return None
-        if self.direction.observes_updates:
+        if self._kept.direction.observes_updates:
             # Not `keep`, since there are further blocks before the update.
             self._before = [p.detach().clone() for p in self._trained.parameters]
         self.inside_step, self.blocks_in_step = True, 0
@@ -165,7 +161,7 @@ class Updates:
         with self._kept.unchanged_where(overflow):
             self._remembering.remember(gradients)
             if self._kept.shared and gradients:
-                self.direction.observe_mean_gradient(self._kept.shared, gradients)
+                self._kept.direction.observe_mean_gradient(self._kept.shared, gradients)
         self._remembering.leave_out_where(overflow)
         if self.blocks:
             if factor is not None and overflow is not None:
@@ -177,11 +173,11 @@ class Updates:
     def _end(self, *arguments: object) -> None:
         if self.inside_step:
             self._remember()
-        if self.direction.observes_updates and self._before:
+        if self._kept.direction.observes_updates and self._before:
             _, overflow = self._trained.scaling()
             with self._kept.unchanged_where(overflow):
                 after = self._trained.parameters
-                self.direction.observe_update(self._kept.shared, self._before, after)
+                self._kept.direction.observe_update(self._kept.shared, self._before, after)
         self._before = []
         self.steps += 1
         self.made_here = True
