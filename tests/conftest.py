@@ -41,6 +41,7 @@ TRAINING_OR_STARTING_PROCESSES = {
     "test_sharpness_spectrum",
     "test_support",
     "test_sweep",
+    "test_task_file",
     "test_text_data",
     "test_text_extra",
     "test_text_runs",

@@ -230,6 +230,11 @@ DEFAULT_NAMES: dict[str, str] = {
 """The default name of such a section."""
 
 
+NOT_OF_THE_RUN = frozenset({"preset", "task.file", "data.loaders"})
+"""Names, of a file whose content counts too, and how a run is carried out: results do not depend on
+them."""
+
+
 def config_to_yaml(config: Config) -> str:
     """Return the fully resolved configuration as YAML that loads back equal."""
     return write_settings(_plain(config))
@@ -238,13 +243,13 @@ def config_to_yaml(config: Config) -> str:
 def differences(a: Config, b: Config) -> list[str]:
     """Return what changes from a to b, as `optimizer.lr: 0.1 -> 0.2`.
 
-    Names do not count: `preset`, and `task.file`, of which the content counts.
+    Keys of `NOT_OF_THE_RUN` do not count.
     """
     old, new = flat_settings(a), flat_settings(b)
     keys = [
         key
         for key in dict.fromkeys([*old, *new])
-        if key not in ("preset", "task.file") and old.get(key) != new.get(key)
+        if key not in NOT_OF_THE_RUN and old.get(key) != new.get(key)
     ]
     return [f"{key}: {old.get(key, '(not set)')} -> {new.get(key, '(not set)')}" for key in keys]
 
