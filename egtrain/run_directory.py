@@ -18,6 +18,8 @@ from egtrain.errors import EgtrainError, UsageError
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 CHECKPOINTS, LOCK = "checkpoints", ".lock"
+PLAN = "plan.json"
+"""What a run is going to do, from its start on: `steps` and the `metric` that counts."""
 FAILURE = "failure.json"
 """How the training failed, until it goes on: `exit_code` and `message`."""
 

@@ -22,7 +22,7 @@ from egtrain.logs.training_display import TrainingDisplay
 from egtrain.plan import with_fitting_warmup
 from egtrain.ranks import distributed, signals, torchrun
 from egtrain.run import Run
-from egtrain.run_directory import CHECKPOINTS, FAILURE, SUMMARY, RunDirectory, note_failure
+from egtrain.run_directory import CHECKPOINTS, FAILURE, PLAN, SUMMARY, RunDirectory, note_failure
 from egtrain.tasks import LOSS, Metric, Split, metrics_text
 from egtrain.train import train
 from egtrain.workers import Ranks
@@ -235,6 +235,8 @@ class Recorder:
             )
         )
         self._log.text("config", f"```yaml\n{config_to_yaml(config)}```")
+        plan = {"steps": run.steps, "metric": run.task.metric.facts()}
+        write_summary(directory / PLAN, plan)
         (directory / FAILURE).unlink(missing_ok=True)
 
     def trained(self, run: Run, step: int, metrics: dict[str, float]) -> None:
@@ -266,11 +268,7 @@ class Recorder:
         summary = {
             "name": self._directory.resolve().name,
             "preset": self._config.preset,
-            "metric": {
-                "name": metric.name,
-                "unit": metric.unit,
-                "higher_is_better": metric.higher_is_better,
-            },
+            "metric": metric.facts(),
             "final": final,
             "best_possible": None
             if run.task.best_possible is None

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "egtrain"
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"sweep", "bench", "sharpness"},
+    {"sweep", "bench", "sharpness", "runs"},
     {"session", "saved_run"},
     {"dry_run"},
     {"cost", "header"},
@@ -57,6 +57,7 @@ KNOWS_CONFIG = {
     "session",
     "saved_run",
     "sweep",
+    "runs",
     "bench",
     "sharpness",
     "cli",

@@ -10,6 +10,7 @@ from egtrain.cli.eval import evaluate_run
 from egtrain.cli.options import Commands, OnceEach
 from egtrain.cli.plot_sharpness import plot_sharpness
 from egtrain.cli.presets import presets
+from egtrain.cli.runs import runs
 from egtrain.cli.sweep_batch import sweep_batch
 from egtrain.cli.train import train
 
@@ -27,6 +28,7 @@ app.command("eval", cls=OnceEach)(evaluate_run)
 app.command(cls=OnceEach)(sweep_batch)
 app.command(cls=OnceEach)(plot_sharpness)
 app.command(cls=OnceEach)(bench)
+app.command(cls=OnceEach)(runs)
 app.command(cls=OnceEach)(presets)
 
 

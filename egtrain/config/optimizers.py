@@ -1,10 +1,10 @@
 """The section `optimizer`: the base optimizers, and how their rates grow with the batch."""
 
-import math
 from typing import Annotated, Literal
 
 from pydantic import Field
 
+from egtrain.config.rate_scaling import scaled_rate
 from egtrain.config.section import Count, Positive, Section
 
 LearningRate = Annotated[
@@ -34,10 +34,7 @@ class _Optimizer(Section):
 
     def scaled_lr(self, batch_size: int) -> float:
         """Return the peak learning rate at a batch of `batch_size` samples."""
-        if self.base_batch_size is None or self.lr_scaling == "none":
-            return self.lr
-        growth = batch_size / self.base_batch_size
-        return self.lr * (growth if self.lr_scaling == "linear" else math.sqrt(growth))
+        return scaled_rate(self.lr, self.base_batch_size, self.lr_scaling, batch_size)
 
 
 class SgdOptimizer(_Optimizer):

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,6 +32,8 @@ _CONSTANTS = {"": None, "~": None, "null": None, "Null": None, "NULL": None} | {
     for word in (name, name.title(), name.upper())
 }
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_./+-]*|1/K")
+_WRITTEN_LINE = re.compile(r"( {2})?([A-Za-z_]\w*):(?: ([^ ].*))?", re.ASCII)
+_WRITTEN_PLAIN = re.compile(r"[A-Za-z0-9_.+/-]*[A-Za-z0-9_.]")
 _YAML_1_1_BOOLEANS = {"y", "n", "yes", "no", "on", "off"}
 
 
@@ -108,6 +111,59 @@ def parse_settings(text: str, label: str) -> Settings:
         raise UsageError(f"{line}: the top level must be 'key: value' lines, not {describe(value)}")
     settings.values = value
     return settings
+
+
+def read_written_settings(path: Path, label: str) -> dict[str, Any]:
+    """Return what `read_settings` returns, some fifty times faster for what `write_settings` wrote.
+
+    Raises:
+        UsageError: as `read_settings`.
+    """
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_BYTES + 1).decode("utf-8")
+        if len(text) <= MAX_BYTES:
+            return _written_values(text)
+    except (OSError, ValueError, UsageError):
+        pass
+    return read_settings(path, label).values
+
+
+def _written_values(text: str) -> dict[str, Any]:
+    """Return the values of YAML text as `write_settings` writes it.
+
+    Raises:
+        ValueError: the text is not of that form; it may still be YAML.
+        UsageError: a value is not.
+    """
+    values: dict[str, Any] = {}
+    group: dict[str, Any] | None = None
+    for line in text.removesuffix("\n").split("\n"):
+        match = _WRITTEN_LINE.fullmatch(line)
+        if match is None:
+            raise ValueError(line)
+        indent, key, value = match.groups()
+        if not indent:
+            group = None
+        target = group if indent else values
+        if target is None or key in target:
+            raise ValueError(line)
+        if value is None:
+            group = target[key] = {}
+        else:
+            target[key] = _written_value(value)
+    if {} in values.values():
+        raise ValueError("an empty group")
+    return values
+
+
+@lru_cache(maxsize=10_000)
+def _written_value(text: str) -> Any:
+    if _WRITTEN_PLAIN.fullmatch(text):
+        return _resolve(text)
+    if text[0] not in "[\"'":
+        raise ValueError(text)
+    return _Builder(text, "", {}, lines=False).document()
 
 
 def parse_value(text: str, label: str) -> Any:

@@ -245,7 +245,7 @@ def finite(value: Any) -> Any:
 
 
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
-    """Write summary.json, atomically.
+    """Write summary.json or plan.json, atomically.
 
     Raises:
         EgtrainError: it could not be written.

@@ -28,6 +28,14 @@ class Metric:
         """The name, for people."""
         return self.name.replace("_", " ")
 
+    def facts(self) -> dict[str, str | bool]:
+        """Return what a file says of it."""
+        return {
+            "name": self.name,
+            "unit": self.unit,
+            "higher_is_better": self.higher_is_better,
+        }
+
 
 LOSS = Metric("loss", "nats", higher_is_better=False)
 ACCURACY = Metric("accuracy", FRACTION, higher_is_better=True)
