@@ -42,13 +42,6 @@ from egtrain.workers import Ranks, Workers, carried_by
 
 Data = ImageData | TextData | PairData | UserData
 
-TASKS: dict[str, type[ImageTask | LanguageTask | TranslationTask]] = {
-    "image": ImageTask,
-    "language": LanguageTask,
-    "translation": TranslationTask,
-}
-"""The tasks by name."""
-
 
 def load_data(config: Config, offline: bool = False) -> Data:
     """Load the data of a configuration; download nothing if it or `offline` forbids it.

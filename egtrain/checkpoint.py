@@ -50,6 +50,12 @@ class CheckpointStore:
 
     It keeps the last two, the best (if a metric is given) and the final one, or all of them with
     `keep="all"`.
+
+    Args:
+        directory: made by the first save.
+        keep: which are kept.
+        higher_is_better: of the metric; whoever only reads takes it from the index.
+        warn: is told of damaged files; by default they are printed.
     """
 
     def __init__(
@@ -57,12 +63,12 @@ class CheckpointStore:
         directory: Path,
         *,
         keep: Literal["last", "all"] = "last",
-        higher_is_better: bool = True,
+        higher_is_better: bool | None = None,
         warn: Callable[[str], None] | None = None,
     ) -> None:
         self.directory = directory
         self._keep = keep
-        self._sign = 1 if higher_is_better else -1
+        self._higher_is_better = higher_is_better
         self._warn = warn or _warn_on_stderr
         self._saves = 0
 
@@ -95,11 +101,17 @@ class CheckpointStore:
         kill_at("save-before-index")
         if metric is not None and not math.isfinite(metric):
             metric = None
-        before = self._entries()
+        before = self._index().entries
         entries = [entry for entry in before if entry.step < step]
         entries.append(_Entry(path.name, step, metric, final))
-        kept = entries if self._keep == "all" else self._worth_keeping(entries)
-        index = {"format": FORMAT, "checkpoints": [asdict(entry) for entry in kept]}
+        kept = entries
+        if self._keep == "last":
+            kept = self._worth_keeping(_Index(entries, self._higher_is_better))
+        index = {
+            "format": FORMAT,
+            "higher_is_better": self._higher_is_better,
+            "checkpoints": [asdict(entry) for entry in kept],
+        }
         write_atomically(self.directory / INDEX, (json.dumps(index, indent=1) + "\n").encode())
         if self._keep == "last":
             # Only now, so that a kill cannot leave an index that names a deleted file.
@@ -114,7 +126,7 @@ class CheckpointStore:
         Raises:
             DataError: all are damaged, or `read_checkpoint` refuses the newest intact one.
         """
-        entries = self._entries()
+        entries = self._index().entries
         return self._newest_intact(entries) if entries else None
 
     def _newest_intact(self, entries: "list[_Entry]") -> tuple[int, dict[str, Any]]:
@@ -136,24 +148,36 @@ class CheckpointStore:
         )
 
     def load(self, which: str | Path) -> tuple[int, dict[str, Any]]:
-        """Return (step, state) of the `last` or `best` checkpoint, or of a file, by path or name.
+        """Return (step, state) of a checkpoint.
+
+        Args:
+            which: `last`, `best`, the number of a step, or a file, by path or name.
 
         Raises:
             DataError: there is none, or it is damaged or refused, as by `read_checkpoint`.
-            UsageError: there is no `best`, because the run had no validation split.
+            UsageError: there is no `best`, because the run had no validation split, or none of that
+                step.
         """
+        if isinstance(which, str) and which.isdecimal():
+            steps = self.steps()
+            if int(which) not in steps:
+                known = ", ".join(map(str, steps)) or "none"
+                raise UsageError(
+                    f"{self.directory} has no checkpoint of step {which}: the steps are {known}"
+                )
+            return read_checkpoint(self.file_of(int(which)))
         if which not in ("last", "best"):
             path = Path(which)
             inside = self.directory / path
             return read_checkpoint(inside if inside.is_file() and not path.is_file() else path)
-        entries = self._entries()
-        if not entries:
+        index = self._index()
+        if not index.entries:
             raise DataError(
                 f"{self.directory} holds no checkpoint: let the run reach its first one"
             )
         if which == "last":
-            return self._newest_intact(entries)
-        best = self._best(entries)
+            return self._newest_intact(index.entries)
+        best = self._best(index)
         if best is None:
             raise UsageError(
                 "there is no best checkpoint, because the run had no validation split: "
@@ -167,34 +191,47 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """Return the steps that have a checkpoint, in order."""
-        return [entry.step for entry in self._entries()]
+        return [entry.step for entry in self._index().entries]
 
     def best(self) -> tuple[int, float] | None:
         """Return (step, metric) of the best checkpoint so far; of equal ones, the earliest."""
-        best = self._best(self._entries())
+        best = self._best(self._index())
         return None if best is None or best.metric is None else (best.step, best.metric)
 
-    def _worth_keeping(self, entries: "list[_Entry]") -> "list[_Entry]":
+    def _worth_keeping(self, index: "_Index") -> "list[_Entry]":
+        entries = index.entries
         kept = {
             *entries[-2:],
-            self._best(entries),
+            self._best(index),
             *[entry for entry in entries if entry.final][-1:],
         }
         return [entry for entry in entries if entry in kept]
 
-    def _best(self, entries: "list[_Entry]") -> "_Entry | None":
-        measured = [(e.metric * self._sign, -e.step, e) for e in entries if e.metric is not None]
-        return max(measured)[-1] if measured else None
+    def _best(self, index: "_Index") -> "_Entry | None":
+        measured = [entry for entry in index.entries if entry.metric is not None]
+        if not measured:
+            return None
+        if index.higher_is_better is None:
+            raise DataError(
+                f"{self.directory / INDEX} is of an older egtrain, and does not say whether a "
+                "higher metric is better: name a step instead of best"
+            )
+        sign = 1 if index.higher_is_better else -1
+        return max(measured, key=lambda entry: (sign * (entry.metric or 0.0), -entry.step))
 
-    def _entries(self) -> "list[_Entry]":
-        """Return the entries of the index, in the order of steps."""
+    def _index(self) -> "_Index":
+        """Return the index, with its entries in the order of steps."""
         path = self.directory / INDEX
+        higher_is_better = None
         try:
             index = json.loads(path.read_bytes())
             found = index["format"]
             entries = [_Entry(**row).checked() for row in index["checkpoints"]]
+            higher_is_better = index.get("higher_is_better")
+            if higher_is_better not in (True, False, None):
+                raise ValueError(higher_is_better)
         except FileNotFoundError:
-            return []
+            entries = []
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, RecursionError):
@@ -206,7 +243,9 @@ class CheckpointStore:
             entries = [_Entry(m.string, int(m[1]), None, False) for m in matches if m]
         else:
             _refuse_other_formats(path, found)
-        return sorted(entries, key=lambda entry: entry.step)
+        if self._higher_is_better is not None:
+            higher_is_better = self._higher_is_better
+        return _Index(sorted(entries, key=lambda entry: entry.step), higher_is_better)
 
     def _remove_leftovers(self) -> None:
         """Make the folder, and remove what a killed save left there."""
@@ -232,6 +271,13 @@ class _Entry:
         if not fits or not isinstance(self.metric, int | float | None):
             raise ValueError(self)
         return self
+
+
+@dataclass(frozen=True)
+class _Index:
+    entries: list[_Entry]
+    higher_is_better: bool | None
+    """None: it is of an egtrain that did not write it, or there is no metric."""
 
 
 def read_checkpoint(path: Path) -> tuple[int, dict[str, Any]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from egtrain.build import TASKS, build_model, build_task, load_data, native_precision
+from egtrain.build import build_model, build_task, load_data, native_precision
 from egtrain.checkpoint import CheckpointStore
 from egtrain.config.files import load_run_config
 from egtrain.config.schema import Config
@@ -19,7 +19,7 @@ from egtrain.evaluate import evaluate, evaluating
 from egtrain.models.loading import load_weights
 from egtrain.run import DataSummary
 from egtrain.task_file import TaskFile, load_task_file
-from egtrain.tasks import LOSS, Split, Task
+from egtrain.tasks import Split, Task
 from egtrain.tasks.translation import TranslationTask
 from egtrain.tasks.user import UserTask
 from egtrain.workers import Ranks
@@ -169,7 +169,7 @@ def load_run(
 
     Args:
         path: the run directory.
-        checkpoint: `last`, `best` (where there was a validation split) or a file.
+        checkpoint: `last`, `best` (where there was a validation split), a step's number or a file.
         data_dir: the folder of the data, if they have moved.
         offline: never download the data.
         device: where the model and the data go.
@@ -189,11 +189,7 @@ def load_run(
     if isinstance(task, str | Path):
         task = load_task_file(Path(task))
     config = load_run_config(directory, overrides, task, allow_changes)
-    metric = getattr(TASKS.get(config.task.name), "metric", LOSS)
-    store = CheckpointStore(
-        directory / "checkpoints",
-        higher_is_better=metric.higher_is_better,
-    )
+    store = CheckpointStore(directory / "checkpoints")
     if checkpoint == "last":
         newest = store.load_newest()
         if newest is None:

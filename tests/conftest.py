@@ -20,6 +20,7 @@ TRAINING_OR_STARTING_PROCESSES = {
     "test_docs",
     "test_eval",
     "test_every_preset",
+    "test_export",
     "test_figures",
     "test_integrations",
     "test_loops_accumulation",

@@ -468,7 +468,7 @@ def test_what_is_not_a_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_last_two_the_best_and_the_final_one_are_kept(tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path)
+    store = CheckpointStore(tmp_path, higher_is_better=True)
     for step, metric in [(1, math.nan), (2, 0.9), (3, 0.5), (4, 0.9), (5, math.inf), (6, None)]:
         store.save(state_of(step), step, metric=metric, final=step == 4)
     assert steps_in(tmp_path) == [2, 4, 5, 6]
@@ -484,7 +484,31 @@ def test_the_best_may_be_the_lowest(tmp_path: Path) -> None:
     for step, metric in enumerate([3.0, 1.0, 2.0, 4.0], start=1):
         store.save(state_of(step), step, metric=metric)
     assert steps_in(tmp_path) == [2, 3, 4]
-    assert CheckpointStore(tmp_path, higher_is_better=False).load("best")[0] == 2
+    assert CheckpointStore(tmp_path).load("best")[0] == 2, "the index says what is better"
+
+
+def test_an_index_that_does_not_say_what_is_better_gives_no_best_but_all_else(
+    tmp_path: Path,
+) -> None:
+    for step, metric in enumerate([3.0, 1.0, 2.0], start=1):
+        CheckpointStore(tmp_path, higher_is_better=False).save(state_of(step), step, metric=metric)
+    index = json.loads((tmp_path / INDEX).read_text())
+    del index["higher_is_better"]
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    store, warnings = store_in(tmp_path)
+    with pytest.raises(DataError, match=r"older egtrain.*name a step instead of best"):
+        store.load("best")
+    assert [store.load(which)[0] for which in ("last", "2")] == [3, 2]
+    assert warnings == []
+    CheckpointStore(tmp_path, higher_is_better=False).save(state_of(4), 4, metric=4.0)
+    assert store.load("best")[0] == 2
+
+
+def test_a_checkpoint_is_named_by_its_step(two_saved: Path) -> None:
+    store = CheckpointStore(two_saved)
+    assert [store.load(which)[0] for which in ("10", "020")] == [10, 20]
+    with pytest.raises(UsageError, match="no checkpoint of step 15: the steps are 10, 20"):
+        store.load("15")
 
 
 def test_every_one_is_kept_where_that_was_asked_for(tmp_path: Path) -> None:

@@ -606,7 +606,8 @@ def user_seconds(program: str) -> float:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "train", "eval", "sweep-batch", "plot-sharpness", "bench", "runs", "presets"]
+    "command",
+    ["", "train", "eval", "export", "sweep-batch", "plot-sharpness", "bench", "runs", "presets"],
 )
 def test_help_is_quick_and_does_without_torch(command: str) -> None:
     seconds = user_seconds(
@@ -627,7 +628,8 @@ def test_help_is_quick_and_does_without_torch(command: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "train", "eval", "sweep-batch", "plot-sharpness", "bench", "runs", "presets"]
+    "command",
+    ["", "train", "eval", "export", "sweep-batch", "plot-sharpness", "bench", "runs", "presets"],
 )
 def test_every_help_fits_80_columns_and_has_its_example_on_a_line(
     command: str, egtrain_command: Run, monkeypatch: pytest.MonkeyPatch

@@ -212,6 +212,8 @@ def test_python_of_the_pages_runs_from_top_to_bottom(page: str, folder: Path) ->
     names: dict[str, Any] = {"torch": torch}
     write_files(folder)
     make_runs(PAGES[page])
+    for command in (c for c in COMMANDS if c.page == page and c.text.startswith("egtrain export")):
+        egtrain(command.text.removeprefix("egtrain "))
     for block in (block for of, block in PYTHON if of == page):
         if "torch.distributed" in block:
             break  # what follows needs ranks: see below

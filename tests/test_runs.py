@@ -28,7 +28,6 @@ from helpers import (
 )
 from rich.console import Console
 
-from egtrain.build import TASKS
 from egtrain.config.files import load_config
 from egtrain.config.schema import config_to_yaml
 from egtrain.config.yaml_text import read_settings, read_written_settings
@@ -38,6 +37,7 @@ from egtrain.runs.finding import run_folders
 from egtrain.runs.grouping import Line, grouped
 from egtrain.runs.reading import Evaluation, Run, State, read_run
 from egtrain.runs.report import print_lines
+from egtrain.tasks.image import ImageTask
 
 Command = Callable[..., Result]
 
@@ -881,4 +881,4 @@ def test_a_real_run_has_the_results_of_its_summary(images: Path, tmp_path: Path)
     assert found.best == summary["best"]["validation"]["accuracy"]
     assert (found.step, found.steps) == (summary["steps"], summary["steps"])
     assert found.metric is not None
-    assert found.metric == tuple(TASKS["image"].metric.facts().values())
+    assert found.metric == tuple(ImageTask.metric.facts().values())

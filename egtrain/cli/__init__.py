@@ -7,6 +7,7 @@ import typer
 from egtrain import __version__
 from egtrain.cli.bench import bench
 from egtrain.cli.eval import evaluate_run
+from egtrain.cli.export import export
 from egtrain.cli.options import Commands, OnceEach
 from egtrain.cli.plot_sharpness import plot_sharpness
 from egtrain.cli.presets import presets
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 app.command(cls=OnceEach)(train)
 app.command("eval", cls=OnceEach)(evaluate_run)
+app.command(cls=OnceEach)(export)
 app.command(cls=OnceEach)(sweep_batch)
 app.command(cls=OnceEach)(plot_sharpness)
 app.command(cls=OnceEach)(bench)

@@ -3,18 +3,17 @@
 import json
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Literal
-
-import typer
 
 from egtrain.cli.importing import ending_at_interrupt
 from egtrain.cli.options import (
     AsJson,
     ChangedTask,
+    CheckpointName,
     Device,
     MovedDataDir,
     Offline,
+    RunPath,
     RunTaskPath,
     task_file,
     what_option,
@@ -26,13 +25,8 @@ EXAMPLES = 3
 
 
 def evaluate_run(
-    run: Annotated[
-        Path, typer.Argument(metavar="RUN", help="A run directory, as `train` makes it.")
-    ],
-    checkpoint: Annotated[
-        str,
-        what_option(metavar="last|best|FILE", help="Which weights; best needs a validation split."),
-    ] = "last",
+    run: RunPath,
+    checkpoint: CheckpointName = "last",
     split: Annotated[
         Literal["test", "validation"], what_option(help="What to evaluate on.")
     ] = "test",

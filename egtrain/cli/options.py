@@ -83,6 +83,17 @@ OutputRoot = Annotated[
         help="ROOT of the default folder; without it $EGTRAIN_RUNS, or else runs.",
     ),
 ]
+RunPath = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A run directory, as `train` makes it.")
+]
+CheckpointName = Annotated[
+    str,
+    what_option(
+        "--checkpoint",
+        metavar="last|best|N|FILE",
+        help="Which weights: N is a step; best needs a validation split.",
+    ),
+]
 AsJson = Annotated[bool, output_option("--json", help="Print the result as JSON.")]
 
 

@@ -29,7 +29,7 @@ class LSTMLanguageModel(nn.Module):
 
     hidden: Tensor
     """The state from which the worker continues, hidden and cell: [layers, 2, columns, width]. The
-    loss function writes it."""
+    loss function writes it; it belongs to the worker, and is none of the weights."""
 
     def __init__(
         self, vocabulary: int, *, width: int, layers: int, dropout: float, columns: int
@@ -39,7 +39,7 @@ class LSTMLanguageModel(nn.Module):
         self.layers = nn.ModuleList(nn.LSTM(width, width) for _ in range(layers))
         self.dropout = nn.Dropout(dropout)
         self.bias = nn.Parameter(torch.empty(vocabulary))
-        self.register_buffer("hidden", torch.zeros(layers, 2, columns, width))
+        self.register_buffer("hidden", torch.zeros(layers, 2, columns, width), persistent=False)
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -INITIAL_RANGE, INITIAL_RANGE)
         nn.init.zeros_(self.bias)

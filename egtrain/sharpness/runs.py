@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from egtrain.build import TASKS
 from egtrain.checkpoint import CheckpointStore, read_checkpoint
 from egtrain.config.files import config_file_of, load_config
 from egtrain.config.schema import Config
@@ -15,7 +14,7 @@ from egtrain.config.tasks import UserSettings
 from egtrain.errors import DataError, UsageError, did_you_mean
 from egtrain.sharpness.metrics import LEVEL, metric_of
 from egtrain.sharpness.records import Record, Row
-from egtrain.tasks import LOSS, Metric
+from egtrain.tasks import Metric
 
 WHICH = ("last", "best", "all")
 
@@ -166,11 +165,7 @@ def _run(path: Path, label: str, which: str) -> Run:
     if path.suffix == ".pt" and not path.exists():
         raise DataError(f"there is no checkpoint file {path}")
     config = load_config(config_file_of(path))
-    metric = getattr(TASKS.get(config.task.name), "metric", LOSS)
-    store = CheckpointStore(
-        path / "checkpoints",
-        higher_is_better=metric.higher_is_better,
-    )
+    store = CheckpointStore(path / "checkpoints")
     # Loaded to find the newest or best intact one.
     step, _ = store.load("best" if which == "best" else "last")
     steps = [s for s in store.steps() if s < step] if which == "all" else []
