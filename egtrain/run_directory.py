@@ -102,6 +102,8 @@ class RunDirectory:
         if self._before is not None:
             write_atomically(self.path / CONFIG, self._before)
             return
+        if (self.path / CHECKPOINTS).exists():
+            return
         (self.path / CONFIG).unlink(missing_ok=True)
         with suppress(OSError):  # a directory that holds something else stays
             (self.path / LOCK).unlink()

@@ -23,6 +23,7 @@ from egtrain.plan import with_fitting_warmup
 from egtrain.ranks import distributed, signals, torchrun
 from egtrain.run import Run
 from egtrain.run_directory import CHECKPOINTS, FAILURE, PLAN, SUMMARY, RunDirectory, note_failure
+from egtrain.task_file import TaskFileError
 from egtrain.tasks import LOSS, Metric, Split, metrics_text
 from egtrain.train import train
 from egtrain.workers import Ranks
@@ -85,7 +86,7 @@ def _train_until(
                 load_into(run, newest[1], directory)
                 if first and (change := change_of_plan(run, newest[1])) is not None:
                     print(change, file=sys.stderr)
-        except (UsageError, DataError):
+        except (UsageError, DataError, TaskFileError):
             if first:
                 run_directory.withdraw()
             raise

@@ -36,11 +36,13 @@ def read_reported(values: list[float]) -> tuple[Reported[list[float]], float]:
 
 def require_finite(reported: Reported[list[float]], squared_norm_of_mean: float, step: int) -> None:
     """Raise DivergedError, naming the worker, if a loss or gradient was not finite."""
+    # The first step's weights are the initial ones, whatever the rate.
+    first = "look at the model, the data and the loss, since no update was made yet"
     for worker, loss in enumerate(reported.loss):
         if not math.isfinite(loss):
             raise DivergedError(
-                f"the loss of worker {worker} became {loss} at step {step}: lower optimizer.lr or "
-                "lengthen the warm-up"
+                f"the loss of worker {worker} became {loss} at step {step}: "
+                + (first if step == 1 else "lower optimizer.lr or lengthen the warm-up")
             )
     squared_norms = {
         f" of worker {k}": norm for k, norm in enumerate(reported.squared_gradient_norm)
@@ -48,7 +50,8 @@ def require_finite(reported: Reported[list[float]], squared_norm_of_mean: float,
     for whose, norm in {**squared_norms, "": squared_norm_of_mean}.items():
         if not math.isfinite(norm):
             raise DivergedError(
-                f"the gradient{whose} became {norm} at step {step}: lower optimizer.lr"
+                f"the gradient{whose} became {norm} at step {step}: "
+                + (first if step == 1 else "lower optimizer.lr")
             )
 
 

@@ -162,8 +162,8 @@ def _parameters(file: TaskFile) -> dict[str, dict[str, Parameter]]:
         if function is None and name not in REQUIRED:
             continue
         if not callable(function):
-            found_instead = "it has none" if function is None else "it is no function"
-            raise file.wrong(f"a task file has a function {shown}, and {found_instead}: add it")
+            problem = "is missing: add it" if function is None else "is no function: make it one"
+            raise file.wrong(f"{shown} {problem}")
         try:
             signature = inspect.signature(function)
             signature.bind(*arguments)

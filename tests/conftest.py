@@ -43,6 +43,7 @@ TRAINING_OR_STARTING_PROCESSES = {
     "test_support",
     "test_sweep",
     "test_task_file",
+    "test_task_file_errors",
     "test_text_data",
     "test_text_extra",
     "test_text_runs",

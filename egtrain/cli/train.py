@@ -179,6 +179,7 @@ def train(
         from egtrain.config.schema import config_to_yaml
         from egtrain.ranks import launch, torchrun
         from egtrain.run_directory import RunDirectory
+        from egtrain.task_file import TaskFileError
 
     if dry_run:
         plan_only.print_plan(config, directory, nproc, as_json)
@@ -204,7 +205,7 @@ def train(
                 arguments += [] if file is None else ["--task", str(file.path)]
                 run_directory.write_config(config_to_yaml(config))
                 code = launch.launch(ranks, arguments, max_restarts, run_directory.lock_file)
-                if code in (UsageError.exit_code, DataError.exit_code):
+                if code in (UsageError.exit_code, DataError.exit_code, TaskFileError.exit_code):
                     run_directory.withdraw()
             raise typer.Exit(code)
     session.train_in(run_directory, config, as_json=as_json)

@@ -245,8 +245,13 @@ def loss_of(data: UserData, model: nn.Module, batch: Any) -> tuple[Tensor, dict[
         TaskFileError: it raised an exception.
         UsageError: it returned something else.
     """
-    file = data.file
+    file, training = data.file, model.training
     result = file.call("loss", model, batch, settings=data.settings)
+    if model.training != training:
+        raise file.wrong(
+            "loss(model, batch) leaves the model in another mode than it found: undo its "
+            "model.train() or model.eval() before it returns"
+        )
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):
         raise file.wrong(
             "loss(model, batch) must return the mean loss and a dict of metrics, such as "
