@@ -172,6 +172,12 @@ class Bar:
             parts = [status or f"{self._name} {self._part()}".rstrip(), beside, left]
             self._progress.message("  ".join(part for part in parts if part))
 
+    def extend(self, total: float) -> None:
+        """Take another total amount of work, of which as much is done as before."""
+        self._total = total
+        if self._live is not None:
+            self._live.update(self._task, total=total)
+
     def watch(self, progress: Callable[[], tuple[float, str]]) -> None:
         """On a terminal, ask for the amount done and a text before each redraw."""
         if self._live is not None:

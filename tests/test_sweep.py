@@ -1,8 +1,10 @@
 """Batch-size sweeps: the plan and its one rule, cells that run once, and what is read off them."""
 
+import csv
 import io
 import itertools
 import json
+import math
 import os
 import pty
 import re
@@ -42,8 +44,9 @@ from egtrain.sweep.execution import Speed, run_cells
 from egtrain.sweep.picture import picture_of
 from egtrain.sweep.plan import Cell, Facts, Plan, facts_from_data, make_plan
 from egtrain.sweep.report import print_plan, print_results, write_results
-from egtrain.sweep.request import Request, checked_presets, settled_on_device
-from egtrain.sweep.results import Results, read_results
+from egtrain.sweep.request import FIRST_FACTORS, Request, checked_presets, settled_on_device
+from egtrain.sweep.results import Merit, Results, read_results
+from egtrain.sweep.search import continued, next_factors
 from egtrain.tasks import ACCURACY
 
 SAMPLES = 1024
@@ -85,6 +88,10 @@ def cell_of(plan: Plan, preset: str, batch_size: int, **wanted: object) -> Cell:
         and all(getattr(cell, key) == value for key, value in wanted.items())
     ]
     return cell
+
+
+def names_of(plan: Plan) -> set[str]:
+    return {cell.name for cell in plan.cells}
 
 
 # ---- the plan
@@ -288,10 +295,18 @@ def egtrain_command(
         ("--preset quickstart --batch-sizes 64 --seeds 0", "--seeds must be at least 1, not 0"),
         (
             "--preset quickstart --batch-sizes 64 --lr-grid ,",
-            "--lr-grid takes numbers, such as 0.5,1,2, not ','",
+            "--lr-grid takes numbers, such as 0.5,1,2, or auto, not ','",
         ),
         ("--preset quickstart --batch-sizes 64 --lr-grid ''", "--lr-grid has no values"),
         ("--preset quickstart --batch-sizes 64 --lr-grid 1,0", "--lr-grid takes positive factors"),
+        (
+            "--preset quickstart --batch-sizes 64 --lr-grid auto,1",
+            "--lr-grid takes numbers, such as 0.5,1,2, or auto, not 'auto,1'",
+        ),
+        (
+            "--preset quickstart --batch-sizes 64 --lr-grid auto --validation 0",
+            "leave out --validation 0",
+        ),
         ("--preset quickstart --batch-sizes 64 --ratio-grid 1,-1", "--ratio-grid takes factors"),
         (
             "--preset quickstart-sgd --batch-sizes 64 --ratio-grid 1,2",
@@ -369,12 +384,15 @@ class FakeCells:
         self.gpus: dict[str, str | None] = {}
         self.codes: dict[str, int] = {}
         self.seconds = "0"
+        self.value: Callable[[Cell], float] = lambda cell: 0.6
 
     def __call__(self, cell: Cell, folder: Folder, gpu: str | None) -> "ShellProcess":
         self.started.append(cell.name)
         self.gpus[cell.name] = gpu
         code = self.codes.get(cell.name, 0)
-        write_run(cell, folder, [0.5, 0.6], finished=code == 0 and float(self.seconds) < 1)
+        write_run(
+            cell, folder, [0.5, self.value(cell)], finished=code == 0 and float(self.seconds) < 1
+        )
         folder.log(cell).write_text(f"egtrain: it went wrong with {code}\n")
         shell = f"trap 'kill $!; exit 75' TERM; sleep {self.seconds} & wait; exit {code}"
         return ShellProcess(shell)
@@ -473,7 +491,7 @@ def test_a_failed_cell_is_recorded_and_repeated_only_when_asked(
     with pytest.raises(
         EgtrainError, match=f"2 of 4 cells failed \\({bad.name}, {worse.name}\\).*--retry"
     ) as failure:
-        execution.require_success(plan, folder)
+        execution.require_success(plan, folder, names_of(plan))
     assert failure.value.exit_code == 1
     results = read_results(plan, folder, target=None, within_percent=1)
     text = printed(results)
@@ -485,7 +503,7 @@ def test_a_failed_cell_is_recorded_and_repeated_only_when_asked(
     fake.codes = {}
     run(plan, folder, retry=True)
     assert fake.started == [bad.name, worse.name]
-    execution.require_success(plan, folder)
+    execution.require_success(plan, folder, names_of(plan))
 
 
 def test_the_exit_code_goes_by_what_the_table_shows(fake: FakeCells, tmp_path: Path) -> None:
@@ -494,11 +512,11 @@ def test_the_exit_code_goes_by_what_the_table_shows(fake: FakeCells, tmp_path: P
     fake.codes = {mended.name: 1}
     run(plan, folder)
     write_run(mended, folder, [0.5])  # by `egtrain train --resume`
-    execution.require_success(plan, folder)
+    execution.require_success(plan, folder, names_of(plan))
     summary = folder.run(infinite) / "summary.json"
     summary.write_text(summary.read_text().replace("0.7", "null"))
     with pytest.raises(EgtrainError, match=f"1 of 4 cells failed \\({infinite.name}\\)"):
-        execution.require_success(plan, folder)
+        execution.require_success(plan, folder, names_of(plan))
     text = printed(read_results(plan, folder, target=None, within_percent=1))
     assert f"{infinite.name}: diverged: a final metric is not a number" in text
     run(plan, folder, retry=True)
@@ -1010,6 +1028,291 @@ def test_a_single_batch_size_has_no_panel_of_single_dots(
     assert title == "resnet-8 (width 8) on synthetic, batch size 64, 10 epochs, one seed"
 
 
+# ---- the search for a learning rate
+
+
+def merits_of(values: dict[float, float | None], seeds: int = 1) -> dict[float, Merit]:
+    return {
+        factor: Merit(0, -math.inf) if value is None else Merit(seeds, value)
+        for factor, value in values.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "further"),
+    [
+        ({0.5: 0.6, 1: 0.7, 2: 0.6}, ()),
+        ({0.5: 0.7, 1: 0.6, 2: 0.5}, (0.25,)),
+        ({0.5: 0.5, 1: 0.6, 2: 0.7}, (4,)),
+        ({0.25: 0.6, 0.5: 0.7, 1: 0.6, 2: 0.5}, ()),
+        # Best inside, whatever lies between.
+        ({0.5: 0.6, 1: 0.7, 2: 0.3, 4: 0.65}, ()),
+        # As good as the best is not worse.
+        ({0.5: 0.6, 1: 0.7, 2: 0.7}, (4,)),
+        ({0.5: 0.7, 1: 0.7, 2: 0.6}, (0.25,)),
+        ({0.5: 0.7, 1: 0.7, 2: 0.7}, (0.25, 4)),
+        ({0.5: 0.6, 1: 0.7, 2: 0.7, 4: 0.6}, ()),
+        # Diverged is worse than any result, and where all diverged only lower rates can help.
+        ({0.5: 0.6, 1: 0.7, 2: None}, ()),
+        ({0.5: 0.1, 1: None, 2: None}, (0.25,)),
+        ({0.5: None, 1: None, 2: 0.1}, (4,)),
+        ({0.5: None, 1: None, 2: None}, (0.25,)),
+        # Bounds.
+        ({2.0**-6: 0.7, 1: 0.6, 2: 0.5}, ()),
+        ({0.5: 0.5, 1: 0.6, 2.0**6: 0.7}, ()),
+        ({2.0**-6: None, 1: None, 2: None}, ()),
+        ({2.0**-6: 0.7, 1: 0.7, 2: 0.7}, (4,)),
+    ],
+)
+def test_a_search_goes_on_at_an_end_that_is_as_good_as_the_best(
+    values: dict[float, float | None], further: tuple[float, ...]
+) -> None:
+    assert next_factors(merits_of(values)) == further
+
+
+def test_a_rate_that_a_seed_did_not_survive_is_worse_than_one_that_all_did() -> None:
+    assert next_factors({0.5: Merit(3, 0.5), 1: Merit(3, 0.4), 2: Merit(2, 0.9)}) == (0.25,)
+
+
+class Search:
+    """A search of the learning rate with cells that do nothing but have results."""
+
+    def __init__(self, folder: Folder, **further: Any) -> None:
+        further = {"presets": ("quickstart", "quickstart-sgd"), "batch_sizes": (64,), **further}
+        given = ("epochs=10", "optimizer.lr=1.6", "device=cpu")
+        self.request = Request(
+            **{"seeds": 1, **further},
+            settings=given,
+            rate_factors=FIRST_FACTORS,
+            search_rates=True,
+        )
+        self.presets = checked_presets(self.request)
+        self.first, self.folder = make_plan(self.request, self.presets, facts_of), folder
+
+    def plan(self) -> Plan:
+        return continued(self.first, self.request, self.presets, facts_of, self.folder)
+
+    def run(self, *, retry: bool = False) -> str:
+        """Run it as the command does, and return what it shows."""
+        shown = io.StringIO()
+        self.folder.claim(self.first)
+        run_cells(
+            self.plan(),
+            self.folder,
+            jobs=8,
+            gpus=(),
+            retry=retry,
+            stream=shown,
+            go_on=self.plan,
+        )
+        return shown.getvalue()
+
+    def results(self) -> Results:
+        return read_results(self.plan(), self.folder, target=None, within_percent=1)
+
+    def factors(self, preset: str, batch_size: int = 64, **wanted: object) -> list[float]:
+        """Return the factors that were tried, in order of size."""
+        return [
+            cell.rate_factor
+            for cell in self.plan().cells
+            if (cell.preset, cell.batch_size) == (preset, batch_size)
+            and all(getattr(cell, key) == value for key, value in wanted.items())
+        ]
+
+
+def peak_at(best: float) -> Callable[[Cell], float]:
+    """Return the validation accuracy of a cell, the worse the further its rate is from the best."""
+    return lambda cell: 0.9 - 0.05 * abs(math.log2(cell.rate_factor / best))
+
+
+BEST = {"quickstart": 4.0, "quickstart-sgd": 0.25}
+
+
+def test_every_preset_is_searched_until_worse_rates_lie_on_both_sides(
+    fake: FakeCells, tmp_path: Path
+) -> None:
+    fake.value = lambda cell: peak_at(BEST[cell.preset])(cell)
+    search = Search(Folder(tmp_path / "sweep"))
+    shown = search.run()
+    assert search.factors("quickstart") == [0.5, 1, 2, 4, 8]
+    assert search.factors("quickstart-sgd") == [0.125, 0.25, 0.5, 1, 2]
+    # A round runs as a whole before the next is decided.
+    assert [re.search(r"-(lr[\d.]+)-s0", name)[1] for name in fake.started[6:]] == [  # type: ignore[index]
+        "lr4",
+        "lr0.25",
+        "lr8",
+        "lr0.125",
+    ]
+    assert "The search goes on: quickstart at 64 ×4, quickstart-sgd at 64 ×0.25\n" in shown
+    assert "10/10" in shown.splitlines()[-1]
+    assert [row.rate_factor for row in search.results().rows] == [4.0, 0.25]
+    commands = json.loads((search.folder.path / "sweep.json").read_text())["commands"]
+    assert set(commands) == names_of(search.plan())
+    for cell in search.plan().cells:
+        assert cell.learning_rate == pytest.approx(0.2 * cell.rate_factor)
+
+
+def test_a_finished_search_is_read_again_without_running_anything(
+    fake: FakeCells, tmp_path: Path
+) -> None:
+    fake.value = lambda cell: peak_at(BEST[cell.preset])(cell)
+    search = Search(Folder(tmp_path / "sweep"))
+    search.run()
+    once = search.plan()
+    fake.started.clear()
+    assert search.run() == ""
+    assert (fake.started, search.plan()) == ([], once)
+
+
+def test_an_interrupted_search_tries_what_an_undisturbed_one_does(
+    fake: FakeCells, tmp_path: Path
+) -> None:
+    fake.value = lambda cell: peak_at(BEST[cell.preset])(cell)
+    undisturbed = Search(Folder(tmp_path / "undisturbed"))
+    undisturbed.run()
+    search = Search(Folder(tmp_path / "sweep"))
+    fake.codes = dict.fromkeys(["quickstart-sgd-b64-lr1-s0", "quickstart-b64-lr4-s0"], 75)
+    for _ in range(2):  # one search is ahead of the other when it goes on
+        with pytest.raises(InterruptedRun):
+            search.run()
+        fake.codes.popitem()
+    assert search.factors("quickstart") == [0.5, 1, 2, 4, 8]
+    assert search.factors("quickstart-sgd") == [0.5, 1, 2]
+    search.run()
+    assert search.plan().cells == undisturbed.plan().cells
+    assert search.plan().identity == undisturbed.plan().identity
+
+
+def test_a_search_judges_by_the_mean_over_the_seeds(fake: FakeCells, tmp_path: Path) -> None:
+    # Of the first seed ×1 is best, on average ×4.
+    peaks = (1.0, 4.0, 8.0)
+    fake.value = lambda cell: peak_at(peaks[cell.seed])(cell)
+    search = Search(Folder(tmp_path / "sweep"), presets=("quickstart",), seeds=3)
+    search.run()
+    assert sorted(set(search.factors("quickstart"))) == [0.5, 1, 2, 4, 8]
+    assert len(search.plan().cells) == 15
+    assert search.results().rows[0].rate_factor == 4
+    # With one seed in the same folder only its own runs count.
+    alone = Search(search.folder, presets=("quickstart",), seeds=1)
+    assert alone.factors("quickstart") == [0.5, 1, 2]
+
+
+def test_each_length_of_the_extrapolation_has_its_own_search(
+    fake: FakeCells, tmp_path: Path
+) -> None:
+    fake.value = lambda cell: peak_at(4.0 if cell.length_factor == 2 else 1.0)(cell)
+    search = Search(Folder(tmp_path / "sweep"), length_factors=(1.0, 2.0))
+    search.run()
+    assert search.factors("quickstart", length_factor=1.0) == [0.5, 1, 2]
+    assert search.factors("quickstart", length_factor=2.0) == [0.5, 1, 2, 4, 8]
+    assert search.factors("quickstart-sgd") == [0.5, 1, 2]
+    assert [row.grid_points for row in search.results().rows] == [8, 3]
+
+
+def test_how_much_was_tried_is_said_wherever_results_are(fake: FakeCells, tmp_path: Path) -> None:
+    fake.value = lambda cell: peak_at(2.0 if cell.batch_size == 256 else 1.0)(cell)
+    search = Search(Folder(tmp_path / "sweep"), presets=("quickstart",), batch_sizes=(64, 256))
+    search.run()
+    results = search.results()
+    text = printed(results)
+    for line in (
+        r"^preset +batch +K +rate +shift +points tried ",
+        r"^quickstart +64 .* 3 +70.00 %",
+        r"^quickstart +256 .* \(×2\) .* 4 +70.00 %",
+        r"^The learning rate is searched from the scaled one outwards in factors of two, .* with "
+        r"all seeds at every rate, until worse rates lie on both sides of the best one",
+        r"^Points of the grid that were tried: quickstart 3 at 64, 4 at 256\.$",
+    ):
+        assert re.search(line, text, re.MULTILINE)
+    assert "Selected at an end" not in text
+    assert "bound" not in text
+    write_results(results, tmp_path)
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert [(row["grid_points"], row["rate_enclosed"]) for row in record["rows"]] == [
+        (3, True),
+        (4, True),
+    ]
+    lines = list(csv.DictReader((tmp_path / "results.csv").read_text().splitlines()))
+    assert [line["grid_points"] for line in lines] == ["3"] * 3 + ["4"] * 4
+    assert "at the best of 3 to 4 grid points, selected" in picture_of(results).get_suptitle()
+
+
+def test_a_search_that_ends_at_its_bound_says_so(fake: FakeCells, tmp_path: Path) -> None:
+    fake.value = lambda cell: 0.5 + 0.01 * math.log2(cell.rate_factor)
+    search = Search(Folder(tmp_path / "sweep"), presets=("quickstart",))
+    search.run()
+    assert search.factors("quickstart")[-1] == 64
+    text = printed(search.results())
+    assert "The search ended at its bound" in text
+    assert "quickstart at 64 (×64). Start from another optimizer.lr." in text
+    assert search.results().rows[0].rate_enclosed is False
+
+
+def test_of_equally_good_rates_the_one_nearest_to_the_scaled_rate_is_selected(
+    fake: FakeCells, tmp_path: Path
+) -> None:
+    fake.value = lambda cell: 0.5 if 0.25 <= cell.rate_factor <= 4 else 0.4
+    search = Search(Folder(tmp_path / "sweep"), presets=("quickstart",))
+    search.run()
+    assert search.factors("quickstart") == [0.125, 0.25, 0.5, 1, 2, 4, 8]
+    assert search.results().rows[0].rate_factor == 1
+
+
+def test_rates_that_diverge_are_a_result_and_no_failure(fake: FakeCells, tmp_path: Path) -> None:
+    fake.value = peak_at(1.0)
+    fake.codes = {f"quickstart-b64-lr{factor:g}-s0": 4 for factor in (0.5, 1, 2, 4)}
+    fake.codes["quickstart-sgd-b64-lr2-s0"] = 4
+    search = Search(Folder(tmp_path / "sweep"))
+    search.run()
+    # The best that is left, with a worse rate below it.
+    assert search.factors("quickstart") == [0.125, 0.25, 0.5, 1, 2]
+    assert search.factors("quickstart-sgd") == [0.5, 1, 2]
+    assert [row.rate_factor for row in search.results().rows] == [0.25, 1]
+    execution.require_success(search.plan(), search.folder, search.results().selected)
+    assert "--retry" not in search.run()
+
+
+def test_a_preset_that_diverges_at_all_rates_is_a_failure(fake: FakeCells, tmp_path: Path) -> None:
+    fake.value = peak_at(1.0)
+    fake.codes = {f"quickstart-b64-lr{2.0**octave:.12g}-s0": 4 for octave in range(-6, 2)}
+    search = Search(Folder(tmp_path / "sweep"))
+    search.run()
+    assert search.factors("quickstart") == [2.0**octave for octave in range(-6, 2)]
+    results = search.results()
+    assert (results.rows[0].mean, results.rows[0].rate_factor) == (None, 1)
+    text = printed(results)
+    assert "down to 1/64 of the scaled one was low enough: every run diverged of quick" in text
+    assert "Start from another" not in text
+    with pytest.raises(EgtrainError, match=r"1 of 11 cells failed \(quickstart-b64-lr1-s0\)"):
+        execution.require_success(search.plan(), search.folder, results.selected)
+    picture_of(results)
+
+
+def test_a_search_waits_for_a_failed_run(fake: FakeCells, tmp_path: Path) -> None:
+    fake.value = lambda cell: peak_at(BEST[cell.preset])(cell)
+    fake.codes = {"quickstart-b64-lr4-s0": 1}
+    search = Search(Folder(tmp_path / "sweep"))
+    search.run()
+    assert search.factors("quickstart") == [0.5, 1, 2, 4]
+    assert search.factors("quickstart-sgd") == [0.125, 0.25, 0.5, 1, 2]
+    text = printed(search.results())
+    assert "Failed runs (1) took no part in the selection, and their search waits: --retry" in text
+    assert "bound" not in text
+    assert "quickstart-b64-lr4-s0: failed before; --retry runs it again" in search.run()
+    fake.codes = {}
+    search.run(retry=True)
+    assert search.factors("quickstart") == [0.5, 1, 2, 4, 8]
+
+
+def test_a_searched_folder_may_have_been_a_grid_before(fake: FakeCells, tmp_path: Path) -> None:
+    fake.value = lambda cell: peak_at(4.0)(cell)
+    folder = Folder(tmp_path / "sweep")
+    run(plan_of(["quickstart"], (64,), rate_factors=(1.0, 4.0)), folder)
+    fake.started.clear()
+    Search(folder, presets=("quickstart",)).run()
+    assert len(fake.started) == 3  # ×0.5 and ×2, then ×8
+
+
 # ---- the real thing
 
 
@@ -1066,6 +1369,36 @@ def test_a_killed_sweep_goes_on_and_its_cells_are_undisturbed_runs(
     changed = egtrain_command(*command, "--set", "optimizer.lr=0.3")
     assert changed.code == 2
     assert "sweep holds another sweep (presets quickstart optimizer.lr: " in changed.line
+
+
+def test_a_search_that_is_stopped_by_ctrl_c_goes_on_and_runs_nothing_twice(
+    egtrain_command: Callable[..., Result], images: Path, tmp_path: Path
+) -> None:
+    cells = tmp_path / "sweep" / "cells"
+    further = ("--jobs", "2", "--no-estimate", "--lr-grid", "auto", "--validation", "64")
+    command = sweep_arguments(images, "sweep", *further)
+    command[command.index("32,64")] = "32"
+    with Forked(command, tmp_path, {"COLUMNS": "200"}) as sweep:
+        wait_until(lambda: steps_logged(cells / "quickstart-b32-lr2-s0") >= 2)
+        sweep.send(signal.SIGINT)
+        assert sweep.wait() == 75
+    result = egtrain_command(*command)
+    assert (result.code, result.stderr) == (0, "")
+    assert "The search goes on: quickstart at 32 ×" in result.stdout
+    finished = {run.name: (run / "summary.json").stat().st_mtime_ns for run in cells.iterdir()}
+    assert len(finished) > 3
+    record = (tmp_path / "sweep" / "results.json").read_text()
+    (row,) = json.loads(record)["rows"]
+    assert row["grid_points"] == len(finished)
+    plan = egtrain_command(*command, "--dry-run").stdout
+    assert f"{len(finished)} runs, " in plan
+    assert "the search may add more" in plan
+    again = egtrain_command(*command)
+    assert again.code == 0
+    assert (tmp_path / "sweep" / "results.json").read_text() == record
+    assert finished == {
+        run.name: (run / "summary.json").stat().st_mtime_ns for run in cells.iterdir()
+    }
 
 
 def test_the_plan_estimates_the_time_from_a_few_steps_and_leaves_nothing(

@@ -85,7 +85,11 @@ def sweep_batch(
     ] = None,
     lr_grid: Annotated[
         str,
-        batch_option(metavar="F,F,...", help="Factors of the scaled learning rate to select from."),
+        batch_option(
+            metavar="F,F,...|auto",
+            help="Factors of the scaled learning rate to select from; auto: 0.5,1,2, and on by "
+            "factors of two until worse rates lie on both sides of the best.",
+        ),
     ] = "1",
     ratio_grid: Annotated[
         str,
@@ -144,7 +148,7 @@ def sweep_batch(
     Example: egtrain sweep-batch --preset quickstart --batch-sizes 64,256,1024
     """
     # Imported here, like torch below, so that --help does not wait for it.
-    from egtrain.sweep.request import Request, checked_presets
+    from egtrain.sweep.request import FIRST_FACTORS, Request, checked_presets
 
     if not within >= 0:
         raise UsageError("--within takes a percentage of at least 0, such as 1")
@@ -154,12 +158,16 @@ def sweep_batch(
     given = overrides_of(data, data_dir, offline, device, {"epochs": epochs, "steps": steps}) + (
         settings or []
     )
+    search_rates = lr_grid.strip() == "auto"
     request = Request(
         presets=tuple(preset),
         batch_sizes=tuple(_numbers("--batch-sizes", batch_sizes, int)),
         seeds=seeds,
         settings=tuple(given),
-        rate_factors=tuple(_numbers("--lr-grid", lr_grid, float)),
+        rate_factors=FIRST_FACTORS
+        if search_rates
+        else tuple(_numbers("--lr-grid", lr_grid, float)),
+        search_rates=search_rates,
         length_factors=tuple(_numbers("--ratio-grid", ratio_grid, float)),
         grow=grow,
         scaling=lr_scaling,
@@ -180,9 +188,10 @@ def sweep_batch(
         from egtrain.sweep import execution, report
         from egtrain.sweep.cells import PLAN, Folder
         from egtrain.sweep.picture import picture_of
-        from egtrain.sweep.plan import facts_from_data, make_plan
+        from egtrain.sweep.plan import Plan, facts_from_data, make_plan
         from egtrain.sweep.request import settled_on_device
         from egtrain.sweep.results import read_results
+        from egtrain.sweep.search import continued
         from egtrain.tables import print_line
 
     request, presets = settled_on_device(request)
@@ -191,10 +200,17 @@ def sweep_batch(
     if presets[0].config.device == "cuda" and not begun:
         # Before the data are looked for, because a sweep run elsewhere may be finished.
         require_cuda()
-    plan = make_plan(request, presets, facts_from_data(offline=dry_run))
-    count, gpus = execution.devices_for(plan, jobs)
+    facts_of = facts_from_data(offline=dry_run)
+    first = make_plan(request, presets, facts_of)
+    count, gpus = execution.devices_for(first, jobs)
+
+    def plan_so_far() -> Plan:
+        return continued(first, request, presets, facts_of, folder)
+
     stream = sys.stderr if as_json else sys.stdout
     console = Console(file=stream, highlight=False)
+    if dry_run:
+        plan = plan_so_far()
     if dry_run and as_json:
         print(json.dumps(plan.as_json(folder.path / "cells")))
         return
@@ -203,10 +219,14 @@ def sweep_batch(
         report.print_plan(plan, folder, console, count, speeds)
         return
     with RunLock(folder.path):
-        folder.claim(plan)
+        folder.claim(first)
+        plan = plan_so_far()
         speeds = execution.measured_speeds(plan, gpus, stream) if estimate and not begun else None
         report.print_plan(plan, folder, console, count, speeds)
-        execution.run_cells(plan, folder, jobs=count, gpus=gpus, retry=retry, stream=stream)
+        execution.run_cells(
+            plan, folder, jobs=count, gpus=gpus, retry=retry, stream=stream, go_on=plan_so_far
+        )
+        plan = plan_so_far()
         results = read_results(plan, folder, target=target, within_percent=within)
         report.write_results(results, folder.path)
         save_figure(picture_of(results), folder.path / "sweep")
@@ -220,7 +240,7 @@ def sweep_batch(
                 f"tensorboard --logdir {folder.path / 'cells'}",
                 console,
             )
-        execution.require_success(plan, folder)
+        execution.require_success(plan, folder, results.selected)
 
 
 def _numbers(option: str, text: str, kind: Callable[[str], N]) -> list[N]:
@@ -236,4 +256,6 @@ def _numbers(option: str, text: str, kind: Callable[[str], N]) -> list[N]:
         return [kind(part) for part in parts]
     except ValueError:
         wanted = "whole numbers, such as 256,1024" if kind is int else "numbers, such as 0.5,1,2"
+        if option == "--lr-grid":
+            wanted += ", or auto"
         raise UsageError(f"{option} takes {wanted}, not {text!r}") from None

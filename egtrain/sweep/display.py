@@ -25,26 +25,28 @@ class Display:
     def __init__(self, plan: Plan, folder: Folder, left: Sequence[Cell], stream: TextIO) -> None:
         self._plan, self._folder = plan, folder
         self._progress = Progress(stream, seconds_between_lines=0)
-        self._ended = len(plan.cells) - len(left)
-        self._gradients = {cell.name: cell.gradient_evaluations for cell in plan.cells}
+        self._cells = self._ended = self._total = 0
+        self._gradients: dict[str, int] = {}
         """Gradient evaluations done of each cell."""
-        self._gradients |= {
-            cell.name: cell.gradients_until(self._standing(cell)[0]) for cell in left
-        }
+        self._take(plan.cells, left)
         self._running: dict[str, tuple[Bar, float]] = {}
         """By the cell's name: its bar, and when it was started."""
 
     def __enter__(self) -> Self:
         self._progress.__enter__()
-        total = sum(cell.gradient_evaluations for cell in self._plan.cells)
         # Earlier work does not count towards the time left.
         done = sum(self._gradients.values())
-        self._sweep = self._progress.bar("sweep", total, done, from_now=True)
+        self._sweep = self._progress.bar("sweep", self._total, done, from_now=True)
         self._sweep.watch(lambda: (sum(self._gradients.values()), self._count()))
         return self
 
     def __exit__(self, *_: object) -> None:
         self._progress.__exit__()
+
+    def added(self, cells: Sequence[Cell], left: Sequence[Cell]) -> None:
+        """Take further cells, of which `left` are still to run."""
+        self._take(cells, left)
+        self._sweep.extend(self._total)
 
     def started(self, cell: Cell) -> None:
         """Take a cell that has started."""
@@ -76,8 +78,17 @@ class Display:
         """Print a line."""
         self._progress.message(text)
 
+    def _take(self, cells: Sequence[Cell], left: Sequence[Cell]) -> None:
+        self._cells += len(cells)
+        self._ended += len(cells) - len(left)
+        self._total += sum(cell.gradient_evaluations for cell in cells)
+        self._gradients |= {cell.name: cell.gradient_evaluations for cell in cells}
+        self._gradients |= {
+            cell.name: cell.gradients_until(self._standing(cell)[0]) for cell in left
+        }
+
     def _count(self) -> str:
-        return f"{self._ended}/{len(self._plan.cells)}"
+        return f"{self._ended}/{self._cells}"
 
     def _standing(self, cell: Cell) -> tuple[int, str]:
         step, text = last_metric(self._folder.run(cell), self._plan)

@@ -5,7 +5,7 @@ import os
 import tempfile
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.process import BaseProcess
@@ -46,11 +46,19 @@ def start_cell(cell: Cell, folder: Folder, gpu: str | None) -> BaseProcess:
 
 
 def run_cells(
-    plan: Plan, folder: Folder, *, jobs: int, gpus: Sequence[str], retry: bool, stream: TextIO
+    plan: Plan,
+    folder: Folder,
+    *,
+    jobs: int,
+    gpus: Sequence[str],
+    retry: bool,
+    stream: TextIO,
+    go_on: Callable[[], Plan] | None = None,
 ) -> None:
     """Run all unfinished cells, `jobs` at a time; with `retry`, failed ones too.
 
-    Progress is shown on the stream.
+    When all have ended, `go_on` returns the plan with those that their results ask for; these run
+    next, until there are no more. Progress is shown on the stream.
 
     Raises:
         UsageError: another run is in a cell's place, or there is no GPU; nothing was started.
@@ -67,15 +75,14 @@ def run_cells(
     for cell in again:
         folder.failure(cell).unlink(missing_ok=True)
         statuses[cell.name] = Status.waiting
-    for cell in waiting:
-        if (folder.run(cell) / LOCK).exists():
-            with RunLock(folder.run(cell), patience_seconds=ORPHAN_SECONDS):
-                pass
+    _wait_for_orphans(waiting, folder)
     running: list[_RunningCell] = []
     stop, at_once = Event(), Event()
     display = Display(plan, folder, waiting, stream)
+    # That a run of a grid diverged is a result.
+    troubling = (Status.failed,) if plan.has_grid else bad
     for cell in plan.cells:
-        if statuses[cell.name] in bad:
+        if statuses[cell.name] in troubling:
             display.message(f"{cell.name}: {statuses[cell.name]} before; --retry runs it again")
     with display, stop_signals(stop.set, lambda number: at_once.set()):
         try:
@@ -99,6 +106,16 @@ def run_cells(
                             code = InterruptedRun.exit_code  # stopped before it could save
                         statuses[one.cell.name] = folder.note_end(one.cell, code)
                         display.ended(one.cell, statuses[one.cell.name])
+                if go_on is not None and not (running or waiting or stop.is_set()):
+                    longer = go_on()
+                    folder.claim(longer)
+                    new = [cell for cell in longer.cells if cell.name not in statuses]
+                    if new:
+                        display.message(f"The search goes on: {_rates_by_line(new)}")
+                    statuses |= {cell.name: folder.status(cell) for cell in new}
+                    waiting.extend(c for c in new if statuses[c.name] is Status.waiting)
+                    _wait_for_orphans(waiting, folder)
+                    display.added(new, waiting)
                 time.sleep(POLL_SECONDS)
         finally:
             # Only an unexpected failure leaves something here.
@@ -112,6 +129,24 @@ def run_cells(
         raise InterruptedRun(
             f"interrupted with {over} of {len(statuses)} cells finished: the same command goes on"
         )
+
+
+def _wait_for_orphans(cells: Iterable[Cell], folder: Folder) -> None:
+    """Wait until no cell is run any more by a sweep that was killed."""
+    for cell in cells:
+        if (folder.run(cell) / LOCK).exists():
+            with RunLock(folder.run(cell), patience_seconds=ORPHAN_SECONDS):
+                pass
+
+
+def _rates_by_line(cells: Sequence[Cell]) -> str:
+    """Return the factors of the learning rate for each preset and batch size, in words."""
+    factors: dict[str, list[str]] = {}
+    for cell in cells:
+        found = factors.setdefault(f"{cell.preset} at {cell.batch_size:,}", [])
+        if (factor := f"×{cell.rate_factor:g}") not in found:
+            found.append(factor)
+    return ", ".join(f"{what} {' and '.join(found)}" for what, found in factors.items())
 
 
 def devices_for(plan: Plan, jobs: str) -> tuple[int, list[str]]:
@@ -137,9 +172,17 @@ def devices_for(plan: Plan, jobs: str) -> tuple[int, list[str]]:
     return min(most if jobs == "auto" else int(jobs), len(plan.cells)), gpus
 
 
-def require_success(plan: Plan, folder: Folder) -> None:
-    """Raise EgtrainError if cells have failed."""
-    failed = [cell for cell in plan.cells if folder.status(cell) is not Status.done]
+def require_success(plan: Plan, folder: Folder, selected: Collection[str]) -> None:
+    """Raise EgtrainError if cells have failed, or if some of those selected have diverged.
+
+    That others diverged is a result of the grid.
+    """
+    failed = [
+        cell
+        for cell in plan.cells
+        if (status := folder.status(cell)) is not Status.done
+        and (cell.name in selected or status is not Status.diverged)
+    ]
     if failed:
         names = ", ".join(cell.name for cell in failed[:3]) + (
             " and others" if len(failed) > 3 else ""

@@ -70,7 +70,11 @@ def _sentences(results: Results) -> list[str]:
     batch = f"batch size {plan.batch_sizes[0]:,}, " if len(plan.batch_sizes) == 1 else ""
     sentences = [f"{cell.config.title}, {batch}{length}, {spread}"]
     if plan.has_grid:
-        sentences.append("Each preset and batch size at the point of its grid that was selected")
+        tried = {row.grid_points for row in results.rows}
+        most = f"{min(tried)} to {max(tried)}" if len(tried) > 1 else f"{max(tried)}"
+        sentences.append(
+            f"Each preset and batch size at the best of {most} grid points, selected on validation"
+        )
     if failed := sum(row.failed for row in results.rows):
         sentences.append(f"Without {counted(failed, 'run')} that failed or diverged")
     if results.noise_scale is not None and len(plan.batch_sizes) > 1:

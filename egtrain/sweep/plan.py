@@ -26,6 +26,13 @@ FORMAT = 1
 """Version of sweep.json and results.json."""
 EVALUATIONS = 20
 """The least number of evaluations per run, if it has as many epochs, for curves and targets."""
+LOWEST_FACTOR, HIGHEST_FACTOR = 2.0**-6, 2.0**6
+"""How far a search of the learning rate goes from the scaled rate."""
+SEARCH_RULE = (
+    "The learning rate is searched from the scaled one outwards in factors of two, for each preset "
+    "and batch size by itself and with all seeds at every rate, until worse rates lie on both "
+    f"sides of the best one, at most from 1/{1 / LOWEST_FACTOR:g} to {HIGHEST_FACTOR:g} times it."
+)
 UNEQUAL = 0.01
 """Runs whose numbers of samples differ by less than this share count as equally long."""
 
@@ -117,6 +124,8 @@ class Plan:
     watched_split: str
     """The split evaluated during training."""
     has_grid: bool
+    searches_rates: bool
+    """Whether results may add learning rates to the grid."""
     rule: str
     """How rates and lengths follow the batch size, in words."""
     notes: tuple[str, ...]
@@ -166,7 +175,7 @@ def make_plan(
         if not without.has_validation:
             validation = max(1, without.samples // 10)
     cells = [
-        _cell(request, preset, batch_size, number, rate, length, validation, facts_of)
+        make_cell(request, preset, batch_size, number, rate, length, validation, facts_of)
         for number in range(request.seeds)
         for batch_size in sorted(request.batch_sizes)
         for preset in presets
@@ -180,8 +189,9 @@ def make_plan(
         metric=first.metric,
         watched_split="validation" if first.has_validation else "test",
         has_grid=request.has_grid,
+        searches_rates=request.search_rates,
         rule=_rule(request, presets, equal_steps),
-        notes=_notes(cells, first, request.has_grid, equal_steps),
+        notes=_notes(cells, first, request, equal_steps),
         identity={
             "presets": {preset.name: flat_settings(preset.config) for preset in presets},
             "lr_scaling": {preset.name: preset.scaling for preset in presets},
@@ -259,7 +269,7 @@ def _scaled(
     return values
 
 
-def _cell(
+def make_cell(
     request: Request,
     preset: Preset,
     batch_size: int,
@@ -269,6 +279,13 @@ def _cell(
     validation: int | None,
     facts_of: Callable[[Config], Facts],
 ) -> Cell:
+    """Return the cell of a preset, batch size, number of its seed, and point of the grid.
+
+    `validation` training samples are held out; None: as the preset says.
+
+    Raises:
+        UsageError: its batch or warm-up does not fit.
+    """
     base = preset.config
     values = _scaled(request, preset, batch_size, rate_factor, length_factor)
     values["seed"] = base.seed + number
@@ -366,7 +383,7 @@ def _rule(request: Request, presets: Sequence[Preset], equal_steps: bool) -> str
 
 
 def _notes(
-    cells: Sequence[Cell], facts: Facts, has_grid: bool, equal_steps: bool
+    cells: Sequence[Cell], facts: Facts, request: Request, equal_steps: bool
 ) -> tuple[str, ...]:
     notes = []
     held_out = cells[0].config.data.validation
@@ -375,7 +392,9 @@ def _notes(
             f"{held_out:,} samples of the training data are held out for validation; the runs "
             f"train on {facts.samples:,}, also those that the table quotes."
         )
-    if has_grid:
+    if request.search_rates:
+        notes.append(SEARCH_RULE)
+    if request.has_grid:
         notes.append(
             "For each preset and batch size, the point of the grid with the best mean validation "
             "result over all seeds is selected; the table quotes the test result of those runs."

@@ -23,7 +23,7 @@ from egtrain.formatting import (
 )
 from egtrain.sweep.cells import Folder, Status
 from egtrain.sweep.execution import Speed, estimated_seconds
-from egtrain.sweep.plan import FORMAT, Cell, Plan
+from egtrain.sweep.plan import FORMAT, LOWEST_FACTOR, Cell, Plan
 from egtrain.sweep.results import CellResult, Results, Row
 from egtrain.tables import Column, print_line, print_table
 
@@ -60,9 +60,10 @@ def print_plan(
     for line in (plan.rule, *plan.notes):
         print_line(line, console)
     took = f", about {duration(estimated_seconds(plan.cells, speeds, jobs))}" if speeds else ""
+    more = "; the search may add more" if plan.searches_rates else ""
     print_line(
         f"{len(plan.cells)} runs, {jobs} at a time, {_gradients(plan.cells)} gradient "
-        f"evaluations{took}",
+        f"evaluations{took}{more}",
         console,
     )
     statuses = {cell.name: folder.status(cell) for cell in plan.cells}
@@ -140,7 +141,7 @@ def print_results(results: Results, console: Console) -> None:
     columns = [
         Column("preset", [row.preset for row in rows], left=True),
         Column("batch", [count(row.batch_size) for row in rows]),
-        Column("K", [count(row.workers) for row in rows], leave_out=4),
+        Column("K", [count(row.workers) for row in rows], leave_out=5),
         Column(
             "rate",
             [learning_rate_text(row.learning_rate) + _factor(row.rate_factor) for row in rows],
@@ -153,6 +154,9 @@ def print_results(results: Results, console: Console) -> None:
             for r in rows
         ]
         columns.append(Column("shift", shifts, leave_out=2))
+    if plan.has_grid:
+        tried = [count(row.grid_points) for row in rows]
+        columns.append(Column("points tried", tried, leave_out=3))
     unit = f" ({difference_unit(metric.unit)})" if difference_unit(metric.unit) else ""
     means = [mean_text(row.mean, row.standard_deviation, metric.unit) for row in rows]
     gaps = ["" if row.gap is None else difference_text(row.gap, metric.unit) for row in rows]
@@ -161,7 +165,7 @@ def print_results(results: Results, console: Console) -> None:
         Column(f"gap{unit}", gaps),
         Column("seeds", [f"{r.seeds}" + f", {r.failed} failed" * (r.failed > 0) for r in rows]),
         Column("gradients", [count(row.gradient_evaluations) for row in rows]),
-        Column("steps", [count(row.steps) for row in rows], leave_out=3),
+        Column("steps", [count(row.steps) for row in rows], leave_out=4),
     ]
     if results.target is not None:
         target = short_value_text(results.target, metric.unit)
@@ -204,9 +208,14 @@ def notes_on(results: Results) -> list[str]:
 
 
 def _notes_on_selection(results: Results) -> list[str]:
-    """Return what makes the selection from a grid doubtful."""
-    notes = []
-    for what, option in (("rate_factor", "--lr-grid"), ("length_factor", "--ratio-grid")):
+    """Return how much was tried, and what makes the selection from a grid doubtful."""
+    notes = [f"Points of the grid that were tried: {_points_tried(results)}."]
+    options = [("length_factor", "--ratio-grid")]
+    if results.plan.searches_rates:
+        notes += _notes_on_search(results)
+    else:
+        options.insert(0, ("rate_factor", "--lr-grid"))
+    for what, option in options:
         ends = []
         for row in results.rows:
             cells = [
@@ -224,8 +233,51 @@ def _notes_on_selection(results: Results) -> list[str]:
                 f"{', '.join(ends)}. The same command with further factors runs only those."
             )
     if failed := sum(result.status is Status.failed for result in results.cells):
+        waits = ", and their search waits" if results.plan.searches_rates else ""
         notes.append(
-            f"Failed runs ({failed}) took no part in the selection: --retry runs them again."
+            f"Failed runs ({failed}) took no part in the selection{waits}: --retry runs them again."
+        )
+    return notes
+
+
+def _points_tried(results: Results) -> str:
+    """Return how many points of the grid each preset and batch size was given, in words."""
+    numbers = {row.grid_points for row in results.rows}
+    if len(numbers) == 1:
+        return f"{numbers.pop()} for each preset and batch size"
+    return "; ".join(
+        f"{preset} "
+        + ", ".join(f"{row.grid_points} at {row.batch_size:,}" for row in results.rows_of(preset))
+        for preset in results.plan.presets
+    )
+
+
+def _notes_on_search(results: Results) -> list[str]:
+    """Return where the search of the learning rate ended without worse rates on both sides."""
+    failed = {
+        (result.cell.preset, result.cell.batch_size)
+        for result in results.cells
+        if result.status is Status.failed
+    }
+    open_rows = [
+        row
+        for row in results.rows
+        if not row.rate_enclosed and (row.preset, row.batch_size) not in failed
+    ]
+    notes = []
+    if lost := [f"{row.preset} at {row.batch_size:,}" for row in open_rows if not row.seeds]:
+        notes.append(
+            f"No learning rate down to 1/{1 / LOWEST_FACTOR:g} of the scaled one was low enough: "
+            f"every run diverged of {', '.join(lost)}."
+        )
+    if ends := [
+        f"{row.preset} at {row.batch_size:,} (×{row.rate_factor:g})"
+        for row in open_rows
+        if row.seeds
+    ]:
+        notes.append(
+            f"The search ended at its bound, beyond which there may be a better learning rate, or "
+            f"one as good: {', '.join(ends)}. Start from another optimizer.lr."
         )
     return notes
 
@@ -255,6 +307,7 @@ def _differences(results: Results) -> list[str]:
 
 def _cell_record(results: Results, result: CellResult) -> dict[str, Any]:
     cell, plan = result.cell, results.plan
+    tried = {(row.preset, row.batch_size): row.grid_points for row in results.rows}
     steps = None
     if results.target is not None:
         steps = result.steps_to(results.target, plan.metric.higher_is_better)
@@ -267,6 +320,7 @@ def _cell_record(results: Results, result: CellResult) -> dict[str, Any]:
         "seed": cell.seed,
         "rate_factor": cell.rate_factor,
         "length_factor": cell.length_factor,
+        "grid_points": tried[cell.preset, cell.batch_size],
         "learning_rate": cell.learning_rate,
         "length": None if cell.length is None else cell.length[1],
         "status": str(result.status),

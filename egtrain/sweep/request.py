@@ -17,6 +17,9 @@ from egtrain.task_file import TaskFile
 Scaling = Literal["linear", "sqrt", "none"]
 Growth = Literal["workers", "worker-batch"]
 
+FIRST_FACTORS = (0.5, 1.0, 2.0)
+"""The learning-rate grid with which a search begins."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -29,7 +32,9 @@ class Request:
     settings: tuple[str, ...] = ()
     """KEY=VALUE, for every cell."""
     rate_factors: tuple[float, ...] = (1.0,)
-    """The learning-rate grid, as factors of the scaled rate."""
+    """The learning-rate grid, as factors of the scaled rate; of a search, the first ones."""
+    search_rates: bool = False
+    """Go on beyond the grid's ends until the best learning rate lies inside."""
     length_factors: tuple[float, ...] = (1.0,)
     """The grid of extrapolation lengths, as factors of the preset's."""
     grow: Growth = "workers"

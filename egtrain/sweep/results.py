@@ -5,6 +5,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from egtrain.over_seeds import deviation_of, mean_of
 from egtrain.sweep.cells import Folder, Status
@@ -42,6 +43,15 @@ class CellResult:
         )
 
 
+class Merit(NamedTuple):
+    """How good a point of a grid is; of two, the larger one is better."""
+
+    finished: int
+    """Seeds whose runs finished, without diverging."""
+    validation: float
+    """Mean of the validation metric over them, negated if lower is better; -inf without any."""
+
+
 @dataclass(frozen=True)
 class Row:
     """A preset at a batch size, at the selected point of the grid."""
@@ -54,6 +64,11 @@ class Row:
     rate_factor: float
     length_factor: float
     length: tuple[str, float] | None
+    grid_points: int
+    """Points of the grid that were tried for this preset and batch size."""
+    rate_enclosed: bool | None
+    """Whether worse learning rates were tried on both sides of the best; None without a grid of
+    them."""
     seeds: int
     """Those that finished."""
     failed: int
@@ -171,23 +186,22 @@ def read_results(
     plan: Plan, folder: Folder, *, target: float | None, within_percent: float
 ) -> Results:
     """Read the results of a sweep's runs and select the best point of each grid."""
-    cells = tuple(_read_cell(plan, cell, folder) for cell in plan.cells)
-    best_points = [
-        _best_point(
-            plan, [r for r in cells if (r.cell.preset, r.cell.batch_size) == (preset, batch_size)]
-        )
+    cells = tuple(read_cell(plan, cell, folder) for cell in plan.cells)
+    grids = [
+        [r for r in cells if (r.cell.preset, r.cell.batch_size) == (preset, batch_size)]
         for preset in plan.presets
         for batch_size in plan.batch_sizes
     ]
+    best_points = [_best_point(plan, grid) for grid in grids]
     selected = [result for members in best_points for result in members]
     done = [result for result in selected if result.status is Status.done]
     given = target is not None
     if target is None:
         target = _shared_target([r for r in done if r.curve], plan.metric.higher_is_better)
     rows: list[Row] = []
-    for members in best_points:
+    for grid, members in zip(grids, best_points, strict=True):
         means = [row.mean for row in rows if row.preset == members[0].cell.preset]
-        rows.append(_row(plan, members, target, means[0] if means else None))
+        rows.append(_row(plan, grid, members, target, means[0] if means else None))
     return Results(
         plan=plan,
         cells=cells,
@@ -200,7 +214,8 @@ def read_results(
     )
 
 
-def _read_cell(plan: Plan, cell: Cell, folder: Folder) -> CellResult:
+def read_cell(plan: Plan, cell: Cell, folder: Folder) -> CellResult:
+    """Read the result of a cell."""
     status = folder.status(cell)
     if status is not Status.done:
         message = ""
@@ -241,24 +256,54 @@ def _read_cell(plan: Plan, cell: Cell, folder: Folder) -> CellResult:
 def _best_point(plan: Plan, results: Sequence[CellResult]) -> list[CellResult]:
     """Return the cells at the best point of a grid, one for each seed.
 
-    The best point has the most finished seeds; of equal ones, the best validation mean over them.
+    The best point has the most finished seeds; of equal ones, the best validation mean over them;
+    of equal ones, the learning rate nearest to the scaled one, and then the lower.
     """
+
+    def preference(members: list[CellResult]) -> tuple[Merit, float, float]:
+        factor = members[0].cell.rate_factor
+        return _merit(plan, members), -abs(math.log(factor)), -factor
+
+    return max(_points(results).values(), key=preference)
+
+
+def rate_merits(plan: Plan, results: Sequence[CellResult]) -> dict[float, Merit]:
+    """Return the merit of each factor of the learning rate, at one length of the extrapolation."""
+    return {rate: _merit(plan, members) for (rate, _), members in _points(results).items()}
+
+
+def _points(results: Sequence[CellResult]) -> dict[tuple[float, float], list[CellResult]]:
+    """Return the cells at each point of a grid: by its factors of the rate and the length."""
     points: dict[tuple[float, float], list[CellResult]] = {}
     for result in results:
         point = result.cell.rate_factor, result.cell.length_factor
         points.setdefault(point, []).append(result)
+    return points
 
-    def merit(members: list[CellResult]) -> tuple[int, float]:
-        values = [v for r in members if (v := r.metric("validation", plan.metric.name)) is not None]
-        done = sum(result.status is Status.done for result in members)
-        sign = 1 if plan.metric.higher_is_better else -1
-        return done, sign * statistics.fmean(values) if values else -math.inf
 
-    return max(points.values(), key=merit)
+def _merit(plan: Plan, members: Sequence[CellResult]) -> Merit:
+    values = [v for r in members if (v := r.metric("validation", plan.metric.name)) is not None]
+    done = sum(result.status is Status.done for result in members)
+    sign = 1 if plan.metric.higher_is_better else -1
+    return Merit(done, sign * statistics.fmean(values) if values else -math.inf)
+
+
+def _rate_enclosed(
+    plan: Plan, grid: Sequence[CellResult], selected: Sequence[CellResult]
+) -> bool | None:
+    length = selected[0].cell.length_factor
+    merits = rate_merits(plan, [r for r in grid if r.cell.length_factor == length])
+    if len(merits) == 1:
+        return None
+    return max(merits[min(merits)], merits[max(merits)]) < max(merits.values())
 
 
 def _row(
-    plan: Plan, members: Sequence[CellResult], target: float | None, smallest_mean: float | None
+    plan: Plan,
+    grid: Sequence[CellResult],
+    members: Sequence[CellResult],
+    target: float | None,
+    smallest_mean: float | None,
 ) -> Row:
     cell = members[0].cell
     done = [result for result in members if result.status is Status.done]
@@ -281,6 +326,8 @@ def _row(
         rate_factor=cell.rate_factor,
         length_factor=cell.length_factor,
         length=cell.length,
+        grid_points=len(_points(grid)),
+        rate_enclosed=_rate_enclosed(plan, grid, members),
         seeds=len(done),
         failed=sum(result.status in (Status.failed, Status.diverged) for result in members),
         mean=mean,
