@@ -60,14 +60,14 @@ def print_plan(
     for line in (plan.rule, *plan.notes):
         print_line(line, console)
     took = f", about {duration(estimated_seconds(plan.cells, speeds, jobs))}" if speeds else ""
-    more = "; the search may add more" if plan.searches_rates else ""
+    statuses = {cell.name: folder.status(cell) for cell in plan.cells}
+    left = [cell for cell in plan.cells if statuses[cell.name] is Status.waiting]
+    more = "; the search may add more" if plan.searches_rates and left else ""
     print_line(
         f"{len(plan.cells)} runs, {jobs} at a time, {_gradients(plan.cells)} gradient "
         f"evaluations{took}{more}",
         console,
     )
-    statuses = {cell.name: folder.status(cell) for cell in plan.cells}
-    left = [cell for cell in plan.cells if statuses[cell.name] is Status.waiting]
     if len(left) < len(plan.cells):
         done = sum(status is Status.done for status in statuses.values())
         failed = len(plan.cells) - done - len(left)
