@@ -37,7 +37,7 @@ class Column:
 def print_table(columns: Sequence[Column], console: Console) -> None:
     """Print a table as wide as the terminal; a file or pipe gets all columns."""
     for line in table_lines(columns, console.width if console.is_terminal else None):
-        console.print(Text(line), soft_wrap=True)
+        print_line(line, console)
 
 
 def print_line(text: str, console: Console) -> None:

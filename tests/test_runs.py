@@ -262,6 +262,7 @@ def test_runs_are_found_however_deep_and_once(tmp_path: Path) -> None:
     for hidden in ("a/checkpoints/c", "a/over_samples/d", ".trash/e"):
         write_run(tmp_path / "runs" / hidden)
     write_run(tmp_path / "elsewhere/f")
+    write_run(tmp_path / "elsewhere/f/inner")
     (tmp_path / "runs/link").symlink_to(tmp_path / "elsewhere/f")
     (tmp_path / "runs/links").symlink_to(tmp_path)
     (tmp_path / "runs/loop").symlink_to("loop")
@@ -333,7 +334,16 @@ def test_written_settings_are_read_as_by_the_parser(tmp_path: Path) -> None:
         expected = read_settings(file, "x").values
         assert read_written_settings(file, "x") == expected, name
         assert expected["seed"] == 7
-    for wrong in ("seed: 1\nseed: 2\n", "a: &b 1\n", "a: !!x/y 1\n", "  a: 1\nb: 2\n", ""):
+    wrongs = (
+        "seed: 1\nseed: 2\n",
+        "a: &b 1\n",
+        "a: !!x/y 1\n",
+        "  a: 1\nb: 2\n",
+        "",
+        "a: b: c\n",
+        "a: - 1\n",
+    )
+    for wrong in wrongs:
         file.write_text(wrong)
         with pytest.raises(UsageError) as slow:
             read_settings(file, "x")
@@ -429,6 +439,8 @@ DAMAGE: dict[str, tuple[str, bytes]] = {
     "texts for numbers": ("summary.json", b'{"steps": 100, "final": {"test": {"loss": "low"}}}'),
     "a list of results": ("summary.json", b'{"steps": 100, "final": [1]}'),
     "infinite steps": ("summary.json", b'{"steps": Infinity}'),
+    "a huge number": ("summary.json", b'{"steps": ' + b"9" * 400 + b"}"),
+    "an infinite step": ("metrics.jsonl", b'{"step": Infinity, "split": "test"}\n'),
     "deep": ("summary.json", b"[" * 100_000),
     "a strange metric": ("plan.json", b'{"steps": 100, "metric": {"name": 3}}'),
     "no plan": ("plan.json", b"\x00" * 10),
@@ -456,7 +468,7 @@ def test_a_damaged_run_is_a_line_that_names_the_file(
 
 @pytest.mark.parametrize(
     "change",
-    ["seed: many", "seed: true", "workers: 1.5", "worker_batch_size: null", "workers: -"],
+    ["seed: many", "seed: true", "workers: 1.5", "worker_batch_size: null", "workers: -8"],
 )
 def test_a_setting_of_another_kind_is_damage(change: str, tmp_path: Path) -> None:
     run = write_run(tmp_path / "a")
@@ -554,6 +566,13 @@ def test_before_the_end_the_newest_evaluation_is_shown_and_marked(tmp_path: Path
     ]
 
 
+def test_where_a_run_is_done_no_other_one_is_shown(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", "seed=1", accuracy=0.5, started=1)
+    unfinished(tmp_path / "b", (40, "validation", 0.125), started=2)
+    assert "50.00 %" in table(tmp_path)[1]
+    assert "12.50 %" not in table(tmp_path)[1]
+
+
 def test_the_settings_in_which_runs_differ_are_columns(tmp_path: Path) -> None:
     write_run(tmp_path / "a", started=1)
     write_run(tmp_path / "b", "schedule.warmup_epochs=0.5", "model.width=4", started=2)
@@ -608,6 +627,9 @@ def test_metrics_of_several_kinds_are_named(tmp_path: Path) -> None:
     (text / "summary.json").write_text(json.dumps(summary))
     titles, first, second = table(tmp_path)
     assert titles.split()[-3:] == ["metric", "test", "time"]
+    narrow = table(tmp_path, width=36)[0].split()
+    assert "preset" not in narrow
+    assert narrow[-2:] == ["metric", "test"]
     assert "accuracy    50.00 %" in first
     assert "perplexity    90.00" in second
 

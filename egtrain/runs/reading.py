@@ -152,12 +152,14 @@ def _settings(path: Path) -> dict[str, Any]:
             settings |= {f"{name}.{key}": inner for key, inner in value.items()}
         else:
             settings[name] = value
-    for key in ("seed", "workers", "worker_batch_size", "optimizer.lr"):
+    for key, least in (("seed", 0), ("workers", 1), ("worker_batch_size", 1), ("optimizer.lr", 0)):
         if key not in settings:
             raise _ForeignError(f"{CONFIG} is not one of egtrain's, which have {key}")
-        whole = key != "optimizer.lr"
-        if not _is_number(settings[key]) or (whole and not isinstance(settings[key], int)):
-            raise _DamagedError(f"{CONFIG}: {key} is not a {'whole ' * whole}number")
+        value = settings[key]
+        if not _is_number(value) or value < least:
+            raise _DamagedError(f"{CONFIG}: {key} is not a number of at least {least}")
+        if key != "optimizer.lr" and not isinstance(value, int):
+            raise _DamagedError(f"{CONFIG}: {key} is not a whole number")
     return settings
 
 
@@ -169,7 +171,7 @@ def _peak_rate(settings: Mapping[str, Any]) -> float:
         rate = scaled_rate(settings["optimizer.lr"], base, scaling, batch_size)
         if math.isfinite(rate):
             return rate
-    except (TypeError, ArithmeticError):
+    except (TypeError, ValueError, ArithmeticError):
         pass
     raise _DamagedError(f"{CONFIG}: the learning rate is not a number")
 
@@ -181,7 +183,7 @@ def _progress(found: Found) -> dict[str, Any]:
     ended = _whole(summary.get("steps"))
     metric = _measure((plan or summary).get("metric"))
     held = is_held(found.path)
-    over = ended is not None and ended >= (steps or 0) and not failure and not held
+    over = ended is not None and ended >= (steps or 0) and not held
     last, newest = _last_lines(found, None if over else metric)
     progress: dict[str, Any] = {
         "steps": ended if steps is None else steps,
@@ -241,13 +243,15 @@ def _last_lines(found: Found, metric: Measure | None) -> tuple[dict[str, Any], E
                 if last and b'"split": "train"' in text:
                     continue
                 line = json.loads(text)
-                split, step = line["split"], line["step"]
+                split, step = line["split"], _whole(line["step"])
                 last = last or line
                 if metric is None:
                     break
                 if split != "train":
                     value = _number(line[metric.name])
-                    return last, None if value is None else Evaluation(split, int(step), value)
+                    if value is None or step is None:
+                        break
+                    return last, Evaluation(str(split), step, value)
     except FileNotFoundError:  # by now
         return {}, None
     except OSError as error:
@@ -311,4 +315,6 @@ def _measure(value: object) -> Measure | None:
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) < 1e300  # neither infinite nor beyond what can be computed with

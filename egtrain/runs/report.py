@@ -86,7 +86,7 @@ def _columns(lines: Sequence[Line], settings: Sequence[str]) -> list[Column]:
         columns.append(column("seed", seeds, 8))
     if len(metrics) > 1:
         names = [NOTHING if line.metric is None else line.metric.label for line in lines]
-        columns.append(column("metric", names, 7, left=True))
+        columns.append(Column("metric", names, left=True))
     columns.append(Column(f"test {metrics.pop()}" if len(metrics) == 1 else "test", tests))
     if set(best) != {NOTHING}:
         columns.append(column("best validation", best, 14))
