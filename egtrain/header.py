@@ -127,6 +127,8 @@ def next_lines(config: Config, directory: Path) -> list[str]:
     """Return the commands that one may want after a run."""
     quoted = shlex.quote(str(directory))
     lines = [f"next: egtrain eval {quoted}"]
+    if isinstance(config.task, UserSettings):
+        lines[0] += f" --task {shlex.quote(config.task.file)}"  # it runs only where it is named
     if config.log.tensorboard:
         # The folder above: TensorBoard names a run by its folder within the log directory.
         lines.append(f"      tensorboard --logdir {shlex.quote(str(directory.parent))}")

@@ -21,6 +21,7 @@ TRAINING_OR_STARTING_PROCESSES = {
     "test_eval",
     "test_every_preset",
     "test_export",
+    "test_examples",
     "test_figures",
     "test_integrations",
     "test_loops_accumulation",

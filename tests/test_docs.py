@@ -172,7 +172,12 @@ def made_small(arguments: str) -> str:
 
 @pytest.mark.parametrize(
     "command",
-    [c for c in COMMANDS if re.match("egtrain|torchrun", c.text)],
+    [
+        c
+        for c in COMMANDS
+        if re.match("egtrain|torchrun", c.text) and c.page != "docs/examples.md"
+        # test_examples.py runs those
+    ],
     ids=lambda c: f"{c.page}: {c.text}",
 )
 def test_a_command_runs(command: Command, folder: Path) -> None:

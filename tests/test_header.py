@@ -14,6 +14,7 @@ from helpers import Result, arguments, command_line
 
 from egtrain.config.files import load_config
 from egtrain.header import extrapolation_text, facts_from_data, header_lines, next_lines, run_facts
+from egtrain.task_file import load_task_file
 
 Run = Callable[..., Result]
 
@@ -136,3 +137,14 @@ def test_a_directory_with_spaces_is_quoted_in_the_next_commands() -> None:
         "next: egtrain eval 'my runs/a'",
         "      tensorboard --logdir 'my runs'",
     ]
+
+
+def test_the_next_commands_name_the_task_file_which_runs_only_where_it_is_named(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "my flowers.py").write_text(
+        "def model(): ...\ndef dataset(split): ...\ndef loss(model, batch): ...\n"
+    )
+    file = load_task_file(tmp_path / "my flowers.py")
+    (line, _) = next_lines(load_config("eg", task=file), Path("runs/a"))
+    assert line == f"next: egtrain eval runs/a --task '{tmp_path}/my flowers.py'"
