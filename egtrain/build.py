@@ -19,6 +19,7 @@ from egtrain.data.sets import OF_TASK
 from egtrain.data.text import TextData, load_text
 from egtrain.data.user import UserData, load_user_data
 from egtrain.logs.environment import cores
+from egtrain.models.loading import load_weights, without_wrappers
 from egtrain.models.lstm import LSTMLanguageModel
 from egtrain.models.resnet import ResNet
 from egtrain.models.transformer import Transformer
@@ -30,7 +31,7 @@ from egtrain.optim.lars import LARS
 from egtrain.optim.post_local import PostLocal
 from egtrain.optim.randomness import seed_for
 from egtrain.plan import build_plan, build_schedule, with_fitting_warmup
-from egtrain.ranks.distributed import first_rank_first
+from egtrain.ranks.distributed import agreed, first_rank_first
 from egtrain.run import DataSummary, Run
 from egtrain.tasks import Task
 from egtrain.tasks.image import ImageTask
@@ -38,6 +39,7 @@ from egtrain.tasks.language import LanguageTask
 from egtrain.tasks.loading import set_random_state
 from egtrain.tasks.translation import TranslationTask
 from egtrain.tasks.user import UserTask, try_out, user_model
+from egtrain.weight_files import file_of, read_weights, sha256_of
 from egtrain.workers import Ranks, Workers, carried_by
 
 Data = ImageData | TextData | PairData | UserData
@@ -208,6 +210,46 @@ def build_model(config: Config, outputs: int, device: torch.device) -> nn.Module
     return _placed(model, device, config.channels_last and config.task.name == "image")
 
 
+def with_known_weights(config: Config) -> Config:
+    """Return the configuration with the very file of its initial weights, and what that holds.
+
+    A run directory becomes its newest checkpoint, since the run may go on.
+
+    Raises:
+        DataError: the file is missing, or the run has no intact checkpoint.
+        UsageError: the directory holds no run.
+    """
+    init = config.init
+    if init.file is None:
+        return config
+    file = file_of(Path(init.file))
+    known = {"file": str(file), "sha256": init.sha256 or sha256_of(file)}
+    return config.model_copy(update={"init": init.model_copy(update=known)})
+
+
+def load_initial_weights(config: Config, model: nn.Module, ranks: Ranks) -> tuple[str, ...]:
+    """Give the model the configuration's initial weights; return what to tell the user; collective.
+
+    Raises:
+        DataError: the file is missing, damaged, or not the one of the configuration.
+        UsageError: weights do not fit the model.
+    """
+    init = config.init
+    if init.file is None:
+        return ()
+    path, sha256 = Path(init.file), agreed(init.sha256 or "", ranks) or None
+    tensors = first_rank_first(ranks, lambda: read_weights(path, sha256))
+    left_out = load_weights(
+        model,
+        without_wrappers(tensors, list(model.state_dict())),
+        source=str(path),
+        remedy="choose the model that they belong to"
+        + (", or take what fits with --no-init-strict" if init.strict else ""),
+        strict=init.strict,
+    )
+    return () if left_out is None else (f"not all weights are from {path.name}: {left_out}",)
+
+
 def _placed(model: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:
     if channels_last:
         return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
@@ -284,13 +326,15 @@ def worker_state_bytes(config: Config, outputs: int) -> int:
     return sum(t.numel() * t.element_size() for t in state)
 
 
-def build_run(config: Config, ranks: Ranks, data: Data | None = None) -> Run:
+def build_run(config: Config, ranks: Ranks, data: Data | None = None, *, anew: bool = True) -> Run:
     """Return a run at step 0; its data are loaded unless they are given.
 
+    `anew` is False if weights of a checkpoint follow, so that the initial ones are not needed.
+
     Raises:
-        DataError: the data are missing or damaged.
-        UsageError: the batch is larger than the data, the warm-up does not fit the run, or the
-            ranks do not divide the workers.
+        DataError: the data or the initial weights are missing or damaged.
+        UsageError: the batch is larger than the data, the warm-up does not fit the run, the initial
+            weights do not fit the model, or the ranks do not divide the workers.
     """
     config = config.model_copy(
         update={"precision": native_precision(config.precision, ranks.device)}
@@ -303,6 +347,7 @@ def build_run(config: Config, ranks: Ranks, data: Data | None = None) -> Run:
     plan = build_plan(config, task.steps_per_epoch)
     summary = summary_of(data)
     model = build_model(config, summary.outputs, ranks.device)
+    notes = load_initial_weights(config, model, ranks) if anew else ()
     optimizer = build_optimizer(config.optimizer, model)
     workers = Workers(model, config.workers, ranks, config.deterministic)
     direction = build_direction(config)
@@ -335,7 +380,7 @@ def build_run(config: Config, ranks: Ranks, data: Data | None = None) -> Run:
         evaluate_every=evaluate_every,
         checkpoint_every=config.checkpoint.every or evaluate_every,
         data=summary,
-        data_notes=data.notes,
+        notes=(*data.notes, *notes),
         unread_steps=0 if ranks.device.type == "cpu" else 1,
     )
 

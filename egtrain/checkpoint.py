@@ -361,17 +361,9 @@ def _verified_size(file: BinaryIO, path: Path) -> int:
 def _load(file: BinaryIO, path: Path, size: int) -> Any:
     """Return the content of a verified, yet untrusted file: anyone can make a checksum."""
     try:
-        if file.read(4) != b"PK\x03\x04":
+        if not begins_as_archive(file):
             raise ValueError("not written by torch.save")
-        with zipfile.ZipFile(file) as archive:
-            # torch.save never compresses; a small compressed record could fill the memory.
-            if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
-                raise ValueError("compressed")
-        file.seek(0)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            # Explicit, so that no environment variable and no setting of torch can change them.
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=False)
+        content = load_plain(file)
         _refuse_inflated(content, size)
     except (OSError, MemoryError, torch.OutOfMemoryError):
         raise
@@ -384,6 +376,31 @@ def _load(file: BinaryIO, path: Path, size: int) -> Any:
         reason = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
         raise DataError(f"{path} is not a checkpoint of egtrain ({reason})") from error
     return content
+
+
+def begins_as_archive(file: BinaryIO) -> bool:
+    """Return whether a file begins as what `torch.save` writes; files before torch 1.6 do not."""
+    file.seek(0)
+    return file.read(4) == b"PK\x03\x04"
+
+
+def load_plain(file: BinaryIO) -> Any:
+    """Return what `torch.save` wrote: tensors and plain values; code in it does not run.
+
+    Raises:
+        pickle.UnpicklingError: it holds code or objects, or is no such file.
+        ValueError: it is compressed.
+    """
+    if begins_as_archive(file):
+        with zipfile.ZipFile(file) as archive:
+            # torch.save never compresses; a small compressed record could fill the memory.
+            if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+                raise ValueError("compressed")
+    file.seek(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # Explicit, so that no environment variable and no setting of torch can change them.
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=False)
 
 
 def _refuse_inflated(content: Any, size: int) -> None:

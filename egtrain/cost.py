@@ -11,7 +11,7 @@ from torch.autograd.profiler import profile
 
 from egtrain.build import Data, build_run, summary_of, worker_state_bytes
 from egtrain.config.schedule import PostLocalConfig
-from egtrain.config.schema import Config
+from egtrain.config.schema import Config, InitConfig
 from egtrain.run import Run
 from egtrain.train import take_step
 from egtrain.workers import Ranks
@@ -28,6 +28,7 @@ def estimated_cost(config: Config, data: Data, ranks: Ranks, processes: int) -> 
             "steps": 1_000_000,
             "compile": False,
             "post_local": PostLocalConfig(),
+            "init": InitConfig(),
             "schedule": config.schedule.model_copy(update={"shorten_warmup": True}),
         }
     )

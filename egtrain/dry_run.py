@@ -3,7 +3,15 @@
 import json
 from pathlib import Path
 
-from egtrain.build import build_model, build_task, load_data, native_precision, summary_of
+from egtrain.build import (
+    build_model,
+    build_task,
+    load_data,
+    load_initial_weights,
+    native_precision,
+    summary_of,
+)
+from egtrain.checkpoint import CheckpointStore
 from egtrain.config.schema import Config
 from egtrain.cost import estimated_cost
 from egtrain.errors import MissingExtra, NotDownloaded
@@ -11,6 +19,7 @@ from egtrain.header import facts_from_data, header_lines, run_facts
 from egtrain.logs.environment import cores
 from egtrain.plan import with_fitting_warmup
 from egtrain.ranks import distributed, launch
+from egtrain.run_directory import CHECKPOINTS
 from egtrain.workers import Ranks
 
 
@@ -18,9 +27,10 @@ def print_plan(config: Config, directory: Path, nproc: int | None, as_json: bool
     """Print what `train` would do and what it would take; train nothing.
 
     Raises:
-        DataError: the data are damaged, or missing and not to be downloaded.
-        UsageError: the batch is larger than the data, the warm-up does not fit the run, or the
-            ranks do not divide the workers.
+        DataError: the data are damaged, or missing and not to be downloaded; or the initial weights
+            are.
+        UsageError: the batch is larger than the data, the warm-up does not fit the run, the initial
+            weights do not fit the model, or the ranks do not divide the workers.
     """
     ranks = nproc if nproc is not None else launch.default_ranks(config.device, config.workers)
     launch.require_dividing(config.workers, ranks)
@@ -42,7 +52,9 @@ def print_plan(config: Config, directory: Path, nproc: int | None, as_json: bool
         fitting = with_fitting_warmup(config, task.steps_per_epoch)
         seconds, most = estimated_cost(fitting, data, Ranks(device=device), ranks)
         model = build_model(config, summary_of(data).outputs, device)
-        facts |= facts_from_data(fitting, config, model, task, data.notes)
+        begun = CheckpointStore(directory / CHECKPOINTS).steps()
+        notes = () if begun else load_initial_weights(config, model, Ranks(device=device))
+        facts |= facts_from_data(fitting, config, model, task, (*data.notes, *notes))
         facts |= {
             "step_seconds": seconds,
             "seconds": seconds * facts["steps"],

@@ -29,6 +29,7 @@ def run_facts(
     return {
         "directory": str(directory),
         "model": config.model.text(),
+        "init": config.init.file,
         "data": locate_data(config)
         if isinstance(config.task, UserSettings)
         else f"{config.data.name}, {locate_data(config)}",
@@ -52,7 +53,7 @@ def facts_from_data(
     given: Config,
     model: nn.Module,
     task: Task,
-    data_notes: Sequence[str] = (),
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return what is known of a run once its data are read.
 
@@ -61,7 +62,7 @@ def facts_from_data(
         given: the configuration as the user gave it.
         model: the one to be trained.
         task: with its data.
-        data_notes: what to tell the user about the data.
+        notes: what to tell the user about the data and the initial weights.
     """
     plan = build_plan(config, task.steps_per_epoch)
     rate = build_schedule(config, plan)
@@ -72,7 +73,7 @@ def facts_from_data(
             f"from step {plan.local_start:,} on, weights averaged every "
             f"{config.post_local.period} steps"
         )
-    notes = list(data_notes)
+    notes = list(notes)
     if config.schedule.warmup_epochs != given.schedule.warmup_epochs:
         notes.append(
             f"warm-up shortened from {given.schedule.warmup_epochs:g} to "
@@ -97,6 +98,7 @@ def header_lines(facts: dict[str, Any]) -> list[str]:
     """Return the known facts for people, a line each."""
     parts = {
         "model": facts["model"],
+        "starts from": facts["init"],
         "data": facts["data"],
         "batch": f"{facts['batch_size']:,} = {counted(facts['workers'], 'worker')} x "
         f"{facts['worker_batch_size']}",

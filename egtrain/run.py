@@ -58,8 +58,8 @@ class Run:
     """Steps that may be queued on the device before the host reads the first one's statistics: 1
     keeps a GPU busy."""
     data: DataSummary = DataSummary()
-    data_notes: tuple[str, ...] = ()
-    """What to tell the user about the data before training."""
+    notes: tuple[str, ...] = ()
+    """What to tell the user about the data and the initial weights before training."""
     noise_scale: NoiseScale = field(default_factory=NoiseScale)
     step: int = 0
     """Completed updates."""

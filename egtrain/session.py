@@ -69,7 +69,8 @@ def _train_until(
         distributed.only_first_rank(ranks, begin)
         directory = Path(distributed.agreed(str(run_directory.path), ranks))
         try:
-            run = build_run(config, ranks)
+            begun = CheckpointStore(directory / CHECKPOINTS, warn=lambda message: None).steps()
+            run = build_run(config, ranks, anew=not begun)
             given, config = config, with_fitting_warmup(config, run.task.steps_per_epoch)
             if first:
                 run_directory.write_config(config_to_yaml(config))
@@ -100,7 +101,7 @@ def _train_until(
             threads, stream = torch.get_num_threads(), sys.stderr if as_json else sys.stdout
             device = ranks.device.type
             facts = run_facts(config, directory, device=device, ranks=ranks.count, threads=threads)
-            facts |= facts_from_data(config, given, run.model, run.task, run.data_notes)
+            facts |= facts_from_data(config, given, run.model, run.task, run.notes)
             print("\n".join(header_lines(facts)), file=stream, flush=True)
         recorders: list[Recorder] = []
         distributed.only_first_rank(

@@ -23,6 +23,7 @@ TRAINING_OR_STARTING_PROCESSES = {
     "test_export",
     "test_examples",
     "test_figures",
+    "test_init_from",
     "test_integrations",
     "test_loops_accumulation",
     "test_loops_clipping_and_amp",

@@ -271,7 +271,7 @@ def test_a_loss_that_becomes_infinite_is_exit_4(egtrain_command: Run, images: Pa
 def test_an_unexpected_failure_shows_where(
     egtrain_command: Run, monkeypatch: pytest.MonkeyPatch, images: Path
 ) -> None:
-    monkeypatch.setattr("egtrain.session.build_run", lambda *_: 1 / 0)
+    monkeypatch.setattr("egtrain.session.build_run", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         egtrain_command(*arguments(images))
 

@@ -133,7 +133,7 @@ def test_every_key_is_described_in_the_json_schema() -> None:
     schema = json_schema()
     json.dumps(schema, allow_nan=False)
     sections = {name for name, value in schema["properties"].items() if "$ref" in value}
-    assert sections == {"data", "schedule", "post_local", "checkpoint", "log"}
+    assert sections == {"data", "init", "schedule", "post_local", "checkpoint", "log"}
     assert "inherits" in schema["properties"]
     undescribed = [
         key

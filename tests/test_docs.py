@@ -115,6 +115,9 @@ def write_files(folder: Path) -> None:
 def make_data(folder: Path, arguments: str) -> None:
     """Make small versions of the user's data that a command names, and the files of the pages."""
     write_files(folder)
+    if "--init-from weights.safetensors" in arguments:
+        make_runs("runs/spirals")
+        egtrain("export runs/spirals --output weights.safetensors")
     if "images.npz" in arguments:
         (block,) = (block for _, block in PYTHON if "images.npz" in block)
         exec(compile(block, "docs/data.md", "exec"), {})

@@ -251,8 +251,8 @@ class Caught:
 def caught(monkeypatch: pytest.MonkeyPatch) -> Caught:
     catch = Caught()
 
-    def build_noted(config: Config, ranks: Ranks) -> Run:
-        catch.run = build_run(config, ranks)
+    def build_noted(config: Config, ranks: Ranks, *, anew: bool) -> Run:
+        catch.run = build_run(config, ranks, anew=anew)
         return catch.run
 
     monkeypatch.setattr(session, "build_run", build_noted)

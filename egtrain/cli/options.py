@@ -197,7 +197,7 @@ def overrides_of(
         if "steps" in given:
             raise UsageError("--epochs and --steps exclude each other: give one")
         given["steps"] = None
-    names = {"data.name": "--data", "data.offline": "--offline"}
+    names = {"data.name": "--data", "data.offline": "--offline", "init.file": "--init-from"}
     overrides: list[str] = []
     for key, value in given.items():
         override = TypedOption(f"{key}={write_value(value)}")

@@ -42,6 +42,20 @@ def train(
         ),
     ] = None,
     task: TaskPath = None,
+    init_from: Annotated[
+        Path | None,
+        what_option(
+            metavar="FILE|RUN",
+            help="Begin with these weights: .safetensors, .pt, a checkpoint, or a run's newest.",
+        ),
+    ] = None,
+    init_strict: Annotated[
+        bool | None,
+        what_option(
+            "--init-strict/--no-init-strict",
+            help="Refuse weights that do not all fit, or take those that fit.",
+        ),
+    ] = None,
     settings: Settings = None,
     data: DataName = None,
     data_dir: DataDir = None,
@@ -143,6 +157,8 @@ def train(
             "compile": compile_model,
             "deterministic": deterministic,
             "checkpoint.every": checkpoint_every,
+            "init.file": None if init_from is None else str(init_from.expanduser().absolute()),
+            "init.strict": init_strict,
         },
     )
     overrides += settings or []
@@ -176,11 +192,14 @@ def train(
     with ending_at_interrupt():
         from egtrain import dry_run as plan_only
         from egtrain import session
+        from egtrain.build import with_known_weights
         from egtrain.config.schema import config_to_yaml
         from egtrain.ranks import launch, torchrun
         from egtrain.run_directory import RunDirectory
         from egtrain.task_file import TaskFileError
 
+    if before is None and rank_of is None:
+        config = with_known_weights(config)
     if dry_run:
         plan_only.print_plan(config, directory, nproc, as_json)
         return
@@ -280,6 +299,11 @@ def resumed_config(
     saved = load_run_config(directory)
     config = load_run_config(directory, overrides, task, allow_changes=True)
     config = with_batch(config, workers, batch_size)
+    if config.init != saved.init:
+        raise UsageError(
+            "a run keeps the weights that it began with: leave out --init-from and --init-strict, "
+            "or start a new run"
+        )
     changes = differences(saved, config)
     if changes:
         for line in changes:

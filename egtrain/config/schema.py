@@ -19,6 +19,18 @@ from egtrain.config.yaml_text import describe, write_settings, write_value
 from egtrain.errors import did_you_mean
 
 
+class InitConfig(Section):
+    """The weights that training begins with, where they are not drawn from the seed."""
+
+    file: str | None = None
+    """Weights (.safetensors, a state_dict of torch, a checkpoint of egtrain) or a run directory;
+    null: drawn from the seed."""
+    sha256: str | None = None
+    """SHA-256 of the file, which may hold nothing else; null: noted when the run begins."""
+    strict: bool = True
+    """Refuse weights that do not fit the model; false: take those that fit."""
+
+
 class CheckpointConfig(Section):
     """When checkpoints are saved, and which are kept."""
 
@@ -72,6 +84,7 @@ class Config(Section):
     data: DataConfig = DataConfig()
     model: Annotated[Model, Field(discriminator="name")] = ResnetModel()
     """The network; the keys depend on name."""
+    init: InitConfig = InitConfig()
     optimizer: Annotated[Optimizer, Field(discriminator="name")] = SgdOptimizer()
     """The base optimizer, which makes the update; the keys depend on name."""
     schedule: ScheduleConfig = ScheduleConfig()
@@ -145,6 +158,13 @@ class Config(Section):
                 "data.validation must be 0, because texts have a validation part already; "
                 "remove it",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _weights_to_begin_with(self) -> "Config":
+        if self.init.file is None and self.init != InitConfig():
+            key = "init.sha256" if self.init.strict else "init.strict"
+            raise wrong(key, f"{key} is about the weights of init.file: name some with --init-from")
         return self
 
     @model_validator(mode="after")

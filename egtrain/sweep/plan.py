@@ -342,6 +342,10 @@ def _all_settings(request: Request, base: Config, values: Mapping[str, Any]) -> 
         section, _, name = key.rpartition(".")
         if (plain[section] if section else plain)[name] != value:
             changing.append(f"{key}={write_value(value)}")
+    init = base.init
+    if init.file is not None:
+        # With its content, lest it changes during the sweep.
+        changing += [f"init.{key}={write_value(getattr(init, key))}" for key in ("file", "sha256")]
     return [*request.settings, *changing]
 
 

@@ -125,6 +125,10 @@ def checked_presets(request: Request) -> list[Preset]:
     presets: list[Preset] = []
     for source in request.presets:
         config = load_config(source, list(request.settings), request.task)
+        if config.init.file is not None:
+            from egtrain.build import with_known_weights
+
+            config = with_known_weights(config)
         # With a rate for the preset's batch, `none` means that it is used unscaled.
         as_it_is = (
             config.optimizer.base_batch_size is None and config.optimizer.lr_scaling == "none"
