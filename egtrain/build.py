@@ -19,6 +19,7 @@ from egtrain.data.sets import OF_TASK
 from egtrain.data.text import TextData, load_text
 from egtrain.data.user import UserData, load_user_data
 from egtrain.logs.environment import cores
+from egtrain.models.imagenet_resnet import ImagenetResNet
 from egtrain.models.loading import load_weights, without_wrappers
 from egtrain.models.lstm import LSTMLanguageModel
 from egtrain.models.resnet import ResNet
@@ -87,6 +88,7 @@ def load_data(config: Config, offline: bool = False) -> Data:
         offline=offline,
         train_samples=limit,
         validation=config.data.validation,
+        image_size=config.data.image_size,
     )
 
 
@@ -203,6 +205,8 @@ def build_model(config: Config, outputs: int, device: torch.device) -> nn.Module
             model = VGG(shape.depth, shape.width, outputs)
         case "resnet":
             model = ResNet(shape.depth, shape.width, outputs, shape.shortcut)
+        case "imagenet-resnet":
+            model = ImagenetResNet(shape.depth, shape.width, outputs)
         case "user":
             raise AssertionError("a task file's model was built above")
         case _:

@@ -36,7 +36,7 @@ MODELS = ", ".join(UNIONS["model"])
 DIRECTIONS = UNIONS["extrapolation"]
 ALONG_GRADIENT = [name for name, keys in DIRECTIONS.items() if "ratio" in keys.model_fields]
 IMAGE_MODELS = " or ".join(models_of("image"))
-IMAGE_DATA = f"{', '.join(IMAGES)}, synthetic or npz:FILE"
+IMAGE_DATA = f"{', '.join(IMAGES)}, synthetic, npz:FILE or folder:DIR"
 
 
 def complaint(text: str, source: str = "x.yaml") -> str:

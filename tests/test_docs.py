@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import started, write_texts
+from PIL import Image
 from typer.testing import CliRunner
 
 from egtrain.build import build_direction
@@ -121,8 +122,14 @@ def make_data(folder: Path, arguments: str) -> None:
     if "images.npz" in arguments:
         (block,) = (block for _, block in PYTHON if "images.npz" in block)
         exec(compile(block, "docs/data.md", "exec"), {})
+    if "folder:DIR" in arguments:
+        for split in ("train", "test"):
+            for number in range(8):
+                place = folder / f"DIR/{split}/{number % 2}/{number}.png"
+                place.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (40, 40), (30 * number, 0, 0)).save(place)
     for path in {"FOLDER", "DIR"} & set(re.findall(r"\w+", arguments)):
-        (folder / path).mkdir()
+        (folder / path).mkdir(exist_ok=True)
     if "FOLDER" in arguments:
         write_texts(folder / "FOLDER", words=93, pairs=60)
 
@@ -167,6 +174,8 @@ def made_small(arguments: str) -> str:
         arguments += " --batch-size 2 --workers 2 --set task.bptt=5 --set model.width=16"
     if "pairs:FOLDER" in arguments:
         arguments += " --batch-size 16 --workers 2 --set task.subwords=40 --set model.width=16"
+    if "folder:DIR" in arguments:
+        arguments += " --batch-size 8 --workers 2 --set model.width=2"
     if "--data synthetic" in arguments:
         arguments += " --set model.depth=8 --set worker_batch_size=8"
     arguments = re.sub(" --dry-run", "", arguments) + " --dry-run"

@@ -66,8 +66,8 @@ DataName = Annotated[
     what_option(
         "--data",
         metavar="NAME",
-        help=f"{', '.join(IMAGES)}, npz:FILE; {', '.join(TEXTS)}, text:FOLDER; {', '.join(PAIRS)}, "
-        "pairs:FOLDER; or synthetic.",
+        help=f"{', '.join(IMAGES)}, npz:FILE, folder:DIR; {', '.join(TEXTS)}, text:FOLDER; "
+        f"{', '.join(PAIRS)}, pairs:FOLDER; or synthetic.",
     ),
 ]
 DataDir = Annotated[Path | None, what_option(metavar="DIR", help="Folder that holds the data.")]

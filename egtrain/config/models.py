@@ -39,6 +39,23 @@ class ResnetModel(Section):
         return f"ResNet-{self.depth}"
 
 
+class ImagenetResnetModel(Section):
+    """The ResNet with four stages for larger images (He et al. 2016, arXiv 1512.03385)."""
+
+    task: ClassVar[str] = "image"
+
+    name: Literal["imagenet-resnet"] = "imagenet-resnet"
+    """imagenet-resnet: a residual network for images of about 224 pixels."""
+    depth: Literal[18, 34, 50] = 50
+    """Number of weighted layers."""
+    width: Annotated[int, Field(ge=1, le=10_000)] = 64
+    """Channels of the first stage; the later ones have two, four and eight times as many."""
+
+    def text(self) -> str:
+        """Return how people call the network."""
+        return f"ResNet-{self.depth} for larger images"
+
+
 class VggModel(Section):
     """VGG with BatchNorm for small images (Simonyan & Zisserman 2015, arXiv 1409.1556)."""
 
@@ -124,7 +141,7 @@ class UserModel(Section):
         return "model()"
 
 
-Model = ResnetModel | VggModel | LstmModel | TransformerModel | UserModel
+Model = ResnetModel | ImagenetResnetModel | VggModel | LstmModel | TransformerModel | UserModel
 
 
 def models_of(task: str) -> list[str]:

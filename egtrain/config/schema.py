@@ -141,16 +141,21 @@ class Config(Section):
                 f"task '{task}' has no model '{self.model.name}'; set model.name to "
                 f"{' or '.join(models_of(task))}, or task.name to {self.model.task}",
             )
-        names, own = DATA[task]
+        names, forms = DATA[task]
         if task == USER and self.data.name != USER:
             raise wrong("data.name", "a task file has its own data: leave data.name out")
-        name, prefix = self.data.name, own.partition(":")[0] + ":"
-        if name not in names and not (name.startswith(prefix) and name != prefix):
-            file = Path(name).name
-            missing = prefix == "npz:" and file.endswith(".npz") and ":" not in file
-            hint = f"; did you mean '{prefix}{name}'?" if missing else did_you_mean(name, names)
+        name = self.data.name
+        kind, colon, place = name.partition(":")
+        prefixes = [form.partition(":")[0] for form in forms]
+        if name not in names and not (kind in prefixes and place):
+            missing = "npz" in prefixes and Path(name).suffix == ".npz" and not colon
+            hint = f"; did you mean 'npz:{name}'?" if missing else did_you_mean(name, names)
+            known = " or ".join([", ".join([*names, *forms[:-1]]), forms[-1]])
+            raise wrong("data.name", f"data.name must be {known}, not {name!r}{hint}")
+        if self.data.image_size is not None and kind != "folder":
             raise wrong(
-                "data.name", f"data.name must be {', '.join(names)} or {own}, not {name!r}{hint}"
+                "data.image_size",
+                "data.image_size is for folder:DIR, not for other data; remove it",
             )
         if task in ("language", "translation") and self.data.validation:
             raise wrong(

@@ -17,8 +17,9 @@ class DataConfig(Section):
     """synthetic (embedded, no download), a public data set such as cifar10, cifar100, wikitext2 or
     multi30k, or your data.
 
-    Your data are npz:FILE (x_train, y_train, x_test, y_test), text:FOLDER (train.txt, valid.txt,
-    test.txt) or pairs:FOLDER (train.en, train.de and so on)."""
+    Your data are npz:FILE (x_train, y_train, x_test, y_test), folder:DIR (train/CLASS/*.jpg and
+    test/CLASS/*.jpg), text:FOLDER (train.txt, valid.txt, test.txt) or pairs:FOLDER (train.en,
+    train.de and so on)."""
     dir: str | None = None
     """Folder that holds the data; null: $EGTRAIN_DATA, then the user cache, then a download."""
     offline: bool = False
@@ -27,6 +28,9 @@ class DataConfig(Section):
     """Number of samples to train on (images, windows of text, pairs of sentences); null: all."""
     validation: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     """Training samples held out for validation; texts come with a validation part."""
+    image_size: Annotated[int, Field(ge=8, le=10_000)] | None = None
+    """Pixels to which the middle square of each image of folder:DIR is scaled; null: all of them
+    have one size."""
     loaders: Annotated[int, Field(ge=0, le=1024)] = 0
     """Processes that fetch the samples of a task file for each rank; 0: the rank fetches them."""
 
@@ -119,12 +123,12 @@ Task = ImageSettings | LanguageSettings | TranslationSettings | UserSettings
 USER = UserSettings.model_fields["name"].default
 """The name of the task, model and data of a task file."""
 
-DATA: dict[str, tuple[list[str], str]] = {
-    task: ([*OF_TASK[task], "synthetic"], form)
-    for task, form in (
-        ("image", "npz:FILE"),
-        ("language", "text:FOLDER"),
-        ("translation", "pairs:FOLDER"),
+DATA: dict[str, tuple[list[str], tuple[str, ...]]] = {
+    task: ([*OF_TASK[task], "synthetic"], forms)
+    for task, forms in (
+        ("image", ("npz:FILE", "folder:DIR")),
+        ("language", ("text:FOLDER",)),
+        ("translation", ("pairs:FOLDER",)),
     )
-} | {USER: ([USER], "")}
-"""The data that a task reads: the names, and the form of a user's data."""
+} | {USER: ([USER], ())}
+"""The data that a task reads: the names, and the forms of a user's data."""

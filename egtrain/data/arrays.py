@@ -17,6 +17,9 @@ class ImageArrays(NamedTuple):
     x_test: NDArray[np.uint8]
     y_test: NDArray[np.int64]
     classes: int
+    x_validation: NDArray[np.uint8] | None = None
+    """Where the data come with a validation part; not empty."""
+    y_validation: NDArray[np.int64] | None = None
 
 
 def fixed_order(count: int, seed: int) -> NDArray[np.intp]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from egtrain.data.arrays import SPLIT_SEED, ImageArrays, fixed_order
 from egtrain.data.download import find_or_download
 from egtrain.data.finding import note_of_part, require_own
+from egtrain.data.folder import read_folder
 from egtrain.data.npz import read_npz
 from egtrain.data.sets import IMAGES
 from egtrain.data.synthetic_images import make_synthetic_images
@@ -48,8 +49,11 @@ def load_images(
     offline: bool,
     train_samples: int | None,
     validation: int,
+    image_size: int | None = None,
 ) -> ImageData:
-    """Load a public data set, `synthetic` or `npz:FILE`, and hold out `validation` training images.
+    """Load a public data set, `synthetic`, `npz:FILE` or `folder:DIR`, and hold out images.
+
+    `validation` training images are held out; `image_size` is for folders, see `read_folder`.
 
     The validation images, then `train_samples` of the rest, are the first of one fixed permutation.
     So they are the same in every run, and smaller training sets are subsets of larger ones. Data
@@ -66,11 +70,15 @@ def load_images(
     elif name.startswith("npz:"):
         path = require_own(name, data_dir, "the path of an .npz file, as in --data npz:images.npz")
         arrays = read_npz(path)
+    elif name.startswith("folder:"):
+        form = "a folder with train/CLASS/*.jpg and test/CLASS/*.jpg, as in --data folder:flowers"
+        arrays = read_folder(require_own(name, data_dir, form), image_size)
     elif name in IMAGES:
         arrays = IMAGES[name].read(find_or_download(IMAGES[name], data_dir, offline))
     else:
         raise UsageError(
-            f"unknown image data '{name}'; use {', '.join(IMAGES)}, synthetic or npz:FILE"
+            f"unknown image data '{name}'; use {', '.join(IMAGES)}, synthetic, npz:FILE or "
+            "folder:DIR"
         )
     return _split(name, arrays, ceiling, train_samples, validation)
 
@@ -88,6 +96,10 @@ def _split(
             f"data.validation: {validation} is not possible, as {name} has {count:,} training "
             f"images and one must remain; use 0 to {count - 1}"
         )
+    if validation and arrays.x_validation is not None:
+        raise UsageError(
+            f"data.validation must be 0, because {name} has a validation part already: remove it"
+        )
     if train_samples is not None and not 1 <= train_samples <= count - validation:
         raise UsageError(
             f"data.train_samples: {train_samples} is not possible, as {name} has {count:,} "
@@ -102,8 +114,12 @@ def _split(
     whole = len(kept) == count
     x_train = torch.from_numpy(arrays.x_train if whole else arrays.x_train[kept])
     y_train = torch.from_numpy(arrays.y_train if whole else arrays.y_train[kept])
-    x_validation = torch.from_numpy(arrays.x_train[held_out])
-    y_validation = torch.from_numpy(arrays.y_train[held_out])
+    if arrays.x_validation is None or arrays.y_validation is None:
+        x_validation = torch.from_numpy(arrays.x_train[held_out])
+        y_validation = torch.from_numpy(arrays.y_train[held_out])
+    else:
+        x_validation = torch.from_numpy(arrays.x_validation)
+        y_validation = torch.from_numpy(arrays.y_validation)
     x_test, y_test = torch.from_numpy(arrays.x_test), torch.from_numpy(arrays.y_test)
     mean, std = _channel_statistics(x_train)
     return ImageData(
