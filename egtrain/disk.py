@@ -1,6 +1,7 @@
 """Files that are written whole or not at all, and what the disk has to do for that."""
 
 import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -69,3 +70,18 @@ def cannot_write(path: Path, error: OSError) -> EgtrainError:
         f"are free there; {remedy}, then start again, or go on with --resume: what was saved "
         "before is intact"
     )
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """Lock the folder itself, which leaves no lock file; yield False if the file system cannot."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            alone = True
+        except OSError:
+            alone = False
+        yield alone
+    finally:
+        os.close(descriptor)

@@ -481,7 +481,7 @@ def test_an_unknown_key_is_named_with_its_line_and_a_suggestion(text: str, messa
         ("optimzer.lr=1", "unknown key 'optimzer.lr'; did you mean 'optimizer.lr'?"),
         (
             "data.name=my/pictures.npz",
-            "data.name must be cifar10, cifar100, synthetic or npz:FILE, not 'my/pictures.npz'; "
+            f"data.name must be {IMAGE_DATA}, not 'my/pictures.npz'; "
             "did you mean 'npz:my/pictures.npz'?",
         ),
         ("lr=1", "unknown key 'lr'; did you mean 'optimizer.lr'?"),

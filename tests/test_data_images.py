@@ -116,7 +116,7 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
     for name in ("cifar", "", "../cifar10"):
         with pytest.raises(
             UsageError,
-            match=f"^unknown image data '{name}'; use {', '.join(IMAGES)}, synthetic or npz:",
+            match=f"^unknown image data '{name}'; use {', '.join(IMAGES)}, synthetic, npz:",
         ):
             load_images(name, data_dir=None, offline=True, train_samples=None, validation=0)
 

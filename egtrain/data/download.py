@@ -1,7 +1,6 @@
 """The download of a public data set, which leaves either the checked files or nothing."""
 
 import contextlib
-import fcntl
 import gzip
 import hashlib
 import http.client
@@ -51,7 +50,7 @@ def find_or_download(data_set: DataSet, data_dir: Path | None, offline: bool) ->
     target = data_folders(data_dir)[0]
     try:
         target.mkdir(parents=True, exist_ok=True)
-        with _lock(target) as alone:
+        with disk.locked(target) as alone:
             if found := find(data_set, data_dir):
                 return found
             _download(data_set, target, alone)
@@ -66,21 +65,6 @@ def find_or_download(data_set: DataSet, data_dir: Path | None, offline: bool) ->
             "with --data-dir"
         ) from problem
     return Found(data_set, target / data_set.layouts[0].folder, data_set.layouts[0])
-
-
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[bool]:
-    """Lock the folder itself, which leaves no lock file; yield False if the file system cannot."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            alone = True
-        except OSError:
-            alone = False
-        yield alone
-    finally:
-        os.close(descriptor)
 
 
 def _download(data_set: DataSet, target: Path, alone: bool) -> None:

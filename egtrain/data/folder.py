@@ -1,8 +1,12 @@
 """A user's folder of images, `train/CLASS/*.jpg`: decoded once, in parallel, and kept decoded."""
 
 import hashlib
+import math
 import os
+import stat
+import struct
 import sys
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -16,7 +20,7 @@ from PIL import Image, ImageOps
 from egtrain.data.arrays import ImageArrays
 from egtrain.data.finding import cache_folder
 from egtrain.data.npz import SMALLEST
-from egtrain.disk import replacing
+from egtrain.disk import locked, replacing
 from egtrain.errors import DataError, EgtrainError
 from egtrain.progress import Progress
 
@@ -24,8 +28,8 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 FORMATS = ("JPEG", "PNG", "WEBP")
 VERSION = 1
 """Of how images are decoded; another one makes the cache anew."""
-_SHA256 = 32
-"""Bytes."""
+_SHAPE = struct.Struct("<4q")
+"""Images, height, width and three channels, at the beginning of a cache file."""
 
 Bytes = NDArray[np.uint8]
 
@@ -88,16 +92,19 @@ def _split_of(folder: Path, name: str, classes: list[str] | None) -> _Split:
     place = folder / name
     if not place.is_dir():
         raise DataError(f"{folder}: there is no folder {name}: put images into {name}/CLASS/")
-    found = sorted(path for path in place.iterdir() if path.is_dir())
-    if not found:
-        raise DataError(f"{place}: there are no folders of classes: put images into {name}/CLASS/")
+    _require_inside(place, folder)
+    found = [path for path in _entries(place) if path.is_dir() or path.is_symlink()]
+    if classes is None and len(found) < 2:
+        raise DataError(
+            f"{place}: there are no two folders of classes: put images into {name}/CLASS/"
+        )
     files: list[Path] = []
     labels: list[int] = []
     for number, path in enumerate(found):
         if classes is not None and path.name not in classes:
             raise DataError(f"{path}: train has no class '{path.name}': rename or remove it")
         _require_inside(path, folder)
-        own = sorted(file for file in path.iterdir() if file.suffix.lower() in ENDINGS)
+        own = [file for file in _entries(path) if file.suffix.lower() in ENDINGS]
         if not own:
             raise DataError(
                 f"{path}: there is no image ({', '.join(ENDINGS)}): add some, or remove the folder"
@@ -109,8 +116,20 @@ def _split_of(folder: Path, name: str, classes: list[str] | None) -> _Split:
     return _Split(files, np.array(labels, np.int64))
 
 
+def _entries(folder: Path) -> list[Path]:
+    """Return what is in a folder, by name."""
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read ({error.strerror}): remove it") from error
+
+
 def _require_inside(path: Path, folder: Path) -> None:
-    if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+    if not path.is_symlink():
+        return
+    if not path.exists():
+        raise DataError(f"{path}: a link that leads nowhere: remove it")
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise DataError(
             f"{path}: a link that leads out of {folder}: put the images themselves there"
         )
@@ -118,22 +137,27 @@ def _require_inside(path: Path, folder: Path) -> None:
 
 def _decoded_once(folder: Path, files: list[Path], image_size: int | None) -> Bytes:
     """Return the images of all files, from the cache if it has them."""
-    here = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
+    here = hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:16]
     same = f"{here}-{image_size or 'own'}"
-    cached = cache_folder() / "folders" / f"{same}-{_key(folder, files)}.npy"
+    cached = cache_folder() / "folders" / f"{same}-{_key(folder, files)}.bin"
     images = _read_cached(cached, len(files))
     if images is not None:
         return images
-    images = _decoded(files, image_size)
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(cached) as output:
-            np.save(output, images)
-            output.write(hashlib.sha256(images.data).digest())
+        with locked(cached.parent):
+            # Another process may have decoded them while this one waited.
+            images = _read_cached(cached, len(files))
+            if images is None:
+                images = _decoded(files, image_size)
+                _write_cached(cached, images)
+    except DataError:
+        raise
     except (OSError, EgtrainError) as error:
-        print(f"warning: the decoded images are not kept ({error})", file=sys.stderr)
-        return images
-    for old in cached.parent.glob(f"{same}-*.npy"):
+        reason = getattr(error, "strerror", None) or str(error).partition(";")[0]
+        print(f"warning: the decoded images are not kept ({reason})", file=sys.stderr)
+        return _decoded(files, image_size) if images is None else images
+    for old in cached.parent.glob(f"{same}-*.bin"):
         if old != cached:
             with suppress(OSError):
                 old.unlink()
@@ -147,32 +171,57 @@ def _key(folder: Path, files: list[Path]) -> str:
             status = file.stat()
         except OSError as error:
             raise DataError(f"{file}: cannot be read ({error.strerror}): remove it") from error
+        if not stat.S_ISREG(status.st_mode):
+            raise DataError(f"{file}: this is no file: remove it")
         name = os.fsencode(file.relative_to(folder))
         digest.update(name + f"\0{status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:32]
 
 
+def _write_cached(path: Path, images: Bytes) -> None:
+    """Write the shape, the bytes and a SHA-256 of both."""
+    shape = _SHAPE.pack(*images.shape)
+    with replacing(path) as output:
+        output.write(shape)
+        output.write(images.data)
+        output.write(hashlib.sha256(shape + _digest(images)).digest())
+
+
 def _read_cached(path: Path, count: int) -> Bytes | None:
     """Return the images of a cache file, or None if it is not there or not whole."""
     try:
-        # Copied on write: nothing that is done to the images reaches the file.
-        images: Bytes = np.load(path, mmap_mode="c", allow_pickle=False)
         with path.open("rb") as file:
-            file.seek(-_SHA256, os.SEEK_END)
+            head = file.read(_SHAPE.size)
+            shape = _SHAPE.unpack(head)
+            size = math.prod(shape)
+            whole = _SHAPE.size + size + hashlib.sha256().digest_size
+            fits = shape[0] == count and shape[3] == 3 and min(shape) > 0
+            if not fits or os.fstat(file.fileno()).st_size != whole:
+                return None
+            file.seek(_SHAPE.size + size)
             expected = file.read()
-        fits = images.dtype == np.uint8 and images.ndim == 4 and len(images) == count
-        if fits and hashlib.sha256(images.data).digest() == expected:
-            return images
-    except (OSError, ValueError, EOFError):
+        # Copied on write: nothing that is done to the images reaches the file.
+        images: Bytes = np.memmap(path, np.uint8, "c", offset=_SHAPE.size, shape=shape)
+    except (OSError, struct.error):
         return None
-    return None
+    return images if hashlib.sha256(head + _digest(images)).digest() == expected else None
+
+
+def _digest(images: Bytes) -> bytes:
+    return hashlib.sha256(images.data).digest()
 
 
 def _decoded(files: list[Path], image_size: int | None) -> Bytes:
     """Decode all files, in as many threads as there are cores: Pillow decodes without the GIL."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     pool = ThreadPoolExecutor(cores)
-    with Progress(sys.stderr) as progress, progress.bar("decoding images", len(files)) as bar:
+    with (
+        warnings.catch_warnings(),
+        Progress(sys.stderr) as progress,
+        progress.bar("decoding images", len(files)) as bar,
+    ):
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             result: Bytes | None = None
             for number, image in enumerate(_in_order(pool, files, image_size)):
@@ -225,7 +274,7 @@ def _image(path: Path, image_size: int | None) -> Bytes:
             if image_size is not None:
                 image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
             return np.asarray(image)
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except Exception as error:  # of any kind: the file may hold anything
         raise DataError(
             f"{path}: not a readable image ({' '.join(str(error).split())[:200]}): repair it, or "
             "remove it"

@@ -141,10 +141,12 @@ def _split(
 def _channel_statistics(
     images: Tensor,
 ) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    total = torch.zeros(images[0].numel(), dtype=torch.float64)
+    # Rows of an image, a few at a time, which stay in the processor's cache.
+    rows = images.flatten(0, 1).flatten(1)
+    total = torch.zeros(rows.shape[1], dtype=torch.float64)
     squares = torch.zeros_like(total)
     # Sums of 256 squared bytes are exact in float32, so the number of threads does not matter.
-    for part in torch.split(images.flatten(1), 256):
+    for part in torch.split(rows, 256):
         values = part.to(torch.float32)
         total += values.sum(0)
         squares += values.square_().sum(0)
