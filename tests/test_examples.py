@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -14,8 +15,11 @@ from helpers import environment
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.py"))
 PAGE = (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
+OPERATORS = ROOT / "tests" / "torchvision_without_operators"
 SMALL = {
     "character_gpt": "task.context=8 task.width=8 task.layers=1",
+    "finetune_classifier": "task.samples=32 task.width=8 task.layers=1",
+    "image_folder": "task.image_size=32",
     "tabular_regression": "task.width=8",
 }
 """The smallest settings of each example."""
@@ -39,15 +43,15 @@ def commands_of(example: Path) -> dict[str, str]:
     return {line.split()[1]: line.partition(" ")[2] for line in lines}
 
 
-def run(program: list[str], folder: Path) -> str:
-    """Run a program as a user does, and return its standard output."""
+def run(program: list[str], folder: Path, *paths: str) -> str:
+    """Run a program as a user does, with further folders of modules; return what it prints."""
     result = subprocess.run(
         [sys.executable, *program],
         cwd=folder,
-        env=environment(),
+        env=environment(PYTHONPATH=os.pathsep.join([*paths, environment()["PYTHONPATH"]])),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=250,
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -61,25 +65,42 @@ def settings(text: str) -> str:
 def test_the_commands_of_the_page_run(example: Path, tmp_path: Path) -> None:
     commands = commands_of(example)
     (tmp_path / example.name).write_bytes(example.read_bytes())
+    paths = []
+    if example.stem == "image_folder":
+        folder = os.environ.get("EGTRAIN_TORCHVISION")
+        if folder is None:
+            pytest.skip(
+                "EGTRAIN_TORCHVISION is not set: let it name the FOLDER of pip install --no-deps "
+                "--target FOLDER torchvision"
+            )
+        paths = [str(OPERATORS), folder]
+        (draw,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+        fewer = draw.replace('"train", 200', '"train", 50').replace('"val", 50', '"val", 4')
+        run(["-c", fewer], tmp_path)
     small = settings(f"{FEW_STEPS} {SMALL[example.stem]}")
     train = re.sub(r"--batch-size \d+", "--batch-size 8", commands["train"])
-    output = run(["-m", "egtrain", *shlex.split(f"{train} {small} --json")], tmp_path)
-    trained = json.loads(output)
+    (directory,) = re.findall(r"--output (\S+)", train)
+    plot = re.sub(r"runs/\S+/cells/\*", directory, commands["plot-sharpness"])
+    plot = re.sub(r"--(samples|metrics) \S+", "", plot)
+    output = run(
+        [
+            *("-c", ALL_IN_ONE),
+            f"{train} {small} --json",
+            f"{commands['eval']} --device cpu --json",
+            f"{commands['sweep-batch']} --device cpu --dry-run --no-estimate",
+            f"{plot} --samples 4 --metrics trace --device cpu",
+        ],
+        tmp_path,
+        *paths,
+    )
+    trained, end = json.JSONDecoder().raw_decode(output)
+    evaluated, _ = json.JSONDecoder().raw_decode(output[end:].lstrip())
     assert trained["steps"] == 3
-
-    (directory,) = (tmp_path / "runs").iterdir()
-    plot = re.sub(r"runs/\S+/cells/\*", str(directory), commands["plot-sharpness"])
-    further = [
-        f"{commands['eval']} --device cpu --json",
-        f"{commands['sweep-batch']} --device cpu --dry-run --no-estimate",
-        re.sub(r"--samples \d+", "", plot) + " --samples 8 --metrics line --device cpu",
-    ]
-    output = run(["-c", ALL_IN_ONE, *further], tmp_path)
-    evaluated, _ = json.JSONDecoder().raw_decode(output)
     (metric,) = {name for name in trained["final"]["test"] if name != "loss"}
     assert evaluated[metric] == pytest.approx(trained["final"]["test"][metric], rel=1e-5)
     assert "4 runs" in output
-    assert list(tmp_path.glob("runs/*-sharpness/*.png"))
+    (measured,) = tmp_path.glob("runs/*-sharpness/sharpness.json")
+    assert json.loads(measured.read_text())["runs"][0]["checkpoints"][0]["metrics"]["trace"]
 
 
 @each_example
