@@ -448,6 +448,8 @@ def test_an_unknown_key_is_named_with_its_line_and_a_suggestion(text: str, messa
             "data.name=npz:",
             f"data.name must be {IMAGE_DATA}, not 'npz:'",
         ),
+        ("data.loaders=2", "data.loaders is for task files; other data need none: remove it"),
+        ("data.image_size=32", "data.image_size is for folder:DIR, not for other data; remove it"),
         ("model.depth=21", "model.depth must be 6n + 2, such as 20 or 26, not 21"),
         ("optimizer.lr=0", "optimizer.lr must be greater than 0, not 0"),
         ("optimizer.lr='0.1'", "optimizer.lr must be a number, not '0.1'"),

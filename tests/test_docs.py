@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,8 +63,10 @@ TINY_TEXT = (
     "--data synthetic --steps 2 --workers 2 --device cpu "
     "--set model.layers=1 --set model.width=16 --set threads=1"
 )
+TASKS = {"spirals": "spirals.py", "table": "docs/examples/tabular_regression.py"}
+"""Those with a task file."""
 TINY_TASK = (
-    "--steps 2 --workers 2 --device cpu --set worker_batch_size=8 --set task.samples=64 "
+    "--steps 2 --workers 2 --device cpu --set worker_batch_size=8 "
     "--set threads=1 --set schedule.shorten_warmup=true"
 )
 RUNS = {
@@ -72,6 +75,7 @@ RUNS = {
     "resnet-eg": "resnet-eg",
     "transformer-eg": "transformer-eg",
     "spirals": "eg",
+    "table": "eg",
 }
 """The runs that the pages speak of, and their presets."""
 
@@ -95,10 +99,9 @@ def make_runs(arguments: str) -> None:
     """Make small versions of the runs that a command reads."""
     for name in sorted(set(re.findall(r"runs/([\w-]+)", re.sub(r"--output \S+", "", arguments)))):
         if preset := RUNS.get(name):
-            if Path(f"{name}.py").is_file():  # its task file
-                egtrain(
-                    f"train --task {name}.py --preset {preset} --output runs/{name} {TINY_TASK}"
-                )
+            if name in TASKS:
+                own = f"--task {TASKS[name]} --preset {preset} --output runs/{name}"
+                egtrain(f"train {own} {TINY_TASK}")
                 continue
             text = preset.startswith("transformer")
             size = f"{TINY_TEXT} --set task.subwords=200" if text else TINY
@@ -106,7 +109,8 @@ def make_runs(arguments: str) -> None:
 
 
 def write_files(folder: Path) -> None:
-    """Write the files that begin with their name, such as `# flowers.py`, in the pages."""
+    """Write the files that begin with their name, such as `# flowers.py`, and the examples."""
+    shutil.copytree(ROOT / "docs/examples", folder / "docs/examples")
     for text in PAGES.values():
         for block in re.findall(r"```(?:python|yaml)\n(.*?)```", text, flags=re.DOTALL):
             if named := re.match(r"# (\w+\.(?:py|yaml))\n", block):

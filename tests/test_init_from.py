@@ -407,3 +407,8 @@ def test_every_cell_of_a_sweep_begins_with_the_same_content(
     assert result.code == 2
     assert "init.sha256" in result.stderr
     assert json.loads((sweep / "sweep.json").read_text())["identity"]["presets"]
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be read"):
+        sha256_of(tmp_path)

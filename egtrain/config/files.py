@@ -238,10 +238,10 @@ def _shipped(name: str, for_task_file: bool = False) -> Path:
         names += [known_name.removeprefix("variant/") for known_name in known]
     hint = _other_families(name) or did_you_mean(name, names)
     if variant in known:
-        family = next(
-            (f for f, variants in preset_families().items() if name in variants), "resnet"
-        )
-        hint = f"; it is a variant: add --task FILE, or name a family's, such as {family}-{name}"
+        families = [f for f, variants in preset_families().items() if name in variants]
+        family = "resnet" if "resnet" in families else "".join(families[:1])
+        such = f", or name a family's, such as {family}-{name}" if families else ""
+        hint = f"; it is a variant: add --task FILE{such}"
     if _is_file(Path(f"{name}.yaml")):
         hint = f"; did you mean the file '{name}.yaml'?"
     raise UsageError(f"unknown preset {describe(name)}{hint or '; `egtrain presets` lists them'}")

@@ -152,6 +152,10 @@ class Config(Section):
             hint = f"; did you mean 'npz:{name}'?" if missing else did_you_mean(name, names)
             known = " or ".join([", ".join([*names, *forms[:-1]]), forms[-1]])
             raise wrong("data.name", f"data.name must be {known}, not {name!r}{hint}")
+        if self.data.loaders and task != USER:
+            raise wrong(
+                "data.loaders", "data.loaders is for task files; other data need none: remove it"
+            )
         if self.data.image_size is not None and kind != "folder":
             raise wrong(
                 "data.image_size",
