@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_type_hints
@@ -115,7 +116,7 @@ def load_task_file(path: Path) -> TaskFile:
             "model(), dataset(split) and loss(model, batch)"
         ) from None
     name = path.stem
-    if name in sys.stdlib_module_names or name == "torch":
+    if _is_taken(name):
         raise UsageError(
             f"{path.name} has the name of the module '{name}' and would hide it: rename the file"
         )
@@ -123,7 +124,7 @@ def load_task_file(path: Path) -> TaskFile:
     module.__file__ = str(path)
     file = TaskFile(path, hashlib.sha256(source).hexdigest(), module, {})
     try:
-        code = compile(source, str(path), "exec")
+        code = compile(source, str(path), "exec", dont_inherit=True)
     except (SyntaxError, ValueError) as error:
         line = getattr(error, "lineno", None)
         reason = getattr(error, "msg", None) or str(error)
@@ -145,6 +146,15 @@ def load_task_file(path: Path) -> TaskFile:
                 f"it needs the package '{package}', which is not installed: pip install {package}"
             ) from None
     return TaskFile(path, file.sha256, module, _parameters(file))
+
+
+def _is_taken(name: str) -> bool:
+    """Return whether Python or an installed package has a module of this name."""
+    if name in sys.stdlib_module_names or name == "egtrain":
+        return True
+    installed = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    found = PathFinder.find_spec(name, installed)
+    return found is not None and found.origin is not None
 
 
 def _is_of_file(error: ModuleNotFoundError, path: Path) -> bool:

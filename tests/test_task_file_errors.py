@@ -140,6 +140,12 @@ def test_a_wrong_file_is_refused_with_the_way_out(
             "Samples.get = lambda self, i: (torch.randn(3, generator=G), 1)\n",
             "not with a generator that the data set keeps",
         ),
+        (
+            f"{STREAMED}\nimport itertools\nN = itertools.count(1)\n"
+            "Samples.get = lambda self, i: [torch.ones(1)] * min(next(N), 3)\n"
+            "def collate(samples): return [part for sample in samples for part in sample]\n",
+            "returns another sample when it is asked",
+        ),
         (f"{GOOD}\ndef loss(model, batch): return 1.0, {{}}\n", "it is a value of type float"),
         (f"{GOOD}\ndef loss(model, batch): return model(batch[0]).sum(1), {{}}\n", "shape [4]"),
         (f"{GOOD}\ndef loss(model, batch): return model(batch[0]).mean()\n", "a dict of metrics"),
@@ -275,6 +281,9 @@ def test_metrics_that_change_their_names_are_refused(tmp_path: Path) -> None:
         "higher_is_better = False\n",
         "def model():\n    net = nn.Linear(3, 2)\n    net.bias.requires_grad_(False)\n"
         "    return net\n",
+        "def dataset(split): return None if split == 'validation' else Samples()\n"
+        "Samples.get = lambda self, i: (torch.ones(3), torch.tensor(float('nan')), True, 1)\n"
+        "def loss(m, b): return plain_loss(m, (b[0], b[3]))\n",
         "from dataclasses import dataclass\n@dataclass\nclass A:\n    x: 'int' = 3\n",
         "def model(json: int = 4, copy: str = 'a', model_dump: float = 1.0, "
         "items: list[int] = [1], size: tuple[int, ...] = (1, 2), flag: bool = False, "
@@ -345,8 +354,12 @@ def test_a_variant_without_a_task_file_says_what_is_missing() -> None:
 
 
 def test_names_of_modules_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="has the name of the module 'random'"):
-        load_task_file(write(tmp_path, GOOD, "random.py"))
+    for name in ("random", "torch", "numpy", "egtrain", "matplotlib"):
+        with pytest.raises(UsageError, match=f"has the name of the module '{name}'"):
+            load_task_file(write(tmp_path, GOOD, f"{name}.py"))
+    (tmp_path / "apart").mkdir()  # not beside the files above, which would hide modules
+    for _ in range(2):
+        assert load_task_file(write(tmp_path / "apart", GOOD, "flowers.py")).name == "flowers.py"
     with pytest.raises(UsageError, match="cannot be read"):
         load_task_file(tmp_path)
 

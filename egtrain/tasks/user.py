@@ -379,13 +379,20 @@ def _require_repeatable(data: UserData, seed: int) -> None:
         return
     key = Key("tried sample", (), [0, data.size("train") - 1])
     once, again = (list(tensors_in(fetched(data, "train", key, seed))) for _ in range(2))
-    for one, other in zip(once, again, strict=True):
-        if not torch.equal(torch.nan_to_num(one), torch.nan_to_num(other)):
-            raise data.file.wrong(
-                "dataset('train') returns another sample when it is asked for the same one again, "
-                "though the random state is the same: draw with random, numpy.random or torch in "
-                "__getitem__, not with a generator that the data set keeps"
-            )
+    if len(once) != len(again) or not all(map(_are_equal, once, again)):
+        raise data.file.wrong(
+            "dataset('train') returns another sample when it is asked for the same one again, "
+            "though the random state is the same: draw with random, numpy.random or torch in "
+            "__getitem__, not with a generator that the data set keeps"
+        )
+
+
+def _are_equal(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors are equal, where not-a-number equals itself."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    same = one == other
+    return bool((same | ((one != one) & (other != other))).all())
 
 
 def _is_number(value: Any) -> bool:
