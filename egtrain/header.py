@@ -125,12 +125,17 @@ def header_lines(facts: dict[str, Any]) -> list[str]:
     return [f"{label:{LABEL_WIDTH}} {text}" for label, text in parts.items() if text is not None]
 
 
+def named(directory: Path, config: Config) -> str:
+    """Return a run directory, with what a command needs to go on with it or to evaluate it."""
+    text = shlex.quote(str(directory))
+    if isinstance(config.task, UserSettings):
+        text += f" --task {shlex.quote(config.task.file)}"  # it runs only where it is named
+    return text
+
+
 def next_lines(config: Config, directory: Path) -> list[str]:
     """Return the commands that one may want after a run."""
-    quoted = shlex.quote(str(directory))
-    lines = [f"next: egtrain eval {quoted}"]
-    if isinstance(config.task, UserSettings):
-        lines[0] += f" --task {shlex.quote(config.task.file)}"  # it runs only where it is named
+    lines = [f"next: egtrain eval {named(directory, config)}"]
     if config.log.tensorboard:
         # The folder above: TensorBoard names a run by its folder within the log directory.
         lines.append(f"      tensorboard --logdir {shlex.quote(str(directory.parent))}")

@@ -15,7 +15,7 @@ from egtrain.config.files import config_file_of
 from egtrain.config.schema import Config, config_to_yaml, flat_values
 from egtrain.errors import DataError, InterruptedRun, UsageError
 from egtrain.formatting import counted, learning_rate_text
-from egtrain.header import facts_from_data, header_lines, next_lines, run_facts
+from egtrain.header import facts_from_data, header_lines, named, next_lines, run_facts
 from egtrain.logs.environment import git_commit, hardware, versions
 from egtrain.logs.runlog import RunLog, finite, write_summary
 from egtrain.logs.training_display import TrainingDisplay
@@ -41,7 +41,7 @@ def train_in(directory: RunDirectory, config: Config, *, as_json: bool = False) 
             _train_until(stop, directory, config, as_json)
     except signals.StoppedEarly:
         raise InterruptedRun(
-            f"interrupted before the training; go on with --resume {directory.path}"
+            f"interrupted before the training; go on with --resume {named(directory.path, config)}"
         ) from None
 
 
@@ -114,7 +114,8 @@ def _train_until(
         try:
             final = train(run, recorders[0] if first else NoRecorder(ranks), stop)
         except InterruptedRun as error:
-            raise InterruptedRun(f"{error}; go on with --resume {directory}") from None
+            text = f"{error}; go on with --resume {named(directory, config)}"
+            raise InterruptedRun(text) from None
         except Exception as error:
             if first:
                 note_failure(directory, error)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers import environment
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.py"))
@@ -101,6 +102,27 @@ def test_the_commands_of_the_page_run(example: Path, tmp_path: Path) -> None:
     assert "4 runs" in output
     (measured,) = tmp_path.glob("runs/*-sharpness/sharpness.json")
     assert json.loads(measured.read_text())["runs"][0]["checkpoints"][0]["metrics"]["trace"]
+
+
+def test_the_default_of_the_example_with_images_is_a_resnet_50(tmp_path: Path) -> None:
+    folder = os.environ.get("EGTRAIN_TORCHVISION")
+    if folder is None:
+        pytest.skip("EGTRAIN_TORCHVISION is not set: see above")
+    for split in ("train", "val"):
+        for number in range(8):
+            path = tmp_path / f"imagenet/{split}/{number % 2}/{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40, 40), (30 * number, 0, 0)).save(path)
+    command = f"train --task {ROOT}/docs/examples/image_folder.py --preset eg --batch-size 4"
+    few = settings("worker_batch_size=2 steps=2 device=cpu threads=1 task.image_size=32")
+    steps = settings("schedule.warmup_epochs=0 log.tensorboard=false checkpoint.every=2")
+    output = run(
+        ["-m", "egtrain", *shlex.split(f"{command} {few} {steps} --output run")],
+        tmp_path,
+        str(OPERATORS),
+        folder,
+    )
+    assert "model(), 25,557,032 parameters" in output
 
 
 @each_example

@@ -246,7 +246,9 @@ def test_loaders_end_with_their_run_and_never_before(
         else:
             assert code == 75
             (line,) = process.stderr.splitlines()
-            assert "a checkpoint was saved" in line
+            assert line.endswith(
+                f"a checkpoint was saved; go on with --resume run --task {flowers}"
+            )
     with RunLock(tmp_path / "run", patience_seconds=0.5):
         """The next run may begin at once."""
 

@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from egtrain.figures import COLOURS, LINES, MARKERS
 from egtrain.sharpness.runs import Run
 
-RISE = "L − L₀ (nats)"
+RISE = "L − L₀"
 MOST_IN_A_ROW = 5
 """Small panels in a row, at most."""
 
@@ -88,7 +88,7 @@ def draw_over_radii(axes: Axes, runs: Sequence[Run], name: str, title: str, erro
     shown = radii[:: max(1, len(radii) // 2)]
     axes.set_xticks(shown, [f"{radius:g}" for radius in shown])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set(xlabel="adaptive radius ρ", ylabel="rise of the loss (nats)")
+    axes.set(xlabel="adaptive radius ρ", ylabel="rise of the loss")
     return note(error, title)
 
 

@@ -57,7 +57,7 @@ def draw(axes: Axes, runs: Sequence[Run]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set_title("Loss on the way from run 1 to the others")
     axes.set_xlabel("position: run 1 at 0, the other run at 1")
-    axes.set_ylabel("loss (nats)")
+    axes.set_ylabel("loss")
 
 
 METRIC = metric.SharpnessMetric(
