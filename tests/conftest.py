@@ -1,10 +1,11 @@
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import torch_as_it_was
 
 # The tests' tensors are tiny: more threads only wait for each other.
 torch.set_num_threads(1)
@@ -60,6 +61,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.stem not in TRAINING_OR_STARTING_PROCESSES:
             item.add_marker(pytest.mark.fast)
+
+
+@pytest.fixture(autouse=True)
+def a_test_leaves_torch_as_it_was() -> Iterator[None]:
+    """Undo what a run sets for its process, on which a later test would depend."""
+    with torch_as_it_was():
+        yield
 
 
 @pytest.fixture(autouse=True)
