@@ -35,11 +35,12 @@ from egtrain.plan import build_plan, build_schedule, with_fitting_warmup
 from egtrain.ranks.distributed import agreed, first_rank_first
 from egtrain.run import DataSummary, Run
 from egtrain.tasks import Task
+from egtrain.tasks.contract import try_out, user_model
 from egtrain.tasks.image import ImageTask
 from egtrain.tasks.language import LanguageTask
 from egtrain.tasks.loading import set_random_state
 from egtrain.tasks.translation import TranslationTask
-from egtrain.tasks.user import UserTask, try_out, user_model
+from egtrain.tasks.user import UserTask
 from egtrain.weight_files import file_of, read_weights, sha256_of
 from egtrain.workers import Ranks, Workers, carried_by
 
