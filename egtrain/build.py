@@ -134,6 +134,8 @@ def build_task(config: Config, data: Data, ranks: Ranks) -> Task:
                 lambda: build_model(config, 0, device),
                 seed=seed,
                 worker_batch_size=share,
+                loaders=config.data.loaders,
+                precision=config.precision,
                 device=device,
             )
         return UserTask(

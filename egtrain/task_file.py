@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
@@ -28,6 +29,8 @@ CALLS: dict[str, tuple[str, ...]] = {
 }
 """The functions of a task file with the arguments that they are called with."""
 REQUIRED = ("model", "dataset", "loss")
+PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+"""The folder of our own code."""
 
 
 class TaskFileError(EgtrainError):
@@ -82,7 +85,9 @@ class TaskFile:
 
         Raises:
             TaskFileError: the block raised an exception.
+            UsageError: it left the working directory, which other paths are relative to.
         """
+        folder = os.getcwd()
         try:
             # Standard output is for results, which may be JSON.
             with redirect_stdout(sys.stderr):
@@ -91,6 +96,12 @@ class TaskFile:
             raise
         except (Exception, SystemExit) as error:
             raise TaskFileError(_report(error, self.path, called)) from error
+        if os.getcwd() != folder:
+            os.chdir(folder)
+            raise self.wrong(
+                f"{called} changes the working directory: leave os.chdir() out, and name files "
+                "relative to Path(__file__).parent"
+            )
 
     def wrong(self, problem: str) -> UsageError:
         """Return the error of a file that does not keep to what a task file is."""
@@ -176,30 +187,56 @@ def _parameters(file: TaskFile) -> dict[str, dict[str, Parameter]]:
             raise file.wrong(f"{shown} {problem}")
         try:
             signature = inspect.signature(function)
-            signature.bind(*arguments)
+            taken = signature.bind(*arguments).arguments
         except (TypeError, ValueError):
             raise file.wrong(
                 f"{name} must be callable as {shown}: give every further parameter a default"
             ) from None
-        try:
-            hints = get_type_hints(function)
-        except Exception:
-            # A class, or an annotation that only a type checker sees: the defaults have types too.
-            hints = {}
+        hints = _hints(function)
         found[name] = {}
-        for parameter in list(signature.parameters.values())[len(arguments) :]:
-            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+        for parameter in signature.parameters.values():
+            if parameter.name in taken or parameter.kind in (
+                parameter.VAR_POSITIONAL,
+                parameter.VAR_KEYWORD,
+            ):
                 continue
+            if parameter.kind == parameter.POSITIONAL_ONLY:
+                raise file.wrong(
+                    f"'{parameter.name}' of {name}() is a setting, which is given by its name: "
+                    "remove the '/' after it"
+                )
             kind = hints.get(parameter.name, type(parameter.default))
+            if kind is type(None):
+                raise file.wrong(
+                    f"'{parameter.name}' of {name}() is a setting whose type None does not say: "
+                    f"annotate it, such as {parameter.name}: int | None = None"
+                )
             found[name][parameter.name] = Parameter(name, kind, parameter.default)
     return found
+
+
+def _hints(function: Any) -> dict[str, Any]:
+    """Return the types of the parameters of a function, a class or whatever else is callable."""
+    while isinstance(function, partial):
+        function = function.func
+    if isinstance(function, type):
+        function = function.__init__  # type: ignore[misc]
+    elif not inspect.isroutine(function):
+        function = type(function).__call__
+    try:
+        return get_type_hints(function)
+    except Exception:
+        return {}  # an annotation that only a type checker sees: the defaults have types too
 
 
 def _report(error: BaseException, path: Path, called: str) -> str:
     """Return what was called, and the traceback from the user's file on."""
     summary = traceback.TracebackException.from_exception(error, compact=True)
     frames = list(summary.stack)
-    first = next((n for n, frame in enumerate(frames) if _same(frame.filename, path)), len(frames))
+    own = [n for n, frame in enumerate(frames) if _same(frame.filename, path)]
+    # Without one, such as for a class from a file beside it: what our own code has called.
+    ours = [n for n, frame in enumerate(frames) if frame.filename.startswith(PACKAGE)]
+    first = own[0] if own else ours[-1] + 1
     summary.stack = traceback.StackSummary.from_list(frames[first:])
     lines = (
         "".join(summary.format(chain=False))
@@ -210,4 +247,4 @@ def _report(error: BaseException, path: Path, called: str) -> str:
 
 
 def _same(name: str, path: Path) -> bool:
-    return os.path.abspath(name) == str(path)
+    return os.path.abspath(name) == os.path.abspath(path)

@@ -253,6 +253,20 @@ def test_loaders_end_with_their_run_and_never_before(
         """The next run may begin at once."""
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="loaders need Linux")
+def test_a_loader_that_is_killed_ends_the_run_with_one_sentence(
+    flowers: Path, tmp_path: Path
+) -> None:
+    command = arguments(flowers, "data.loaders=2", "epochs=100000", "checkpoint.every=1000000")
+    with Forked(command, tmp_path) as process:
+        wait_until(lambda: (tmp_path / "run/metrics.jsonl").exists())
+        wait_until(lambda: steps_logged(tmp_path / "run") > 3)
+        os.kill(children_of(process.pid)[-1], signal.SIGKILL)
+        assert process.wait() == 1
+        (line,) = process.stderr.splitlines()
+    assert "a process that loads samples has died" in line
+
+
 # ---- what is computed
 
 TABLE = '''
@@ -567,7 +581,7 @@ def test_a_tensor_dataset_lives_on_the_device_and_is_known_by_its_content(table:
     x, y = table.module.dataset("train").tensors  # type: ignore[attr-defined]
     whole = TensorDataset(x, y)
     part: Any = Subset(whole, [4, 2])
-    data = UserData(table, {}, {"train": part, "test": whole}, "")
+    data = UserData(table, {}, {"train": part, "test": whole}, {"train": 2, "test": 50}, "")
     tensors = data.tensors("train")
     assert tensors is not None
     assert torch.equal(tensors[0], x[[4, 2]])

@@ -97,6 +97,8 @@ def error_of(path: Path, *further: str) -> EgtrainError:
         (GOOD.replace("width: int = 4", "width: float = float('inf')"), "'width' of model()"),
         (GOOD.replace("width: int = 4", "sha256: str = ''"), "a name that egtrain uses: rename it"),
         (GOOD.replace("width: int = 4", "_width: int = 4"), "a name that egtrain uses: rename it"),
+        (GOOD.replace("width: int = 4", "width=None"), "whose type None does not say"),
+        (GOOD.replace("width: int = 4", "width: int = 4, /"), "remove the '/' after it"),
         (GOOD.replace("(split)", "(split, width: int = 5)"), "one setting: give it the same type"),
     ],
 )
@@ -163,6 +165,38 @@ def test_a_wrong_file_is_refused_with_the_way_out(
             "say whether more 'wer' is better",
         ),
         (f"{GOOD}\nmetric = 'acc'\n", "metric = 'acc' is none of those"),
+        (f"{GOOD}\nmetric = 'loss'\nhigher_is_better = True\n", "which is made small"),
+        (f"{GOOD}\nNET = nn.Linear(3, 2)\ndef model(): return NET\n", "a new model each time"),
+        (f"{GOOD}\ndef dataset(split): return Samples\n", "returned the class Samples itself"),
+        (
+            f"{GOOD}\ndef loss(m, b):\n    b[0].mul_(2)\n    return plain_loss(m, b)\n",
+            "changes its batch, which is used again",
+        ),
+        (
+            f"{GOOD}\ndef loss(m, b):\n    result = plain_loss(m, b)\n"
+            "    result[0].backward(retain_graph=True)\n    return result\n",
+            "calls backward() itself",
+        ),
+        (
+            f"{GOOD}\ndef loss(m, b):\n    with torch.no_grad(): m.bias.add_(1)\n"
+            "    return plain_loss(m, b)\n",
+            "changes the parameter 'bias' of the model",
+        ),
+        (
+            f"{GOOD}\ndef loss(m, b):\n    result = plain_loss(m, b)\n"
+            "    torch.set_grad_enabled(False)\n    return result\n",
+            "switches gradients on or off",
+        ),
+        (
+            f"{GOOD}\ndef loss(m, b):\n    more = {{}} if m.training else {{'more': 1.0}}\n"
+            "    return plain_loss(m, b)[0], {'accuracy': 1.0, **more}\n",
+            "return the same ones every time, in training and in evaluation",
+        ),
+        (
+            f"{GOOD}\nimport os\nplain_data = dataset\ndef dataset(split):\n"
+            "    os.chdir('/')\n    return plain_data(split)\n",
+            "changes the working directory",
+        ),
         (
             f"{GOOD}\ndef loss(m, b):\n    result = plain_loss(m, b)\n"
             "    m.eval()\n    return result\n",
@@ -316,6 +350,8 @@ def test_annotations_may_be_text_and_helpers_lie_beside_the_file(tmp_path: Path)
         ("task.width=wide", "task.width must be a whole number, not 'wide'"),
         ("task.width=true", "task.width must be a whole number, not true"),
         ("task.augment=true", "the task file has no setting 'task.augment'; it has width"),
+        ("task.name=image", "--task says which task it is: leave task.name out"),
+        ("task.file=other.py", "--task says which task it is: leave task.file out"),
         ("data.name=cifar10", "a task file has its own data: leave data.name out"),
         ("model.name=resnet", "task 'user' has no model 'resnet'"),
         ("task.sha256=abc", "own.py has changed since"),
@@ -326,6 +362,35 @@ def test_annotations_may_be_text_and_helpers_lie_beside_the_file(tmp_path: Path)
 )
 def test_a_wrong_setting_is_refused(setting: str, message: str, tmp_path: Path) -> None:
     assert message in str(error_of(write(tmp_path, GOOD), setting))
+
+
+def test_settings_have_the_types_of_a_class_and_their_wrong_entries_are_named(
+    tmp_path: Path,
+) -> None:
+    text = GOOD + (
+        "\nclass Net(nn.Linear):\n"
+        "    def __init__(self, scale: float = 4, sizes: list[int] = [1, 2]):\n"
+        "        super().__init__(3, 2)\nmodel = Net\n"
+    )
+    path = write(tmp_path, text)
+    config = load_config("eg", ["task.scale=2.5"], load_task_file(path))
+    assert config.task.model_dump()["scale"] == 2.5
+    with pytest.raises(UsageError, match=r"task\.sizes\.1 must be a whole number, not 'a'"):
+        load_config("eg", ["task.sizes=[1, a]"], load_task_file(path))
+
+
+def test_a_batch_that_loaders_cannot_send_is_refused_where_there_are_loaders(
+    tmp_path: Path,
+) -> None:
+    text = STREAMED + (
+        "\nSamples.get = lambda self, i: (torch.ones(3), 1)\n"
+        "def collate(samples):\n"
+        "    x, y = torch.utils.data.default_collate(samples)\n    return x, y, lambda: None\n"
+        "def loss(m, b): return plain_loss(m, b[:2])\n"
+    )
+    path = write(tmp_path, text)
+    run_of(path)
+    assert "cannot be sent between processes" in str(error_of(path, "data.loaders=1"))
 
 
 def test_a_validation_set_excludes_held_out_samples(tmp_path: Path) -> None:

@@ -65,10 +65,20 @@ def _with_own_settings(
         try:
             values[name] = checked(parameter, values.get(name, parameter.default))
         except ValidationError as error:
-            wishes = dict.fromkeys(_wish(e) for e in error.errors(include_url=False))
-            problem = f"task.{name} must be {' or '.join(wishes)}, not {describe(values[name])}"
+            errors = error.errors(include_url=False)
+            entry = _entry(errors[0])
+            wishes = dict.fromkeys(_wish(e) for e in errors if _entry(e) == entry)
+            problem = (
+                f"{'.'.join(('task', name, *entry))} must be {' or '.join(wishes)}, not "
+                f"{describe(errors[0]['input'])}"
+            )
             raise UsageError(_placed(settings, ("task", name), problem)) from None
     return values
+
+
+def _entry(error: ErrorDetails) -> Key:
+    """Return the numbers of the list entry that is wrong, empty for a whole value."""
+    return tuple(str(part) for part in error["loc"] if isinstance(part, int))
 
 
 def _check_keys(settings: Settings, own: Mapping[str, Parameter] | None) -> None:
@@ -179,8 +189,10 @@ def _wish(error: ErrorDetails) -> str:
             return "true or false"
         case "string_type":
             return "text (write it in quotes)"
-        case "tuple_type":
+        case "tuple_type" | "list_type":
             return "a list"
+        case "none_required":
+            return "null"
         case "finite_number":
             return "a finite number"
         case "greater_than_equal":

@@ -355,6 +355,8 @@ def _overrides(overrides: list[str], own_task: bool) -> Settings:
             raise UsageError(
                 f"{source}: '{dotted}' is a group; set one of its keys, such as {example}"
             )
+        if own_task and dotted in ("task.name", "task.file"):
+            raise UsageError(f"{source}: --task says which task it is: leave {dotted} out")
         of_task = own_task and dotted.startswith("task.") and dotted.count(".") == 1
         if dotted not in DOTTED_KEYS and not of_task:
             raise UsageError(f"{source}: {unknown_key(dotted)}")

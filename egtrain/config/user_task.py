@@ -27,21 +27,21 @@ def parameters_of(file: TaskFile) -> dict[str, Parameter]:
                     f"{parameter.owner}() has a parameter '{name}', a name that egtrain uses: "
                     "rename it"
                 )
+            try:
+                checked(parameter, parameter.default)
+                write_value(parameter.default)
+            except (ValidationError, TypeError, UsageError):
+                raise file.wrong(
+                    f"the parameter '{name}' of {parameter.owner}() is a setting, so its default "
+                    f"must be {PLAIN}, and of the type that it is annotated with, not "
+                    f"{parameter.default!r}"
+                ) from None
             other = found.setdefault(name, parameter)
             if (other.kind, other.default) != (parameter.kind, parameter.default):
                 raise file.wrong(
                     f"'{name}' is a parameter of {other.owner}() and of {parameter.owner}(), which "
                     "makes it one setting: give it the same type and default"
                 )
-    for name, parameter in found.items():
-        try:
-            checked(parameter, parameter.default)
-            write_value(parameter.default)
-        except (ValidationError, TypeError, UsageError):
-            raise file.wrong(
-                f"the parameter '{name}' of {parameter.owner}() is a setting, so its default must "
-                f"be {PLAIN}, and of the type that it is annotated with, not {parameter.default!r}"
-            ) from None
     return found
 
 

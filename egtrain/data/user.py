@@ -24,6 +24,8 @@ class UserData:
     settings: Mapping[str, Any]
     datasets: Mapping[str, Any]
     """Map-style data sets by split; validation may be missing."""
+    sizes: Mapping[str, int]
+    """Samples of each split, asked for once, so that a run counts with one number."""
     digest: str
     """SHA-256 of what tells these data from others: tensors, or else lengths and settings."""
     metrics: tuple[str, ...] | None = None
@@ -32,7 +34,7 @@ class UserData:
 
     def size(self, split: str) -> int:
         """Return the number of samples of a split."""
-        return len(self.datasets[split]) if split in self.datasets else 0
+        return self.sizes.get(split, 0)
 
     def tensors(self, split: str) -> tuple[Tensor, ...] | None:
         """Return the tensors of a split that consists of nothing else; a batch is rows of each."""
@@ -52,13 +54,14 @@ def load_user_data(
         TaskFileError: the task file's code raised an exception.
     """
     datasets: dict[str, Any] = {}
+    sizes: dict[str, int] = {}
     for split in SPLITS:
         dataset = file.call("dataset", split, settings=settings)
         if dataset is None and split == "validation":
             continue
         datasets[split] = dataset
-        _require_map_style(file, split, dataset)
-    count = len(datasets["train"])
+        sizes[split] = _size_of(file, split, dataset)
+    count = sizes["train"]
     if validation and "validation" in datasets:
         raise UsageError(
             f"data.validation must be 0, because {file.name} has a validation set already: remove "
@@ -81,12 +84,15 @@ def load_user_data(
         train = datasets["train"]
         if validation:
             datasets["validation"] = Subset(train, order[:validation])
+            sizes["validation"] = validation
         datasets["train"] = Subset(train, order[validation : validation + used])
+        sizes["train"] = used
     own = {name: settings[name] for name in file.parameters["dataset"]}
-    return UserData(file, settings, datasets, _digest(datasets, own))
+    return UserData(file, settings, datasets, sizes, _digest(datasets, sizes, own))
 
 
-def _require_map_style(file: TaskFile, split: str, dataset: Any) -> None:
+def _size_of(file: TaskFile, split: str, dataset: Any) -> int:
+    """Return the number of samples of a data set, or raise UsageError if it is no map-style one."""
     called = f"dataset({split!r})"
     if dataset is None:
         raise file.wrong(f"{called} returned None: return a data set for 'train' and for 'test'")
@@ -94,6 +100,10 @@ def _require_map_style(file: TaskFile, split: str, dataset: Any) -> None:
         raise file.wrong(
             f"{called} returned {type(dataset).__name__}, whose samples have no index: return a "
             "data set with __getitem__ and __len__"
+        )
+    if isinstance(dataset, type):
+        raise file.wrong(
+            f"{called} returned the class {dataset.__name__} itself: return {dataset.__name__}(...)"
         )
     if not hasattr(type(dataset), "__len__"):
         raise file.wrong(
@@ -103,23 +113,27 @@ def _require_map_style(file: TaskFile, split: str, dataset: Any) -> None:
         length = len(dataset)
     if not length:
         raise file.wrong(f"{called} is empty: give it at least one sample")
+    return length
 
 
 def _plain_tensors(dataset: Any) -> tuple[Tensor, ...] | None:
     """Return the tensors of a TensorDataset, or of a part of one."""
     if type(dataset) is TensorDataset:
-        return dataset.tensors
+        return tuple(tensor.detach() for tensor in dataset.tensors)
     if type(dataset) is Subset and (whole := _plain_tensors(dataset.dataset)) is not None:
         indices = torch.as_tensor(dataset.indices, dtype=torch.int64)
         return tuple(tensor[indices] for tensor in whole)
     return None
 
 
-def _digest(datasets: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+def _digest(
+    datasets: Mapping[str, Any], sizes: Mapping[str, int], settings: Mapping[str, Any]
+) -> str:
     digest = hashlib.sha256(repr(sorted(settings.items())).encode())
     for split, dataset in datasets.items():
-        digest.update(f"{split} {len(dataset)}\n".encode())
+        digest.update(f"{split} {sizes[split]}\n".encode())
         for tensor in _plain_tensors(dataset) or ():
             digest.update(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+            # As bytes, because NumPy does not know every type.
+            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -7,12 +7,15 @@ The random state of Python, NumPy and torch is set before each sample is fetched
 import atexit
 import multiprocessing
 import os
+import pickle
 import random
 import signal
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import wait
+from multiprocessing.queues import Queue
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -21,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from egtrain.data.user import UserData
-from egtrain.errors import UsageError
+from egtrain.errors import EgtrainError, UsageError
 from egtrain.nested import tensors_in, with_tensors
 from egtrain.optim.randomness import seed_for
 from egtrain.task_file import TaskFileError
@@ -49,16 +52,33 @@ def fetched(data: UserData, split: str, key: Key, seed: int) -> Any:
     for index in key.indices:
         set_random_state(seed_for(seed, key.purpose, *key.numbers, index))
         with data.file.running(f"dataset({split!r})[{index}]"):
-            samples.append(dataset[index])
+            samples.append(_without_graph(dataset[index]))
     if data.file.has("collate"):
-        return data.file.call("collate", samples, settings=data.settings)
+        return _without_graph(data.file.call("collate", samples, settings=data.settings))
     try:
         return default_collate(samples)
-    except (RuntimeError, TypeError, KeyError, ValueError) as error:
+    except Exception as error:  # whatever a class of the user's own raises there
         reason = " ".join(str(error).split())[:200]
         raise data.file.wrong(
             f"the samples of dataset({split!r}) do not fit into one batch ({reason}): give all of "
             "them one form, or define collate(samples)"
+        ) from None
+
+
+def _without_graph(samples: Any) -> Any:
+    """Return samples that no gradient flows into: a graph cannot be sent between processes."""
+    return with_tensors(samples, lambda tensor: tensor.detach() if tensor.requires_grad else tensor)
+
+
+def require_sendable(data: UserData, batch: Any) -> None:
+    """Raise UsageError if a loader could not send a batch to the process that it loads for."""
+    try:
+        pickle.dumps(batch)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise data.file.wrong(
+            f"a batch cannot be sent between processes ({reason}): let samples hold tensors, "
+            "numbers and texts, or set data.loaders to 0"
         ) from None
 
 
@@ -116,13 +136,21 @@ class Batches(Generic[Place]):
         """Return the batch of a place.
 
         Raises:
-            EgtrainError: what `fetch` raised.
+            EgtrainError: what `fetch` raised, or a loader has died.
         """
         if not self._loaders:
             return self._fetch(place)
         if place != self._expected:
             self._fetched = self._loading_from(place)
-        batch = next(self._fetched)
+        try:
+            batch = next(self._fetched)
+        except (RuntimeError, OSError, EOFError) as error:
+            # Also where a batch that a dead loader has sent cannot be opened any more.
+            reason = " ".join(str(error).split())[:200]
+            raise EgtrainError(
+                f"a process that loads samples has died ({reason}): it was killed, memory ran out, "
+                "or the data set ended it; set data.loaders to less, or to 0 to see what it raises"
+            ) from None
         if isinstance(batch, Exception):
             raise batch
         self._expected = self._following(place)
@@ -147,7 +175,13 @@ class Batches(Generic[Place]):
             multiprocessing_context="fork",
             generator=torch.Generator(),  # lest it draws from torch's own
         )
-        return iter(loader)
+        # torch's handler raises a loader's death anywhere: it is noticed where a batch is awaited.
+        main = threading.current_thread() is threading.main_thread()
+        before = signal.getsignal(signal.SIGCHLD)
+        fetched = iter(loader)
+        if main:
+            signal.signal(signal.SIGCHLD, before)
+        return fetched
 
     def _places(self, place: Place | None) -> Iterator[Place]:
         while place is not None:
@@ -181,7 +215,16 @@ def _begin_loader(number: int) -> None:
     """Let a loader end with the process that it loads for, and by nothing else."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's, which that process handles
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # A batch that cannot be sent would be awaited for ever.
+    Queue._on_queue_feeder_error = staticmethod(_end_unsent)  # type: ignore[attr-defined]
     threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_unsent(error: Exception, batch: object) -> None:
+    reason = " ".join(str(error).split())[:200]
+    print(f"egtrain: a batch cannot be sent between processes: {reason}", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _end_with_parent() -> None:

@@ -12,8 +12,14 @@ from egtrain.data.user import UserData
 from egtrain.errors import UsageError
 from egtrain.optim.randomness import seed_for
 from egtrain.tasks import LOSS, Split
-from egtrain.tasks.contract import listed, loss_of, metric_of, without_graph
-from egtrain.tasks.loading import Batches, Key, fetched, on_device, set_random_state
+from egtrain.tasks.contract import loss_of, metric_of, other_metrics, without_graph
+from egtrain.tasks.loading import (
+    Batches,
+    Key,
+    fetched,
+    on_device,
+    set_random_state,
+)
 from egtrain.tasks.order import Order
 
 FROZEN_SEED = 0
@@ -218,8 +224,5 @@ class UserTask:
     def _checked(self, values: Mapping[str, Tensor]) -> list[Tensor]:
         """Return the metrics in the order of the first call."""
         if tuple(values) != self._names:
-            raise self._data.file.wrong(
-                f"loss(model, batch) returned the metrics {listed(values)}, and before "
-                f"{listed(self._names)}: return the same ones every time"
-            )
+            raise other_metrics(self._data.file, values, self._names)
         return list(values.values())
