@@ -11,6 +11,7 @@ from egtrain.config.files import load_config
 from egtrain.errors import DivergedError, EgtrainError, UsageError
 from egtrain.run import Run
 from egtrain.task_file import TaskFileError, load_task_file
+from egtrain.tasks import LOSS, metrics_text
 from egtrain.train import train
 from egtrain.workers import Ranks
 
@@ -496,3 +497,7 @@ def test_what_decode_returns_is_checked(returned: str, message: str, tmp_path: P
     task: object = run.task
     with pytest.raises(UsageError, match=message):
         task.decode_batch(run.model, "test", 0)  # type: ignore[attr-defined]
+
+
+def test_a_loss_that_counts_is_shown_once() -> None:
+    assert metrics_text({"loss": 0.5}, [LOSS, LOSS]) == "loss 0.5000"

@@ -100,7 +100,7 @@ def metrics_text(
         between: the text between two metrics.
     """
     parts = []
-    for metric in metrics:
+    for metric in dict.fromkeys(metrics):
         if metric.name not in values:
             continue
         text = f"{metric.label} {value_text(values[metric.name], metric.unit)}"
